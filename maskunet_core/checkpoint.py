@@ -1,0 +1,200 @@
+"""Generator files: one `.safetensors` each, with metadata that tells what it is and for which model.
+
+Format version 1. Metadata (strings; JSON where it is more than a word): `format` "maskunet", `format_version` "1",
+`architecture`, `base_model` (a `Structure`), `targets`, `hyper_parameters`, `training`. Tensors: the parameters of the
+architecture's module by name, fp16; a bias per weight `X.bias` is stored as `X.bias.packed` (two 4-bit levels per
+byte) and `X.bias.step`.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import MaskUNetError
+from .families import Structure
+from .generator import LowRankGenerator
+from .quantise import pack, packed_size, unpack
+from .reference import ReferenceGenerator
+
+FORMAT, FORMAT_VERSION = "maskunet", "1"
+ARCHITECTURES = {cls.architecture: cls for cls in (LowRankGenerator, ReferenceGenerator)}
+
+
+class BadCheckpoint(MaskUNetError):
+    """A file that is no usable generator; the message names the file and says what to do."""
+
+
+class IncompatibleGenerator(MaskUNetError):
+    """A generator that was made for another model than the one connected."""
+
+
+@dataclass(frozen=True)
+class GeneratorFile:
+    """A generator as it was read. name: for messages; targets: name of its target set; training: how it was made."""
+
+    name: str
+    generator: nn.Module
+    targets: str
+    training: dict[str, Any]
+
+    @property
+    def structure(self) -> Structure:
+        return self.generator.structure
+
+    def require_fit(self, model: Structure) -> None:
+        """Raises IncompatibleGenerator unless a model of this structure holds everything that is masked."""
+        difference = self.structure.difference(model)
+        if difference:
+            raise IncompatibleGenerator(
+                f"'{self.name}' was trained for {self.structure.family}, but the connected model is {model.family}: "
+                f"{difference}. Connect a model of the family it was trained for, or choose another file in "
+                "MaskUNet Loader."
+            )
+
+
+def _is_packed(key: str, generator: nn.Module) -> bool:
+    return isinstance(generator, LowRankGenerator) and key.endswith(".bias") and key.startswith("logits.")
+
+
+def to_tensors(generator: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the file."""
+    tensors = {}
+    for key, value in generator.state_dict().items():
+        if _is_packed(key, generator):
+            tensors[f"{key}.packed"], tensors[f"{key}.step"] = pack(value)
+        else:
+            tensors[key] = value.detach().to("cpu", torch.float16).contiguous()
+    return {key: value.cpu() for key, value in tensors.items()}
+
+
+def file_size(generator: nn.Module) -> int:
+    """Bytes of the tensors on disk; works on a generator on the meta device."""
+    size = 0
+    for key, value in generator.state_dict().items():
+        size += packed_size(tuple(value.shape)) + 4 if _is_packed(key, generator) else 2 * value.numel()
+    return size
+
+
+def save(path: Path, generator: nn.Module, targets: str, training: dict[str, Any]) -> None:
+    """Write the file under a temporary name beside `path`, then rename it."""
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "architecture": generator.architecture,
+        "base_model": json.dumps(generator.structure.to_dict()),
+        "targets": targets,
+        "hyper_parameters": json.dumps(generator.hyper_parameters()),
+        "training": json.dumps(training),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(to_tensors(generator), temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The file's metadata, after the checks that need no tensor. Raises BadCheckpoint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        raise BadCheckpoint(f"'{path}' does not exist. Put generator files into models/maskunet.") from None
+    except (SafetensorError, OSError) as error:
+        raise BadCheckpoint(
+            f"'{path.name}' is not a readable safetensors file ({error}). It may be truncated or of another kind: "
+            "copy or download it again. The authors' .pth files are converted by `python -m trainer convert`."
+        ) from None
+    if metadata.get("format") != FORMAT:
+        raise BadCheckpoint(
+            f"'{path.name}' is a safetensors file, but not a MaskUNet generator (its metadata has no format "
+            f'"{FORMAT}"). Choose a file that `python -m trainer train` or `convert` wrote.'
+        )
+    version = metadata.get("format_version", "")
+    if version != FORMAT_VERSION:
+        raise BadCheckpoint(
+            f"'{path.name}' has format version {version or 'unknown'}; this extension reads version {FORMAT_VERSION}. "
+            "Update ComfyUI-MaskUNet."
+        )
+    if metadata.get("architecture") not in ARCHITECTURES:
+        raise BadCheckpoint(
+            f"'{path.name}' has the architecture '{metadata.get('architecture')}', which this extension does not know "
+            f"(it knows {', '.join(ARCHITECTURES)}). Update ComfyUI-MaskUNet."
+        )
+    return metadata
+
+
+def _build(path: Path, metadata: dict[str, str]) -> tuple[nn.Module, dict[str, Any]]:
+    """The module on the meta device and the training record, from the metadata."""
+    try:
+        structure = Structure.from_dict(json.loads(metadata["base_model"]))
+        values, training = json.loads(metadata["hyper_parameters"]), json.loads(metadata["training"])
+        if "targets" not in metadata:
+            raise KeyError("targets")
+        with torch.device("meta"):
+            generator = ARCHITECTURES[metadata["architecture"]].from_hyper_parameters(structure, values)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadCheckpoint(
+            f"'{path.name}' has damaged metadata ({type(error).__name__}: {error}). Download or export it again."
+        ) from None
+    return generator, training
+
+
+def _read_tensors(path: Path, expected: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """All tensors, after their names, shapes and kinds were held against `expected`."""
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        for what, wrong in (("lacks", set(expected) - names), ("holds the unknown", names - set(expected))):
+            if wrong:
+                first, more = min(wrong), f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+                raise BadCheckpoint(f"'{path.name}' {what} tensor {first}{more}. Download or export it again.")
+        for name, (dtype, shape) in expected.items():
+            found = file.get_slice(name)
+            kind = {torch.uint8: "U8"}.get(dtype)
+            if tuple(found.get_shape()) != shape or (found.get_dtype() == "U8") != (kind == "U8"):
+                raise BadCheckpoint(
+                    f"Tensor {name} of '{path.name}' is {found.get_dtype()} {tuple(found.get_shape())}, but should be "
+                    f"{kind or 'floating point'} {shape}. Download or export it again."
+                )
+        tensors = {name: file.get_tensor(name) for name in expected}
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise BadCheckpoint(
+                f"Tensor {name} of '{path.name}' holds values that are not finite: the training that made it diverged. "
+                "Train again with a lower learning rate, or choose an earlier checkpoint."
+            )
+    return tensors
+
+
+def load(path: Path) -> GeneratorFile:
+    """Read and check a generator file. The generator comes in fp32 on the CPU, frozen. Raises BadCheckpoint."""
+    metadata = read_metadata(path)
+    generator, training = _build(path, metadata)
+    parameters = {key: tuple(value.shape) for key, value in generator.state_dict().items()}
+    expected = {}
+    for key, shape in parameters.items():
+        if _is_packed(key, generator):
+            expected[f"{key}.packed"] = (torch.uint8, (packed_size(shape),))
+            expected[f"{key}.step"] = (None, ())
+        else:
+            expected[key] = (None, shape)
+    tensors = _read_tensors(path, expected)
+    state = {
+        key: unpack(tensors[f"{key}.packed"], tensors[f"{key}.step"], shape)
+        if f"{key}.packed" in tensors
+        else tensors[key].float()
+        for key, shape in parameters.items()
+    }
+    generator.load_state_dict(state, assign=True)
+    return GeneratorFile(path.name, generator.eval().requires_grad_(False), metadata["targets"], training)

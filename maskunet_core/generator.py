@@ -1,0 +1,149 @@
+"""The low-rank mask generator: a code per block from timestep and sample, logits per layer from the code."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .families import Block, Layer, Structure
+from .gumbel import logistic_noise
+
+BIASES = ("weight", "row_column")
+
+
+def key_of(name: str) -> str:
+    """A layer's name as a module name: module names cannot hold dots."""
+    return name.replace(".", "/")
+
+
+@dataclass(frozen=True)
+class LowRankSettings:
+    """Hyper-parameters of `LowRankGenerator`, as the checkpoint holds them.
+
+    rank: of the dynamic part of a layer's logits. width: channels of z' and of the hidden layers.
+    bias: `weight` (one logit per weight) or `row_column` (one per row plus one per column). start: logit at which
+    every weight begins, above the threshold. tau, delta: temperature and threshold on the probability (Eq. 5).
+    use_time, use_sample: the inputs of Eq. 3, for ablations.
+    """
+
+    rank: int = 8
+    width: int = 64
+    bias: str = "weight"
+    start: float = 1.0
+    tau: float = 1.0
+    delta: float = 0.5
+    use_time: bool = True
+    use_sample: bool = True
+
+    def __post_init__(self):
+        if self.bias not in BIASES:
+            raise ValueError(f"bias is '{self.bias}', but must be one of {', '.join(BIASES)}")
+        if not (self.rank >= 1 and self.width >= 1 and 0 < self.delta < 1 and self.tau > 0):
+            raise ValueError("rank and width must be at least 1, tau above 0 and delta between 0 and 1")
+
+
+class _Code(nn.Module):
+    """Condition and code of one block (Eqs. 3 and 4).
+
+    z' = FC(t_emb) + P GAP(h): both are normalised to unit variance first and meet in `width` channels, so that the
+    generator stays small and does not depend on the scale of a base model's features.
+    """
+
+    def __init__(self, block: Block, embedding: int, settings: LowRankSettings):
+        super().__init__()
+        width = settings.width
+        self.time_norm = nn.LayerNorm(embedding, elementwise_affine=False)
+        self.sample_norm = nn.LayerNorm(block.channels, elementwise_affine=False)
+        self.time = nn.Linear(embedding, width) if settings.use_time else None
+        self.sample = nn.Linear(block.channels, width, bias=not settings.use_time) if settings.use_sample else None
+        self.mlp = nn.Sequential(
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, len(block.layers) * settings.rank),
+        )
+
+    def forward(self, features: Tensor, t_emb: Tensor) -> Tensor:
+        """features: [B, C, H, W], t_emb: [B, E]. Returns [B, layers * rank]."""
+        like = self.mlp[0].weight
+        condition = 0.0
+        if self.time is not None:
+            condition = condition + self.time(self.time_norm(t_emb.to(like)))
+        if self.sample is not None:
+            pooled = features.float().mean(dim=(2, 3)).to(like)
+            condition = condition + self.sample(self.sample_norm(pooled))
+        return self.mlp(condition)
+
+
+class _LayerLogits(nn.Module):
+    """l = b + U diag(code) V^T of one layer."""
+
+    def __init__(self, layer: Layer, settings: LowRankSettings):
+        super().__init__()
+        rows, columns, rank = layer.out_features, layer.in_features, settings.rank
+        # Small enough that no weight starts below the threshold, large enough that all gradients are alive.
+        spread = 0.35 / rank**0.25
+        self.u = nn.Parameter(spread * torch.randn(rows, rank))
+        self.v = nn.Parameter(spread * torch.randn(columns, rank))
+        if settings.bias == "weight":
+            self.bias = nn.Parameter(torch.full((rows, columns), settings.start))
+        else:
+            self.row = nn.Parameter(torch.full((rows, 1), settings.start))
+            self.column = nn.Parameter(torch.zeros(1, columns))
+
+    @property
+    def static(self) -> Tensor:
+        """b: the part of the logits that all timesteps and samples share, [out, in]."""
+        return self.bias if hasattr(self, "bias") else self.row + self.column
+
+    def forward(self, code: Tensor) -> Tensor:
+        """code: [B, rank]. Returns logits [B, out, in]."""
+        left = self.u * code[:, None, :]
+        columns = self.v.T.expand(len(code), -1, -1)
+        return torch.baddbmm(self.static, left, columns)
+
+
+class LowRankGenerator(nn.Module):
+    """Architecture `low_rank`. Attributes that every architecture has:
+
+    structure: what it masks. threshold: the logit above which a weight is kept when nothing is drawn;
+    noisy_threshold: the same for logits plus `noise`.
+    """
+
+    architecture = "low_rank"
+
+    def __init__(self, structure: Structure, settings: LowRankSettings | None = None):
+        super().__init__()
+        self.structure = structure
+        self.settings = settings or LowRankSettings()
+        self.threshold = self.settings.tau * math.log(self.settings.delta / (1 - self.settings.delta))
+        self.noisy_threshold = self.threshold
+        self.codes = nn.ModuleDict(
+            {key_of(block.name): _Code(block, structure.embedding, self.settings) for block in structure.blocks}
+        )
+        self.logits = nn.ModuleDict(
+            {key_of(layer.name): _LayerLogits(layer, self.settings) for layer in structure.layers.values()}
+        )
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        return asdict(self.settings)
+
+    @classmethod
+    def from_hyper_parameters(cls, structure: Structure, values: dict[str, Any]) -> "LowRankGenerator":
+        """Raises TypeError or ValueError where a value is unknown, missing or out of range."""
+        return cls(structure, LowRankSettings(**values))
+
+    def condition(self, block: Block, features: Tensor, t_emb: Tensor) -> dict[str, Tensor]:
+        """Once per block and call: the code `[B, rank]` of each of its layers, by layer name."""
+        codes = self.codes[key_of(block.name)](features, t_emb)
+        return dict(zip((layer.name for layer in block.layers), codes.split(self.settings.rank, dim=1)))
+
+    def layer_logits(self, layer: str, condition: Tensor) -> Tensor:
+        """Logits [B, out, in] of one layer, from what `condition` gave for it."""
+        return self.logits[key_of(layer)](condition)
+
+    def noise(self, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        return logistic_noise(shape, generator, dtype)

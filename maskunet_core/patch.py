@@ -1,0 +1,151 @@
+"""The seam to ComfyUI: masks reach the weights for the duration of one call of the diffusion model.
+
+One DIFFUSION_MODEL wrapper serves all mask sources of a MODEL. It shadows the cast path of each masked layer on the
+instance, takes the weight through the host's own cast (so LoRA patches, casts and offloading come first), and removes
+everything in `finally`: between two calls nothing of it is left on the model.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import MaskUNetError
+from .families import Structure, family_name, inspect_model
+from .masked_linear import linear_per_sample, masked_weight, shared_by_all_samples
+from .sources import Call, MaskSource
+
+OPTION = "maskunet"
+"""Key of the attachments in `transformer_options`, and of the wrapper and additional models on the MODEL."""
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A mask source on a MODEL. start_sigma, end_sigma: it is active at `start_sigma >= sigma >= end_sigma`."""
+
+    source: MaskSource
+    strength: float
+    start_sigma: float
+    end_sigma: float
+
+    def active_at(self, sigma: float) -> bool:
+        return self.start_sigma >= sigma >= self.end_sigma
+
+
+@contextlib.contextmanager
+def _shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Sets instance attributes and puts back what was there."""
+    before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
+    module.__dict__.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(before)
+
+
+def _masked_forward(name: str, module: nn.Module, masks: Sequence[tuple[Any, float]]):
+    """What computes instead of the layer: the weight times all its masks (`[(mask function, strength)]`)."""
+    from comfy.ops import cast_bias_weight, uncast_bias_weight
+
+    def forward(x: Tensor, *_, **__) -> Tensor:
+        weight, bias, offload_stream = cast_bias_weight(module, x, offloadable=True)
+        try:
+            masked = weight
+            for mask_of, strength in masks:
+                masked = masked_weight(masked, shared_by_all_samples(mask_of(name, weight)), strength)
+            return linear_per_sample(x, masked, bias)
+        finally:
+            uncast_bias_weight(module, weight, bias, offload_stream)
+
+    return forward
+
+
+def _recorder(call: Call, block: str):
+    def record(module: nn.Module, inputs: tuple) -> None:
+        call.features[block] = (inputs[0], inputs[1])
+
+    return record
+
+
+@contextlib.contextmanager
+def installed(
+    diffusion_model: nn.Module, sources: Sequence[tuple[MaskSource, float]], sigma: float | None = None
+) -> Iterator[None]:
+    """Masks act on `diffusion_model` inside the block, and leave no trace after it, however it ends.
+
+    sources: (source, strength); several on one layer act as the product of their masks. Training keeps the block open
+    around forward and backward, because checkpointing runs layers again in the backward pass.
+    """
+    call = Call(sigma)
+    layers: dict[str, list] = {}
+    anchors: dict[str, str] = {}
+    for source, strength in sources:
+        mask_of = source.begin(call)
+        for block in source.structure.blocks:
+            anchors[block.name] = block.anchor
+            for layer in block.layers:
+                layers.setdefault(layer.name, []).append((mask_of, strength))
+    with contextlib.ExitStack() as stack:
+        for block, anchor in anchors.items():
+            handle = diffusion_model.get_submodule(anchor).register_forward_pre_hook(_recorder(call, block))
+            stack.callback(handle.remove)
+        for name, masks in layers.items():
+            module = diffusion_model.get_submodule(name)
+            forward = _masked_forward(name, module, masks)
+            # A mixed-precision layer keeps its input unquantised where the cast is forced.
+            attributes = {"comfy_cast_weights": True, "comfy_force_cast_weights": True}
+            stack.enter_context(_shadowed(module, forward_comfy_cast_weights=forward, **attributes))
+        yield
+
+
+@torch._dynamo.disable(recursive=False)
+def _wrapper(executor, *args, **kwargs):
+    """DIFFUSION_MODEL wrapper: the diffusion model's call, with the masks that are active at its sigma."""
+    options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5]
+    sigma = float(options["sigmas"].max())
+    active = [(a.source, a.strength) for a in options.get(OPTION, ()) if a.active_at(sigma)]
+    if not active:
+        return executor(*args, **kwargs)
+    with installed(executor.class_obj, active, sigma):
+        return executor(*args, **kwargs)
+
+
+def structure_of(model, targets: str) -> Structure:
+    """The masked part of a MODEL (the host's ModelPatcher). Raises NothingToMask."""
+    base = model.model
+    return inspect_model(base.diffusion_model, targets, family_name(base))
+
+
+def attach(model, source: MaskSource, strength: float, start_percent: float, end_percent: float, weights=None):
+    """A clone of a MODEL whose layers are masked by `source`; the original is left alone.
+
+    At strength 0 the clone is not patched at all. weights: ModelPatcher of the source's own weights, which the host
+    then loads and offloads beside the model. Raises MaskUNetError where the percents are not in order.
+    """
+    if start_percent > end_percent:
+        raise MaskUNetError(
+            f"start_percent ({start_percent}) lies after end_percent ({end_percent}), so the masks would never act. "
+            "Set start_percent to the smaller of the two."
+        )
+    patched = model.clone()
+    if strength == 0.0:
+        return patched
+    from comfy.patcher_extension import WrappersMP
+
+    sampling = model.get_model_object("model_sampling")
+    attachment = Attachment(
+        source, strength, sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)
+    )
+    options = patched.model_options.setdefault("transformer_options", {})
+    if OPTION not in options:
+        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, OPTION, _wrapper)
+    options[OPTION] = (*options.get(OPTION, ()), attachment)
+    if weights is not None:
+        others = patched.get_additional_models_with_key(OPTION)
+        patched.set_additional_models(OPTION, [*others, weights])
+    return patched

@@ -1,0 +1,84 @@
+"""The authors' generator and adapters, for files that were trained with their code.
+
+A generator per up-block maps GAP(cat[h, skip]) + W_t t_emb through two convolutions, each followed by a ReLU, to a
+small map S; an adapter per layer widens S to the weight's shape, first over the rows, then over the columns.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .families import Block, Layer, Structure
+from .generator import key_of
+from .gumbel import gumbel_noise
+
+
+class _Map(nn.Module):
+    """S of one block: `[B, map_rows, map_columns]`."""
+
+    def __init__(self, block: Block, embedding: int, rows: int, columns: int, hidden: int):
+        super().__init__()
+        self.shape = (rows, columns)
+        self.time = nn.Linear(embedding, block.channels, bias=False)
+        self.first = nn.Linear(block.channels, hidden)
+        self.second = nn.Linear(hidden, rows * columns)
+
+    def forward(self, features: Tensor, t_emb: Tensor) -> Tensor:
+        like = self.first.weight
+        condition = features.float().mean(dim=(2, 3)).to(like) + self.time(t_emb.to(like))
+        return self.second(self.first(condition).relu()).relu().unflatten(1, self.shape)
+
+
+class _Adapter(nn.Module):
+    """l = (A S + a) B^T + b, with a over the rows and b over the columns."""
+
+    def __init__(self, layer: Layer, rows: int, columns: int):
+        super().__init__()
+        self.rows = nn.Linear(rows, layer.out_features)
+        self.columns = nn.Linear(columns, layer.in_features)
+
+    def forward(self, small: Tensor) -> Tensor:
+        return self.columns(self.rows(small.transpose(1, 2)).transpose(1, 2))
+
+
+class ReferenceGenerator(nn.Module):
+    """Architecture `reference`; the interface is that of `LowRankGenerator`.
+
+    The authors keep one Gumbel sample at inference, so P(keep) = 1 - exp(-exp(l)), and the likelier decision is to
+    keep where l > ln ln 2. maps: (rows, columns, hidden channels) of S, per block.
+    """
+
+    architecture = "reference"
+    threshold = math.log(math.log(2))
+    noisy_threshold = 0.0
+
+    def __init__(self, structure: Structure, maps: dict[str, tuple[int, int, int]]):
+        super().__init__()
+        self.structure = structure
+        self.maps = {name: tuple(int(n) for n in shape) for name, shape in maps.items()}
+        self.generators, self.adapters = nn.ModuleDict(), nn.ModuleDict()
+        for block in structure.blocks:
+            rows, columns, hidden = self.maps[block.name]
+            self.generators[key_of(block.name)] = _Map(block, structure.embedding, rows, columns, hidden)
+            for layer in block.layers:
+                self.adapters[key_of(layer.name)] = _Adapter(layer, rows, columns)
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        return {"maps": self.maps}
+
+    @classmethod
+    def from_hyper_parameters(cls, structure: Structure, values: dict[str, Any]) -> "ReferenceGenerator":
+        """Raises TypeError, KeyError or ValueError where a value is unknown or missing."""
+        return cls(structure, **values)
+
+    def condition(self, block: Block, features: Tensor, t_emb: Tensor) -> dict[str, Tensor]:
+        small = self.generators[key_of(block.name)](features, t_emb)
+        return {layer.name: small for layer in block.layers}
+
+    def layer_logits(self, layer: str, condition: Tensor) -> Tensor:
+        return self.adapters[key_of(layer)](condition)
+
+    def noise(self, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        return gumbel_noise(shape, generator, dtype)

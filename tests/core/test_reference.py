@@ -1,0 +1,114 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from maskunet_core import checkpoint
+from maskunet_core.families import inspect_model
+from maskunet_core.sources import Call, GeneratorMasks
+from tests.builders import sd15_unet
+from trainer.convert import BadReference, convert
+
+AUTHORS = Path(__file__).with_name("authors")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("converted") / "reference.safetensors"
+    return convert(AUTHORS / "mask_generators.pth", AUTHORS / "adapters.pth", output, "SD 1.5")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    return load_file(AUTHORS / "logits_golden.safetensors")
+
+
+def host_name(golden_key: str) -> str:
+    """logits.attentions_0_transformer_blocks_0_attn1_to_q -> the host's layer name in up-block 1."""
+    parts = golden_key.removeprefix("logits.attentions_").split("_transformer_blocks_0_")
+    layer = parts[1].replace("_to_", ".to_").replace("out_0", "out.0")
+    return f"output_blocks.{2 + int(parts[0])}.1.transformer_blocks.0.{layer}"
+
+
+def test_logits_equal_those_of_the_authors_code(converted, golden):
+    generator = checkpoint.load(converted).generator
+    block = generator.structure.blocks[0]
+    features = torch.cat([golden["h"], golden["skip"]], dim=1).float()
+    conditions = generator.condition(block, features, golden["t_emb"].float())
+    torch.testing.assert_close(conditions[block.layers[0].name], golden["S"].float(), rtol=1e-5, atol=1e-5)
+    keys = [key for key in golden if key.startswith("logits.")]
+    assert len(keys) == 3
+    for key in keys:
+        name = host_name(key)
+        logits = generator.layer_logits(name, conditions[name])
+        torch.testing.assert_close(logits, golden[key].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_converted_names_and_shapes_are_those_of_the_host(converted):
+    """The fixture's U-Net: two levels of 320 channels, one ResBlock each, attention in the outer level."""
+    unet = sd15_unet(
+        channel_mult=[1, 1],
+        num_res_blocks=[1, 1],
+        transformer_depth=[1, 0],
+        transformer_depth_output=[1, 1, 0, 0],
+        transformer_depth_middle=1,
+    )
+    structure = inspect_model(unet, "decoder attention", "SD 1.5")
+    assert checkpoint.load(converted).structure.difference(structure) is None
+
+
+def masks_of(generator, golden, seed=None):
+    call = Call(sigma=1.0)
+    features = torch.cat([golden["h"], golden["skip"]], dim=1).float()
+    call.features["up.1"] = (features, golden["t_emb"].float())
+    mask = GeneratorMasks(generator, seed=seed).begin(call)
+    return {key: mask(host_name(key), torch.zeros(1)) for key in golden if key.startswith("logits.")}
+
+
+def test_the_likelier_decision_is_the_authors(converted, golden):
+    generator = checkpoint.load(converted).generator
+    for key, mask in masks_of(generator, golden).items():
+        likelier = 1 - torch.exp(-torch.exp(golden[key])) > 0.5
+        assert (mask != likelier).float().mean() < 1e-4
+    assert generator.threshold == pytest.approx(math.log(math.log(2)))
+
+
+def test_stochastic_masks_keep_with_the_authors_probability(converted, golden):
+    generator = checkpoint.load(converted).generator
+    for key, mask in masks_of(generator, golden, seed=1).items():
+        expected = (1 - torch.exp(-torch.exp(golden[key]))).mean().item()
+        assert abs(mask.float().mean().item() - expected) < 0.01
+
+
+def test_files_that_are_no_reference_get_a_sentence(tmp_path):
+    output = tmp_path / "out.safetensors"
+    with pytest.raises(BadReference, match="does not exist"):
+        convert(tmp_path / "none.pth", AUTHORS / "adapters.pth", output, "SD 1.5")
+    (tmp_path / "text.pth").write_text("no tensors")
+    with pytest.raises(BadReference, match="is not a file of tensors"):
+        convert(tmp_path / "text.pth", AUTHORS / "adapters.pth", output, "SD 1.5")
+    with pytest.raises(BadReference, match=r"holds no key such as 1\.attentions_0"):
+        convert(AUTHORS / "adapters.pth", AUTHORS / "mask_generators.pth", output, "SD 1.5")
+    torch.save({"1.proj_temb.weight": torch.zeros(4, 4)}, tmp_path / "partial.pth")
+    with pytest.raises(BadReference, match="lacks the tensor"):
+        convert(tmp_path / "partial.pth", AUTHORS / "adapters.pth", output, "SD 1.5")
+    assert not output.exists()
+
+
+class Trap:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_pickled_code_is_never_run(tmp_path):
+    torch.save({"x": Trap(tmp_path / "written")}, tmp_path / "trap.pth")
+    with pytest.raises(BadReference):
+        convert(tmp_path / "trap.pth", AUTHORS / "adapters.pth", tmp_path / "out.safetensors", "SD 1.5")
+    assert not (tmp_path / "written").exists()
