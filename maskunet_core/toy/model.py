@@ -1,0 +1,200 @@
+"""The toy model as the host knows models: MODEL (its own U-Net class), CLIP and VAE.
+
+Everything here imports ComfyUI when it is called, never when it is imported.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from . import vocabulary
+from .autoencoder import ToyAutoencoder
+from .readers import AttentiveReader, ConvolutionalReader
+
+WEIGHTS = Path(__file__).with_name("weights")
+FAMILY = "MaskUNetToy"
+
+TEXT_CONFIG = {
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "hidden_act": "gelu",
+    "max_position_embeddings": vocabulary.MAX_TOKENS,
+    "eos_token_id": vocabulary.END,
+}
+UNET_CONFIG = {
+    "image_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 64,
+    "channel_mult": [1, 2],
+    "num_res_blocks": [2, 2],
+    "transformer_depth": [1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1],
+    "context_dim": TEXT_CONFIG["hidden_size"],
+    "num_heads": -1,
+    "num_head_channels": 32,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "legacy": False,
+    "adm_in_channels": None,
+    "use_temporal_attention": False,
+}
+
+
+def read_weights(name: str, directory: Path | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (fp32) and metadata of one part: `autoencoder`, `text_encoder`, `unet`, `reader_a` or `reader_b`."""
+    path = (directory or WEIGHTS) / f"{name}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return {name: file.get_tensor(name).float() for name in names}, file.metadata() or {}
+
+
+def load_reader(name: str, directory: Path | None = None) -> nn.Module:
+    """Reader `reader_a` (reward) or `reader_b` (judge), frozen, on the CPU."""
+    reader = {"reader_a": ConvolutionalReader, "reader_b": AttentiveReader}[name]()
+    reader.load_state_dict(read_weights(name, directory)[0])
+    return reader.eval().requires_grad_(False)
+
+
+def load_autoencoder(directory: Path | None = None) -> ToyAutoencoder:
+    autoencoder = ToyAutoencoder()
+    autoencoder.load_state_dict(read_weights("autoencoder", directory)[0])
+    return autoencoder.eval().requires_grad_(False)
+
+
+def text_model_class() -> type[nn.Module]:
+    """The host's CLIP text transformer with the toy world's own vocabulary."""
+    import comfy.clip_model
+
+    class ToyTextModel(comfy.clip_model.CLIPTextModel):
+        def __init__(self, config: dict, dtype, device, operations):
+            super().__init__(config, dtype, device, operations)
+            size = config["hidden_size"]
+            self.set_input_embeddings(operations.Embedding(len(vocabulary.WORDS), size, dtype=dtype, device=device))
+
+    return ToyTextModel
+
+
+class _WordTokenizer:
+    """What the host's SDTokenizer asks of a tokeniser."""
+
+    @classmethod
+    def from_pretrained(cls, path: str, **options) -> "_WordTokenizer":
+        return cls()
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": vocabulary.encode(text)}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: index for index, word in enumerate(vocabulary.WORDS)}
+
+
+def _load_clip(directory: Path | None):
+    import comfy.sd
+    import comfy.sd1_clip
+    import comfy.supported_models_base
+
+    special_tokens = {"start": vocabulary.START, "end": vocabulary.END, "pad": vocabulary.END}
+
+    class Tokenizer(comfy.sd1_clip.SDTokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data={}):  # noqa: B006 - the host's signature
+            super().__init__(
+                max_length=vocabulary.MAX_TOKENS,
+                embedding_directory=embedding_directory,
+                embedding_size=TEXT_CONFIG["hidden_size"],
+                tokenizer_class=_WordTokenizer,
+                tokenizer_data=tokenizer_data,
+            )
+
+    class Encoder(comfy.sd1_clip.SDClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options={}):  # noqa: B006 - the host's signature
+            super().__init__(
+                device=device,
+                dtype=dtype,
+                max_length=vocabulary.MAX_TOKENS,
+                textmodel_json_config=dict(TEXT_CONFIG),
+                model_class=text_model_class(),
+                special_tokens=special_tokens,
+                return_projected_pooled=False,
+                model_options=model_options,
+            )
+
+    class Clip(comfy.sd1_clip.SD1ClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options={}):  # noqa: B006 - the host's signature
+            super().__init__(device=device, dtype=dtype, model_options=model_options, clip_model=Encoder)
+
+    class ClipTokenizer(comfy.sd1_clip.SD1Tokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data={}):  # noqa: B006 - the host's signature
+            super().__init__(embedding_directory, tokenizer_data, tokenizer=Tokenizer)
+
+    tensors, _ = read_weights("text_encoder", directory)
+    target = comfy.supported_models_base.ClipTarget(ClipTokenizer, Clip)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    return comfy.sd.CLIP(target, parameters=parameters, state_dict=[tensors])
+
+
+def _load_vae(directory: Path | None):
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.sd
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    # The host builds a VAE from a configuration of its own class. It gets the smallest one that the class allows,
+    # which sets up devices, dtypes and scaling for latents of 4 channels; then the toy's autoencoder takes its place.
+    layout = {"double_z": True, "z_channels": 4, "resolution": 8, "in_channels": 3, "out_ch": 3, "ch": 32}
+    layout |= {"ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+    params = {"ddconfig": layout, "embed_dim": 4}
+    vae = comfy.sd.VAE(sd=AutoencoderKL(**params).state_dict(), config={"params": params})
+
+    vae.first_stage_model = load_autoencoder(directory).to(vae.vae_dtype)
+    comfy.model_management.archive_model_dtypes(vae.first_stage_model)
+    vae.disable_offload = True
+    vae.patcher = comfy.model_patcher.ModelPatcher(
+        vae.first_stage_model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
+    )
+    vae.size = None
+    vae.model_size()
+    return vae
+
+
+def _load_unet(directory: Path | None):
+    import comfy.latent_formats
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models_base
+
+    tensors, metadata = read_weights("unet", directory)
+    preview = json.loads(metadata["latent_rgb"])
+
+    class ToyLatents(comfy.latent_formats.LatentFormat):
+        latent_rgb_factors = preview["factors"]
+        latent_rgb_factors_bias = preview["bias"]
+
+    class MaskUNetToy(comfy.supported_models_base.BASE):
+        unet_extra_config = {}
+        latent_format = ToyLatents
+        memory_usage_factor = 1.0
+
+    management = comfy.model_management
+    config = MaskUNetToy(UNET_CONFIG)
+    load_device = management.get_torch_device()
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    dtype = management.unet_dtype(model_params=parameters, supported_dtypes=config.supported_inference_dtypes)
+    cast = management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes)
+    config.set_inference_dtype(dtype, cast)
+    model = config.get_model(tensors, device=management.unet_inital_load_device(parameters, dtype))
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        model, load_device=load_device, offload_device=management.unet_offload_device()
+    )
+    model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
+    return patcher
+
+
+def load_toy_model(directory: Path | None = None):
+    """(MODEL, CLIP, VAE) of the toy world, from the shipped weights or from those in `directory`."""
+    return _load_unet(directory), _load_clip(directory), _load_vae(directory)

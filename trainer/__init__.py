@@ -1,0 +1,1 @@
+"""Trains mask generators for MaskUNet: `python -m trainer --help`."""
