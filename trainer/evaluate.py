@@ -1,0 +1,120 @@
+"""Judges a generator on prompts, pictures and noises that no training saw."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from maskunet_core import checkpoint
+from maskunet_core.patch import attach, installed, structure_of
+from maskunet_core.sources import GeneratorMasks
+from maskunet_core.toy.model import load_reader
+
+from .base import BaseModel, load_base, sample_pictures
+from .seeds import seeded
+from .tables import write_table
+from .toy.data import LatentSet, latent_set
+from .toy.judge import frechet_distance, fully_right, read
+from .toy.world import Caption, render, sample_captioned
+
+KINDS = ("one", "two", "relation")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """loss_pictures: pairs for the held-out loss. prompts: distinct held-out prompts of each kind, as many as there
+    are; pictures: of each kind. steps, cfg: of the host's DDIM sampler."""
+
+    loss_pictures: int = 6144
+    prompts: int = 240
+    pictures: int = 720
+    steps: int = 15
+    cfg: float = 5.0
+    seed: int = 0
+
+    @classmethod
+    def quick(cls) -> "Protocol":
+        """Few pictures: shows that the path works, not how good a model is."""
+        return cls(loss_pictures=256, prompts=8, pictures=16)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+@torch.no_grad()
+def held_out_losses(base: BaseModel, data: LatentSet, seed: int, source: GeneratorMasks | None) -> Tensor:
+    """`[N]` losses of Eq. 2, each sample with a fixed noise and a timestep of its own stratum."""
+    stream = seeded(30, seed)
+    timesteps = ((torch.arange(len(data)) + torch.rand(len(data), generator=stream)) * 1000 / len(data)).long()
+    noise = torch.randn(data.latents.shape, generator=stream)
+    losses = []
+    for rows in tqdm(torch.arange(len(data)).split(64), desc="held-out loss", mininterval=1):
+        context = base.encode(data.tokens[rows])
+        with installed(base.unet, [(source, 1.0)] if source else []):
+            losses.append(base.diffusion_loss(data.latents[rows], context, timesteps[rows], noise[rows]))
+    return torch.cat(losses)
+
+
+def held_out_prompts(protocol: Protocol) -> tuple[list[Caption], Tensor]:
+    """Captions of all kinds, repeated in turn to `pictures` of each, and as many real pictures of the same kinds."""
+    stream = seeded(31, protocol.seed)
+    scenes, captions = sample_captioned(12 * protocol.pictures, stream, held_out=True)
+    prompts, rows = [], []
+    for kind in KINDS:
+        distinct = list(dict.fromkeys(caption for caption in captions if caption.kind == kind))[: protocol.prompts]
+        prompts += [distinct[n % len(distinct)] for n in range(protocol.pictures)]
+        rows += [n for n, caption in enumerate(captions) if caption.kind == kind][: protocol.pictures]
+    return prompts, render(scenes[torch.tensor(rows)], stream)
+
+
+def judge_pictures(pictures: Tensor, prompts: list[Caption], real: Tensor, judge) -> dict[str, Any]:
+    """Accuracy by kind with its standard error, and the Frechet distance to the real pictures."""
+    reading = read(judge, pictures)
+    right = fully_right(reading, prompts).float()
+    scores = {}
+    for kind in KINDS:
+        values = right[torch.tensor([prompt.kind == kind for prompt in prompts])]
+        mean, error = mean_and_error(values)
+        scores[kind] = f"{mean:.3f} ± {error:.3f}"
+    scores["frechet"] = round(frechet_distance(reading.features, read(judge, real).features), 3)
+    return scores
+
+
+def evaluate(generator_file: Path | None, protocol: Protocol, output: Path, weights: str = "") -> list[dict[str, Any]]:
+    """A row for the base and one for base + generator; written to `output/table.md` and `.json`, and printed."""
+    base = load_base(weights)
+    judge = load_reader("reader_b", Path(weights) if weights else None)
+    data = latent_set(protocol.loss_pictures, seeded(32, protocol.seed), base.vae.first_stage_model, held_out=True)
+    prompts, real = held_out_prompts(protocol)
+    texts = [str(prompt) for prompt in prompts]
+    counts = Counter(prompt.kind for prompt in dict.fromkeys(prompts))
+    print(f"{len(texts)} pictures of {len(dict.fromkeys(texts))} held-out prompts: {dict(counts)}", flush=True)
+
+    models: list[tuple[str, Any, GeneratorMasks | None]] = [("base", base.patcher, None)]
+    if generator_file is not None:
+        loaded = checkpoint.load(generator_file)
+        loaded.require_fit(structure_of(base.patcher, loaded.targets))
+        source = GeneratorMasks(loaded.generator)
+        models.append((f"base + {generator_file.name}", attach(base.patcher, source, 1.0, 0.0, 1.0), source))
+
+    rows, base_losses = [], None
+    for name, patcher, source in models:
+        losses = held_out_losses(base, data, protocol.seed, source)
+        base_losses = losses if base_losses is None else base_losses
+        mean, error = mean_and_error(losses - base_losses)
+        with tqdm(total=len(texts), desc=name, mininterval=1) as bar:
+            pictures = sample_pictures(
+                base, patcher, texts, protocol.seed, protocol.steps, protocol.cfg, 60, bar.update
+            )
+        row = {"model": name, "loss": round(losses.mean().item(), 5), "change x 1e-4": "0"}
+        if source is not None:
+            row["change x 1e-4"] = f"{mean * 1e4:+.2f} ± {error * 1e4:.2f}"
+        rows.append(row | judge_pictures(pictures, prompts, real, judge))
+    print(write_table(output, rows, vars(protocol) | {"prompts by kind": dict(counts)}))
+    return rows

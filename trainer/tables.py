@@ -1,0 +1,40 @@
+"""Tables that are written twice: for people (Markdown) and for programs (JSON)."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .files import replacing
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement was made on."""
+    versions = {}
+    for package in ("torch", "safetensors", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {"device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_table(folder: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """`folder/table.md` and `folder/table.json`; returns the Markdown."""
+    markdown = to_markdown(rows)
+    with replacing(folder / "table.md") as temporary:
+        temporary.write_text(markdown + "\n", encoding="utf-8")
+    with replacing(folder / "table.json") as temporary:
+        content = {"rows": rows, "settings": settings, "machine": machine()}
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return markdown
