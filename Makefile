@@ -1,0 +1,19 @@
+PYTHON ?= python3
+VENV_PYTHON = $(firstword $(wildcard .venv/bin/python .venv/Scripts/python.exe) .venv/bin/python)
+
+.PHONY: setup demo test bench clean
+
+setup:
+	@$(PYTHON) tests/host/setup.py
+
+demo: setup
+	@$(VENV_PYTHON) -m tests.host.demo $(DEMO_ARGS)
+
+test: setup
+	@$(VENV_PYTHON) -m pytest $(TEST_ARGS)
+
+bench: setup
+	@$(VENV_PYTHON) -m tests.bench $(BENCH_ARGS)
+
+clean:
+	rm -rf .venv .host output

@@ -1,0 +1,20 @@
+"""The extension as ComfyUI sees it: its model folders and its nodes."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import folders
+from .generator import MaskUNetApply, MaskUNetLoader
+from .random_mask import MaskUNetRandomMask
+from .toy import MaskUNetToyModel
+
+
+class MaskUNetExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        folders.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [MaskUNetLoader, MaskUNetApply, MaskUNetRandomMask, MaskUNetToyModel]
+
+
+async def comfy_entrypoint() -> MaskUNetExtension:
+    return MaskUNetExtension()

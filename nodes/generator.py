@@ -1,0 +1,117 @@
+"""Load a trained mask generator and apply it to a model."""
+
+import copy
+import os
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..maskunet_core.checkpoint import GeneratorFile, load
+from ..maskunet_core.patch import attach, structure_of
+from ..maskunet_core.sources import GeneratorMasks
+from .folders import MASKUNET
+from .types import MaskUNetType, seed_input, window_inputs
+
+
+class LoadedGenerator:
+    """What travels on a MASKUNET link: the file's content, and a ModelPatcher of its weights per dtype in use."""
+
+    def __init__(self, file: GeneratorFile):
+        self.file = file
+        self._patchers: dict[torch.dtype, comfy.model_patcher.ModelPatcher] = {}
+
+    def patcher(self, dtype: torch.dtype) -> comfy.model_patcher.ModelPatcher:
+        if dtype not in self._patchers:
+            module = self.file.generator if dtype == torch.float32 else copy.deepcopy(self.file.generator).to(dtype)
+            self._patchers[dtype] = comfy.model_patcher.ModelPatcher(
+                module,
+                load_device=comfy.model_management.get_torch_device(),
+                offload_device=comfy.model_management.unet_offload_device(),
+            )
+        return self._patchers[dtype]
+
+
+class MaskUNetLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MaskUNetLoader",
+            display_name="MaskUNet Loader",
+            category="MaskUNet",
+            description="Loads a mask generator that was trained with `python -m trainer`. The files lie in "
+            "models/maskunet. The file toy_shapes.safetensors comes with the extension, for the MaskUNet Toy Model.",
+            search_aliases=["mask generator", "load maskunet", "quality", "prompt adherence", "mask unet checkpoint"],
+            inputs=[
+                io.Combo.Input(
+                    "maskunet_name",
+                    options=folder_paths.get_filename_list(MASKUNET),
+                    tooltip="Generator file in models/maskunet. It fits the model family it was trained for.",
+                ),
+            ],
+            outputs=[MaskUNetType.Output("MASKUNET", tooltip="The mask generator, for MaskUNet Apply.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, maskunet_name: str) -> float:
+        return os.path.getmtime(folder_paths.get_full_path_or_raise(MASKUNET, maskunet_name))
+
+    @classmethod
+    def execute(cls, maskunet_name: str) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise(MASKUNET, maskunet_name)
+        return io.NodeOutput(LoadedGenerator(load(Path(path))))
+
+
+class MaskUNetApply(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MaskUNetApply",
+            display_name="MaskUNet Apply",
+            category="MaskUNet",
+            description="Masks weights of the model's linear layers while it samples, chosen anew by the generator for "
+            "every step and every image. The model itself is never changed: bypass or delete this node and it is as "
+            "before. Several of these nodes in a row keep what all of them keep.",
+            search_aliases=["mask weights", "masked unet", "quality", "prompt adherence", "enhance model"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to sample with. LoRAs may come before or after this node."),
+                MaskUNetType.Input("maskunet", tooltip="The generator, from MaskUNet Loader."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="How much of a masked weight is removed: 1 removes all of it, 0.5 half, 0 nothing (the "
+                    "stock model). Above 1 its sign turns.",
+                ),
+                *window_inputs(),
+                io.Boolean.Input(
+                    "stochastic",
+                    default=False,
+                    tooltip="Off: each weight takes its likelier side, so the same seed gives the same image. On: "
+                    "weights are drawn by their probability with the seed below.",
+                ),
+                seed_input("Seed of the draw in stochastic mode. The sampler's own noise does not depend on it."),
+            ],
+            outputs=[io.Model.Output("MODEL", tooltip="The model with masks. The input model stays as it was.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        maskunet: LoadedGenerator,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        stochastic: bool,
+        seed: int,
+    ) -> io.NodeOutput:
+        maskunet.file.require_fit(structure_of(model, maskunet.file.targets))
+        patcher = maskunet.patcher(model.model.get_dtype_inference())
+        source = GeneratorMasks(patcher.model, seed=seed if stochastic else None)
+        return io.NodeOutput(attach(model, source, strength, start_percent, end_percent, weights=patcher))

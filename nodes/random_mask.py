@@ -1,0 +1,61 @@
+"""Random masks: what a mask does to a model before anything is learned."""
+
+from comfy_api.latest import io
+
+from ..maskunet_core.families import TARGETS
+from ..maskunet_core.patch import attach, structure_of
+from ..maskunet_core.sources import RandomMasks
+from .types import seed_input, window_inputs
+
+
+class MaskUNetRandomMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MaskUNetRandomMask",
+            display_name="MaskUNet Random Mask",
+            category="MaskUNet",
+            description="Removes weights at random while the model samples, as in figure 1 of the MaskUNet paper: some "
+            "masks give a better image than all weights do, most do not. Shows what there is to learn; it needs no "
+            "generator and works on any SD 1.5, SD 2.x or SDXL model.",
+            search_aliases=["random mask", "drop weights", "prune", "variation", "maskunet figure 1"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to sample with."),
+                io.Float.Input(
+                    "keep_ratio",
+                    default=0.99,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Share of the weights that stay. 0.99 varies an image, 0.9 damages it, 1 changes nothing.",
+                ),
+                seed_input("Seed of the masks. The sampler's own noise does not depend on it."),
+                io.Combo.Input(
+                    "targets",
+                    options=list(TARGETS),
+                    default="decoder attention",
+                    tooltip="Which linear layers are masked. The paper masks the attention of the decoder.",
+                ),
+                io.Boolean.Input(
+                    "per_step",
+                    default=True,
+                    tooltip="On: another mask at every sampling step. Off: one mask for the whole run.",
+                ),
+                *window_inputs(),
+            ],
+            outputs=[io.Model.Output("MODEL", tooltip="The model with masks. The input model stays as it was.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        keep_ratio: float,
+        seed: int,
+        targets: str,
+        per_step: bool,
+        start_percent: float,
+        end_percent: float,
+    ) -> io.NodeOutput:
+        source = RandomMasks(structure_of(model, targets), keep_ratio, seed, per_step)
+        return io.NodeOutput(attach(model, source, 1.0, start_percent, end_percent))

@@ -1,0 +1,31 @@
+"""What MaskUNet's nodes hand to each other, and inputs that several of them have."""
+
+from comfy_api.latest import io
+
+MaskUNetType = io.Custom("MASKUNET")
+
+
+def window_inputs() -> list[io.Input]:
+    """start_percent and end_percent, as in ControlNet's nodes."""
+    return [
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Where in sampling the masks begin to act: 0 is the first step (pure noise), 1 the end.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Where in sampling the masks stop acting. Outside the two the model runs unmasked, at full speed.",
+        ),
+    ]
+
+
+def seed_input(tooltip: str) -> io.Input:
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)

@@ -1,0 +1,91 @@
+"""Graphs as people open them (`workflows/*.json`, UI format), and what the server is sent (API format)."""
+
+import json
+from typing import Any
+
+from trainer.host import PROJECT
+
+WORKFLOWS = PROJECT / "workflows"
+MUTED, BYPASSED = 2, 4
+_NOT_SENT = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")
+_WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+
+def load_workflow(name: str) -> dict[str, Any]:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _widgets(info: dict[str, Any]) -> list[tuple[str, bool]]:
+    """(name, whether a control_after_generate value follows) of the inputs that are widgets, in their order."""
+    widgets = []
+    for group in ("required", "optional"):
+        names = info.get("input_order", {}).get(group, [])
+        for name in names:
+            kind, *options = info["input"][group][name]
+            options = options[0] if options else {}
+            if options.get("forceInput") or not (isinstance(kind, list) or kind in _WIDGET_TYPES):
+                continue
+            widgets.append((name, bool(options.get("control_after_generate"))))
+    return widgets
+
+
+def _widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+    saved = node.get("widgets_values") or []
+    if isinstance(saved, dict):
+        return {name: saved[name] for name, _ in _widgets(info) if name in saved}
+    values, position = {}, 0
+    for name, controlled in _widgets(info):
+        if position >= len(saved):
+            break
+        values[name] = saved[position]
+        position += 2 if controlled else 1
+    return values
+
+
+def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
+    """What the front end would send for this graph: muted nodes left out, bypassed nodes passed through."""
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    links = {link[0]: (link[1], link[2]) for link in workflow["links"]}
+
+    def source(link: int | None) -> list | None:
+        """[node id, output index] at the start of a link, past bypassed nodes and reroutes."""
+        while link is not None:
+            origin, slot = links[link]
+            node = nodes[origin]
+            if node.get("mode") == MUTED:
+                return None
+            if node.get("mode") != BYPASSED and node["type"] != "Reroute":
+                return [str(origin), slot]
+            inputs = node.get("inputs", [])
+            if node["type"] == "Reroute":
+                link = inputs[0]["link"]
+                continue
+            kind = node["outputs"][slot]["type"]
+            link = next((entry["link"] for entry in inputs if entry["type"] == kind), None)
+        return None
+
+    prompt = {}
+    for node in nodes.values():
+        if node["type"] in _NOT_SENT or node.get("mode") in (MUTED, BYPASSED):
+            continue
+        inputs = _widget_values(node, object_info[node["type"]])
+        for entry in node.get("inputs", []):
+            found = source(entry.get("link"))
+            if found is not None:
+                inputs[entry["name"]] = found
+        prompt[str(node["id"])] = {
+            "class_type": node["type"],
+            "inputs": inputs,
+            "_meta": {"title": node.get("title", node["type"])},
+        }
+    return prompt
+
+
+def nodes_of(prompt: dict[str, Any], class_type: str) -> list[str]:
+    """Ids of the nodes of a class, in the order of the graph."""
+    return [key for key, node in prompt.items() if node["class_type"] == class_type]
+
+
+def titled(prompt: dict[str, Any], title: str) -> dict[str, Any]:
+    """The inputs of the node with this title, to be read or changed."""
+    return next(node["inputs"] for node in prompt.values() if node["_meta"]["title"] == title)

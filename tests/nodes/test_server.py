@@ -1,0 +1,221 @@
+"""The extension in a real ComfyUI server, through its own API: what a user of the graph meets."""
+
+import copy
+import io
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskunet_core import checkpoint
+from maskunet_core.families import inspect_model
+from tests.builders import make_generator, sd15_unet
+from tests.damage import missing_tensor, newer_version, no_safetensors, not_finite, truncated
+from tests.host.graph import WORKFLOWS, load_workflow, titled, to_prompt
+from tests.host.server import ExecutionError, Server, ServerError
+
+NODES = ("MaskUNetLoader", "MaskUNetApply", "MaskUNetRandomMask", "MaskUNetToyModel")
+
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    return server.object_info()
+
+
+@pytest.fixture
+def graph(object_info):
+    """The demo's graph in API format, with two small pictures and few steps; every test may change it."""
+    prompt = to_prompt(load_workflow("generator_off_and_on"), object_info)
+    titled(prompt, "Four 64x64 pictures")["batch_size"] = 2
+    for title in ("Sample without masks", "Sample with masks"):
+        titled(prompt, title)["steps"] = 4
+    return prompt
+
+
+def pictures(server: Server, prompt: dict, title: str) -> np.ndarray:
+    """`[B, H, W, 3]` bytes of the Save Image node with this title, after a run."""
+    node = next(key for key, value in prompt.items() if value["_meta"]["title"] == title)
+    images = server.run(prompt)[node]["images"]
+    return np.stack([np.asarray(Image.open(io.BytesIO(server.view(image))).convert("RGB")) for image in images])
+
+
+def both(server: Server, prompt: dict) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(pictures(server, resampled(prompt), f"Save {which} masks") for which in ("without", "with"))
+
+
+def resampled(prompt: dict) -> dict:
+    """The same graph with a negative prompt of other digits, which the toy's text encoder does not see: the server
+    samples again, on the same cached model, instead of giving what it has."""
+    prompt = copy.deepcopy(prompt)
+    titled(prompt, "Negative prompt")["text"] = str(time.monotonic_ns())
+    return prompt
+
+
+def put_generator(server: Server, name: str, generator) -> str:
+    checkpoint.save(server.base / "models" / "maskunet" / name, generator, "decoder attention", {})
+    return name
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_every_node_explains_itself(object_info, node):
+    info = object_info[node]
+    assert info["category"] == "MaskUNet"
+    assert info["display_name"].startswith("MaskUNet ")
+    assert len(info["description"]) > 40
+    assert info["search_aliases"]
+    for group in info["input"].values():
+        for name, (_, options) in group.items():
+            assert len(options.get("tooltip", "")) > 20, name
+    assert all(info["output_tooltips"])
+
+
+def test_contract_of_the_nodes(object_info):
+    inputs = {node: [*object_info[node]["input"].get("required", {})] for node in NODES}
+    assert inputs == {
+        "MaskUNetLoader": ["maskunet_name"],
+        "MaskUNetApply": ["model", "maskunet", "strength", "start_percent", "end_percent", "stochastic", "seed"],
+        "MaskUNetRandomMask": [
+            "model",
+            "keep_ratio",
+            "seed",
+            "targets",
+            "per_step",
+            "start_percent",
+            "end_percent",
+        ],
+        "MaskUNetToyModel": [],
+    }
+    outputs = {node: object_info[node]["output"] for node in NODES}
+    assert outputs["MaskUNetLoader"] == ["MASKUNET"]
+    assert outputs["MaskUNetApply"] == outputs["MaskUNetRandomMask"] == ["MODEL"]
+    assert outputs["MaskUNetToyModel"] == ["MODEL", "CLIP", "VAE"]
+    defaults = {k: v[1].get("default") for k, v in object_info["MaskUNetApply"]["input"]["required"].items()}
+    assert (defaults["strength"], defaults["start_percent"], defaults["end_percent"]) == (1.0, 0.0, 1.0)
+    assert (defaults["stochastic"], defaults["seed"]) == (False, 0)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in WORKFLOWS.glob("*.json")))
+def test_every_shipped_workflow_runs(server, object_info, name):
+    outputs = server.run(to_prompt(load_workflow(name), object_info))
+    saved = [image for output in outputs.values() for image in output.get("images", [])]
+    assert saved
+    for image in saved:
+        assert np.asarray(Image.open(io.BytesIO(server.view(image)))).std() > 1
+
+
+def test_the_generator_that_ships_changes_the_pictures(server, graph):
+    off, on = both(server, graph)
+    assert off.shape == on.shape == (2, 256, 256, 3)
+    assert not np.array_equal(off, on)
+
+
+def test_strength_zero_equals_the_stock_model_bit_for_bit(server, graph):
+    titled(graph, "Apply the masks")["strength"] = 0.0
+    off, on = both(server, graph)
+    assert np.array_equal(off, on)
+
+
+def test_an_untrained_generator_equals_the_stock_model_bit_for_bit(server, graph, toy_structure):
+    titled(graph, "Generator")["maskunet_name"] = put_generator(
+        server, "untrained.safetensors", make_generator(toy_structure)
+    )
+    off, on = both(server, graph)
+    assert np.array_equal(off, on)
+
+
+def test_same_seed_gives_the_same_image_in_one_process_and_after_a_restart(graph):
+    titled(graph, "Apply the masks")["stochastic"] = True
+    with Server() as server:
+        first, again = (pictures(server, resampled(graph), "Save with masks") for _ in range(2))
+        server.restart()
+        later = pictures(server, resampled(graph), "Save with masks")
+    assert np.array_equal(first, again)
+    assert np.array_equal(first, later)
+
+
+def test_progress_and_previews_come_from_the_sampler(server, graph):
+    events = []
+    server.run(resampled(graph), lambda kind, data: events.append((kind, data)))
+    node = next(key for key, value in graph.items() if value["_meta"]["title"] == "Sample with masks")
+    steps = [data["value"] for kind, data in events if kind == "progress" and data["node"] == node]
+    assert steps[-1] == 4
+    assert any(kind == "preview" for kind, _ in events)
+
+
+def test_an_interrupt_in_mid_sampling_leaves_the_model_as_it_was(server, graph):
+    before, _ = both(server, graph)
+    long = resampled(graph)
+    titled(long, "Sample with masks").update(steps=2000, seed=123)
+    interrupted = threading.Event()
+
+    def interrupt_at_the_second_step(kind, data):
+        if kind == "progress" and data["max"] == 2000 and data["value"] >= 2 and not interrupted.is_set():
+            interrupted.set()
+            threading.Thread(target=server.interrupt).start()
+
+    with pytest.raises(ServerError, match="interrupted"):
+        server.run(long, interrupt_at_the_second_step)
+    after, _ = both(server, graph)
+    assert np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("damage", [no_safetensors, truncated, newer_version, missing_tensor, not_finite])
+def test_a_bad_file_gets_its_sentence_and_leaves_the_server_running(server, graph, toy_structure, damage):
+    name = f"{damage.__name__}.safetensors"
+    put_generator(server, name, make_generator(toy_structure))
+    damage(server.base / "models" / "maskunet" / name)
+    titled(graph, "Generator")["maskunet_name"] = name
+    with pytest.raises(ExecutionError) as caught:
+        server.run(graph)
+    assert caught.value.node_type == "MaskUNetLoader"
+    assert name in caught.value.exception_message
+    assert server.get("/system_stats")["system"]["comfyui_version"]
+
+
+def test_a_generator_for_another_family_is_refused_before_sampling(server, graph):
+    sd15 = inspect_model(sd15_unet(), "decoder attention", "SD 1.5")
+    narrow = make_generator(sd15, bias="row_column", rank=1, width=4)
+    titled(graph, "Generator")["maskunet_name"] = put_generator(server, "sd15.safetensors", narrow)
+    with pytest.raises(ExecutionError, match=r"was trained for SD 1\.5, but the connected model is the MaskUNet toy"):
+        server.run(graph)
+
+
+def test_a_file_that_was_replaced_is_read_again(server, graph, toy_structure):
+    name = put_generator(server, "replaced.safetensors", make_generator(toy_structure))
+    titled(graph, "Generator")["maskunet_name"] = name
+    untouched = pictures(server, resampled(graph), "Save with masks")
+    time.sleep(0.05)
+    put_generator(server, name, make_generator(toy_structure, lively=True))
+    assert not np.array_equal(pictures(server, resampled(graph), "Save with masks"), untouched)
+
+
+def test_random_masks_vary_with_their_seed(server, graph):
+    node = next(key for key, value in graph.items() if value["class_type"] == "MaskUNetApply")
+    graph[node] = {
+        "class_type": "MaskUNetRandomMask",
+        "inputs": {
+            "model": graph[node]["inputs"]["model"],
+            "keep_ratio": 0.9,
+            "seed": 1,
+            "targets": "decoder attention",
+            "per_step": True,
+            "start_percent": 0.0,
+            "end_percent": 1.0,
+        },
+        "_meta": {"title": "Random masks"},
+    }
+    first = pictures(server, resampled(graph), "Save with masks")
+    assert np.array_equal(first, pictures(server, resampled(graph), "Save with masks"))
+    titled(graph, "Random masks")["seed"] = 2
+    assert not np.array_equal(first, pictures(server, resampled(graph), "Save with masks"))
+    titled(graph, "Random masks")["keep_ratio"] = 1.0
+    off, on = both(server, graph)
+    assert np.array_equal(off, on)
+
+
+def test_the_folder_may_have_any_name(graph):
+    with Server(folder_name="my-own folder") as server:
+        assert pictures(server, graph, "Save with masks").shape == (2, 256, 256, 3)
+        assert "Cannot import" not in server.log.read_text()
