@@ -9,7 +9,7 @@ import tomllib
 
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.families import TARGETS
-from maskunet_core.generator import BIASES
+from maskunet_core.generator import BIASES, LowRankSettings
 
 PRESETS = Path(__file__).with_name("presets")
 
@@ -36,18 +36,10 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Generator:
-    """What is trained; the fields of `LowRankSettings`, and the target set."""
+class Generator(LowRankSettings):
+    """What is trained: the generator's hyper-parameters and its target set. noise: Gumbel noise while training."""
 
     targets: str = "decoder attention"
-    rank: int = 8
-    width: int = 64
-    bias: str = "weight"
-    start: float = 1.0
-    tau: float = 1.0
-    delta: float = 0.5
-    use_time: bool = True
-    use_sample: bool = True
     noise: bool = False
 
 
