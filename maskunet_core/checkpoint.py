@@ -135,6 +135,21 @@ def read_metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
+def describe(path: Path) -> dict[str, Any]:
+    """What a generator file says of itself, for people. Raises BadCheckpoint."""
+    loaded = load(path)
+    structure, training = loaded.structure, loaded.training
+    parameters = sum(value.numel() for value in loaded.generator.state_dict().values())
+    return {
+        "file": f"{path.name}, {path.stat().st_size / 1e6:.2f} MB",
+        "architecture": f"{loaded.generator.architecture}, {parameters:,} parameters",
+        "base model": structure.family,
+        "targets": f"{loaded.targets}: {len(structure.layers)} layers, {structure.masked_weights:,} weights",
+        "hyper-parameters": loaded.generator.hyper_parameters(),
+        "training": training,
+    }
+
+
 def _build(path: Path, metadata: dict[str, str]) -> tuple[nn.Module, dict[str, Any]]:
     """The module on the meta device and the training record, from the metadata."""
     try:

@@ -11,6 +11,7 @@ from .families import Block, Layer, Structure
 from .gumbel import logistic_noise
 
 BIASES = ("weight", "row_column")
+CODES = ("block", "layer")
 
 
 def key_of(name: str) -> str:
@@ -22,10 +23,11 @@ def key_of(name: str) -> str:
 class LowRankSettings:
     """Hyper-parameters of `LowRankGenerator`, as the checkpoint holds them.
 
-    rank: of the dynamic part of a layer's logits. width: channels of z' and of the hidden layers.
-    bias: `weight` (one logit per weight) or `row_column` (one per row plus one per column). start: logit at which
-    every weight begins, above the threshold. tau, delta: temperature and threshold on the probability (Eq. 5).
-    use_time, use_sample: the inputs of Eq. 3, for ablations.
+    rank: of the dynamic part of a layer's logits; 0 makes a static mask, the same for every step and sample. width:
+    channels of z' and of the hidden layers. bias: `weight` (one logit per weight) or `row_column` (one per row plus one
+    per column). start: logit at which every weight begins, above the threshold. tau, delta: temperature and threshold
+    on the probability (Eq. 5). use_time, use_sample: the inputs of Eq. 3, for ablations. codes: a network for every
+    `block`, or for every `layer`.
     """
 
     rank: int = 8
@@ -36,22 +38,27 @@ class LowRankSettings:
     delta: float = 0.5
     use_time: bool = True
     use_sample: bool = True
+    codes: str = "block"
 
     def __post_init__(self):
         if self.bias not in BIASES:
             raise ValueError(f"bias is '{self.bias}', but must be one of {', '.join(BIASES)}")
-        if not (self.rank >= 1 and self.width >= 1 and 0 < self.delta < 1 and self.tau > 0):
-            raise ValueError("rank and width must be at least 1, tau above 0 and delta between 0 and 1")
+        if self.codes not in CODES:
+            raise ValueError(f"codes is '{self.codes}', but must be one of {', '.join(CODES)}")
+        if not (self.rank >= 0 and self.width >= 1 and 0 < self.delta < 1 and self.tau > 0):
+            raise ValueError("rank must not be negative, width at least 1, tau above 0 and delta between 0 and 1")
+        if self.rank and not (self.use_time or self.use_sample):
+            raise ValueError("a dynamic mask needs use_time or use_sample; a static one has rank 0")
 
 
 class _Code(nn.Module):
-    """Condition and code of one block (Eqs. 3 and 4).
+    """Condition and code of `layers` layers of one block (Eqs. 3 and 4).
 
     z' = FC(t_emb) + P GAP(h): both are normalised to unit variance first and meet in `width` channels, so that the
     generator stays small and does not depend on the scale of a base model's features.
     """
 
-    def __init__(self, block: Block, embedding: int, settings: LowRankSettings):
+    def __init__(self, block: Block, embedding: int, settings: LowRankSettings, layers: int):
         super().__init__()
         width = settings.width
         self.time_norm = nn.LayerNorm(embedding, elementwise_affine=False)
@@ -63,7 +70,7 @@ class _Code(nn.Module):
             nn.ReLU(),
             nn.Linear(width, width),
             nn.ReLU(),
-            nn.Linear(width, len(block.layers) * settings.rank),
+            nn.Linear(width, layers * settings.rank),
         )
 
     def forward(self, features: Tensor, t_emb: Tensor) -> Tensor:
@@ -84,10 +91,11 @@ class _LayerLogits(nn.Module):
     def __init__(self, layer: Layer, settings: LowRankSettings):
         super().__init__()
         rows, columns, rank = layer.out_features, layer.in_features, settings.rank
-        # Small enough that no weight starts below the threshold, large enough that all gradients are alive.
-        spread = 0.35 / rank**0.25
-        self.u = nn.Parameter(spread * torch.randn(rows, rank))
-        self.v = nn.Parameter(spread * torch.randn(columns, rank))
+        if rank:
+            # Small enough that no weight starts below the threshold, large enough that all gradients are alive.
+            spread = 0.35 / rank**0.25
+            self.u = nn.Parameter(spread * torch.randn(rows, rank))
+            self.v = nn.Parameter(spread * torch.randn(columns, rank))
         if settings.bias == "weight":
             self.bias = nn.Parameter(torch.full((rows, columns), settings.start))
         else:
@@ -100,7 +108,9 @@ class _LayerLogits(nn.Module):
         return self.bias if hasattr(self, "bias") else self.row + self.column
 
     def forward(self, code: Tensor) -> Tensor:
-        """code: [B, rank]. Returns logits [B, out, in]."""
+        """code: [B, rank]. Returns logits [B, out, in]; [1, out, in] where the rank is 0."""
+        if code.shape[1] == 0:
+            return self.static[None]
         left = self.u * code[:, None, :]
         columns = self.v.T.expand(len(code), -1, -1)
         return torch.baddbmm(self.static, left, columns)
@@ -109,7 +119,7 @@ class _LayerLogits(nn.Module):
 class LowRankGenerator(nn.Module):
     """Architecture `low_rank`. Attributes that every architecture has:
 
-    structure: what it masks. threshold: the logit above which a weight is kept when nothing is drawn;
+    structure: what it masks. tau: temperature. threshold: the logit above which a weight is kept when nothing is drawn;
     noisy_threshold: the same for logits plus `noise`.
     """
 
@@ -119,11 +129,13 @@ class LowRankGenerator(nn.Module):
         super().__init__()
         self.structure = structure
         self.settings = settings or LowRankSettings()
+        self.tau = self.settings.tau
         self.threshold = self.settings.tau * math.log(self.settings.delta / (1 - self.settings.delta))
         self.noisy_threshold = self.threshold
-        self.codes = nn.ModuleDict(
-            {key_of(block.name): _Code(block, structure.embedding, self.settings) for block in structure.blocks}
-        )
+        self.codes = nn.ModuleDict()
+        for block in structure.blocks if self.settings.rank else ():
+            for name, layers in self._networks(block).items():
+                self.codes[key_of(name)] = _Code(block, structure.embedding, self.settings, len(layers))
         self.logits = nn.ModuleDict(
             {key_of(layer.name): _LayerLogits(layer, self.settings) for layer in structure.layers.values()}
         )
@@ -136,10 +148,21 @@ class LowRankGenerator(nn.Module):
         """Raises TypeError or ValueError where a value is unknown, missing or out of range."""
         return cls(structure, LowRankSettings(**values))
 
+    def _networks(self, block: Block) -> dict[str, tuple[Layer, ...]]:
+        """Which layers of a block share a network, by the network's name."""
+        if self.settings.codes == "layer":
+            return {layer.name: (layer,) for layer in block.layers}
+        return {block.name: block.layers}
+
     def condition(self, block: Block, features: Tensor, t_emb: Tensor) -> dict[str, Tensor]:
         """Once per block and call: the code `[B, rank]` of each of its layers, by layer name."""
-        codes = self.codes[key_of(block.name)](features, t_emb)
-        return dict(zip((layer.name for layer in block.layers), codes.split(self.settings.rank, dim=1)))
+        if not self.settings.rank:
+            return {layer.name: features.new_empty(1, 0) for layer in block.layers}
+        found = {}
+        for name, layers in self._networks(block).items():
+            codes = self.codes[key_of(name)](features, t_emb).split(self.settings.rank, dim=1)
+            found.update(zip((layer.name for layer in layers), codes))
+        return found
 
     def layer_logits(self, layer: str, condition: Tensor) -> Tensor:
         """Logits [B, out, in] of one layer, from what `condition` gave for it."""

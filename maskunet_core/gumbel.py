@@ -1,5 +1,7 @@
 """From logits to binary masks."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,29 @@ def gumbel_sigmoid(logits: Tensor, *, tau: float = 1.0, delta: float = 0.5, nois
     logits: [..., out, in]. noise: of the same shape, see `logistic_noise`; None takes the likelier decision.
     Returns zeros and ones of the dtype of `logits`; the gradient is that of the sigmoid.
     """
-    probability = torch.sigmoid((logits if noise is None else logits + noise) / tau)
-    mask = (probability > delta).to(probability.dtype)
-    return mask + (probability - probability.detach())
+    if noise is not None:
+        logits = logits + noise
+    return straight_through(logits, tau * math.log(delta / (1 - delta)), tau)
+
+
+def straight_through(logits: Tensor, threshold: float, tau: float = 1.0) -> Tensor:
+    """1 where `logits > threshold`, else 0; the gradient is that of `sigmoid(logits / tau)`."""
+    return _StraightThrough.apply(logits, threshold, tau)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Keeps nothing but the logits for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, threshold: float, tau: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.tau = tau
+        return (logits > threshold).to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        probability = torch.sigmoid(ctx.saved_tensors[0] / ctx.tau)
+        return gradient * probability * (1 - probability) / ctx.tau, None, None
 
 
 def gumbel_noise(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:

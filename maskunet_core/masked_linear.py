@@ -18,6 +18,8 @@ def masked_weight(weight: Tensor, mask: Tensor, strength: float = 1.0) -> Tensor
 
 def shared_by_all_samples(mask: Tensor) -> Tensor:
     """`[B, out, in]` becomes `[out, in]` where all samples have the same bits; other masks come back as they are."""
+    if mask.ndim == 3 and len(mask) == 1:
+        return mask[0]
     if mask.ndim == 3 and not mask.requires_grad and bool((mask[1:] == mask[:1]).all()):
         return mask[0]
     return mask

@@ -6,12 +6,13 @@ everything in `finally`: between two calls nothing of it is left on the model.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .errors import MaskUNetError
 from .families import Structure, family_name, inspect_model
@@ -36,7 +37,7 @@ class Attachment:
 
 
 @contextlib.contextmanager
-def _shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
+def shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
     """Sets instance attributes and puts back what was there."""
     before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
     module.__dict__.update(attributes)
@@ -48,28 +49,64 @@ def _shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
         module.__dict__.update(before)
 
 
-def _masked_forward(name: str, module: nn.Module, masks: Sequence[tuple[Any, float]]):
-    """What computes instead of the layer: the weight times all its masks (`[(mask function, strength)]`)."""
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""What computes instead of a linear layer, from its input, its weight as the host presents it, and its bias."""
+
+
+@contextlib.contextmanager
+def replaced_linears(diffusion_model: nn.Module, linears: Mapping[str, Linear]) -> Iterator[None]:
+    """The named layers of `diffusion_model` compute by `linears` inside the block, and by themselves after it."""
     from comfy.ops import cast_bias_weight, uncast_bias_weight
 
-    def forward(x: Tensor, *_, **__) -> Tensor:
-        weight, bias, offload_stream = cast_bias_weight(module, x, offloadable=True)
-        try:
-            masked = weight
-            for mask_of, strength in masks:
-                masked = masked_weight(masked, shared_by_all_samples(mask_of(name, weight)), strength)
-            return linear_per_sample(x, masked, bias)
-        finally:
-            uncast_bias_weight(module, weight, bias, offload_stream)
+    def forward_of(module: nn.Module, linear: Linear):
+        def forward(x: Tensor, *_, **__) -> Tensor:
+            weight, bias, offload_stream = cast_bias_weight(module, x, offloadable=True)
+            try:
+                return linear(x, weight, bias)
+            finally:
+                uncast_bias_weight(module, weight, bias, offload_stream)
+
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for name, linear in linears.items():
+            module = diffusion_model.get_submodule(name)
+            # A mixed-precision layer keeps its input unquantised where the cast is forced.
+            attributes = {"comfy_cast_weights": True, "comfy_force_cast_weights": True}
+            attributes["forward_comfy_cast_weights"] = forward_of(module, linear)
+            stack.enter_context(shadowed(module, **attributes))
+        yield
+
+
+def _masked_linear(name: str, masks: Sequence[tuple[Any, float]]) -> Linear:
+    """The weight times all its masks (`[(mask function, strength)]`)."""
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        masked = weight
+        for mask_of, strength in masks:
+            masked = masked_weight(masked, shared_by_all_samples(mask_of(name, weight)), strength)
+        return linear_per_sample(x, masked, bias)
+
+    return linear
+
+
+def _recomputed(linear: Linear) -> Linear:
+    """Keeps the layer's input for the backward pass, and makes mask and masked weight anew there.
+
+    Kept, they would be the size of all masked weights times the batch.
+    """
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return checkpoint(linear, x, weight, bias, use_reentrant=False)
 
     return forward
 
 
-def _recorder(call: Call, block: str):
-    def record(module: nn.Module, inputs: tuple) -> None:
-        call.features[block] = (inputs[0], inputs[1])
+def _announcer(call: Call, block: str):
+    def announce(module: nn.Module, inputs: tuple) -> None:
+        call.enter(block, inputs[0], inputs[1])
 
-    return record
+    return announce
 
 
 @contextlib.contextmanager
@@ -82,24 +119,22 @@ def installed(
     around forward and backward, because checkpointing runs layers again in the backward pass.
     """
     call = Call(sigma)
-    layers: dict[str, list] = {}
+    masks: dict[str, list] = {}
     anchors: dict[str, str] = {}
     for source, strength in sources:
         mask_of = source.begin(call)
         for block in source.structure.blocks:
             anchors[block.name] = block.anchor
             for layer in block.layers:
-                layers.setdefault(layer.name, []).append((mask_of, strength))
+                masks.setdefault(layer.name, []).append((mask_of, strength))
+    linears = {name: _masked_linear(name, of_layer) for name, of_layer in masks.items()}
+    if any(source.trainable for source, _ in sources):
+        linears = {name: _recomputed(linear) for name, linear in linears.items()}
     with contextlib.ExitStack() as stack:
         for block, anchor in anchors.items():
-            handle = diffusion_model.get_submodule(anchor).register_forward_pre_hook(_recorder(call, block))
+            handle = diffusion_model.get_submodule(anchor).register_forward_pre_hook(_announcer(call, block))
             stack.callback(handle.remove)
-        for name, masks in layers.items():
-            module = diffusion_model.get_submodule(name)
-            forward = _masked_forward(name, module, masks)
-            # A mixed-precision layer keeps its input unquantised where the cast is forced.
-            attributes = {"comfy_cast_weights": True, "comfy_force_cast_weights": True}
-            stack.enter_context(_shadowed(module, forward_comfy_cast_weights=forward, **attributes))
+        stack.enter_context(replaced_linears(diffusion_model, linears))
         yield
 
 

@@ -51,6 +51,7 @@ class ReferenceGenerator(nn.Module):
     """
 
     architecture = "reference"
+    tau = 1.0
     threshold = math.log(math.log(2))
     noisy_threshold = 0.0
 

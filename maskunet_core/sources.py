@@ -9,28 +9,37 @@ import torch
 from torch import Tensor, nn
 
 from .families import Structure
-from .gumbel import gumbel_sigmoid
+from .gumbel import straight_through
 
 
 @dataclass
 class Call:
     """One call of the diffusion model.
 
-    sigma: of this step, None outside a sampler. features: what entered each block so far, by block name: the feature
-    map [B, C, H, W] and t_emb [B, E].
+    sigma: of this step, None outside a sampler. on_block: whoever wants to know what enters a block; called with the
+    block's name, the feature map [B, C, H, W] and t_emb [B, E], before the block's layers ask for masks.
     """
 
     sigma: float | None
-    features: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    on_block: list[Callable[[str, Tensor, Tensor], None]] = field(default_factory=list)
+
+    def enter(self, block: str, features: Tensor, t_emb: Tensor) -> None:
+        for tell in self.on_block:
+            tell(block, features, t_emb)
 
 
 class MaskSource(Protocol):
     """Gives masks for the layers of its structure. Holds no state of a call: `begin` starts one."""
 
     structure: Structure
+    trainable: bool
 
     def begin(self, call: Call) -> Callable[[str, Tensor], Tensor]:
-        """Returns `mask(layer, weight)`: [out, in] or [B, out, in], called when the layer's block was entered."""
+        """Returns `mask(layer, weight)`: [out, in] or [B, out, in], called when the layer's block was entered.
+
+        Where the source is `trainable`, masks carry gradients, and the same call may ask for one again (with the
+        global random state as it was) to compute it anew in the backward pass.
+        """
 
 
 def noise_generator(device: torch.device, seed: int, layer: int, sigma: float | None) -> torch.Generator:
@@ -68,15 +77,14 @@ class GeneratorMasks:
         self.training_noise = training_noise
         self.observe = observe
         self._order = {name: index for index, name in enumerate(self.structure.layers)}
-        self._block = {layer.name: block for block in self.structure.blocks for layer in block.layers}
+        self._blocks = {block.name: block for block in self.structure.blocks}
 
     def _trainable_mask(self, logits: Tensor) -> Tensor:
-        noise = None
-        if self.training_noise:
-            stream = torch.Generator(logits.device).manual_seed(int(torch.randint(1 << 62, ())))
-            noise = self.generator.noise(logits.shape, stream, logits.dtype)
-        settings = self.generator.settings
-        return gumbel_sigmoid(logits, tau=settings.tau, delta=settings.delta, noise=noise)
+        if not self.training_noise:
+            return straight_through(logits, self.generator.threshold, self.generator.tau)
+        stream = torch.Generator(logits.device).manual_seed(int(torch.randint(1 << 62, ())))
+        noise = self.generator.noise(logits.shape, stream, logits.dtype)
+        return straight_through(logits + noise, self.generator.noisy_threshold, self.generator.tau)
 
     def _mask(self, layer: str, logits: Tensor, sigma: float | None) -> Tensor:
         if self.seed is None:
@@ -88,18 +96,21 @@ class GeneratorMasks:
     def begin(self, call: Call) -> Callable[[str, Tensor], Tensor]:
         conditions: dict[str, Tensor] = {}
 
+        # Logits are compared with a threshold: under autocast many would be rounded across it.
+        def enter(block: str, features: Tensor, t_emb: Tensor) -> None:
+            if block in self._blocks:
+                with torch.autocast(features.device.type, enabled=False):
+                    conditions.update(self.generator.condition(self._blocks[block], features, t_emb))
+
         def mask(layer: str, weight: Tensor) -> Tensor:
-            # Logits are compared with a threshold: under autocast many would be rounded across it.
             with torch.autocast(weight.device.type, enabled=False):
-                if layer not in conditions:
-                    block = self._block[layer]
-                    conditions.update(self.generator.condition(block, *call.features[block.name]))
                 logits = self.generator.layer_logits(layer, conditions[layer])
                 result = self._trainable_mask(logits) if self.trainable else self._mask(layer, logits, call.sigma)
             if self.observe is not None:
                 self.observe(layer, result)
             return result.to(weight.device)
 
+        call.on_block.append(enter)
         return mask
 
 
@@ -108,6 +119,8 @@ class RandomMasks:
 
     per_step: another mask at every sigma; otherwise one for the whole run.
     """
+
+    trainable = False
 
     def __init__(self, structure: Structure, keep_ratio: float, seed: int, per_step: bool):
         self.structure = structure

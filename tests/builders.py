@@ -1,9 +1,21 @@
-"""Small real models for tests."""
+"""Small real models for tests, and the trainer's commands."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from maskunet_core.families import Structure
 from maskunet_core.generator import LowRankGenerator, LowRankSettings
+from trainer.host import PROJECT
+
+
+def trainer_command(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """`python -m trainer ...` from the project's root."""
+    command = [sys.executable, "-m", "trainer", *arguments]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, **options)
 
 
 def make_generator(structure: Structure, seed: int = 0, lively: bool = False, **settings) -> LowRankGenerator:
@@ -18,6 +30,36 @@ def make_generator(structure: Structure, seed: int = 0, lively: bool = False, **
                 elif name.endswith(".bias"):
                     parameter.mul_(0.6).add_(0.3 * torch.randn_like(parameter))
     return generator.eval().requires_grad_(False)
+
+
+def write_tiny_checkpoint(path: Path) -> Path:
+    """A checkpoint that the stock loader takes for SD 1.5: a shallow U-Net, CLIP-L in fp8, TAESD; random weights."""
+    import comfy.ops
+    from comfy.clip_model import CLIPTextModel
+    from comfy.taesd.taesd import TAESD
+
+    shallow = {"num_res_blocks": [1, 1], "channel_mult": [1, 1], "transformer_depth": [1, 0]}
+    shallow |= {"transformer_depth_output": [1, 1, 0, 0], "transformer_depth_middle": 1}
+    clip = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+    clip |= {"hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407}
+    parts = {
+        "model.diffusion_model.": (sd15_unet(**shallow), torch.float16),
+        "cond_stage_model.transformer.": (
+            CLIPTextModel(clip, None, "meta", comfy.ops.manual_cast),
+            torch.float8_e4m3fn,
+        ),
+        "first_stage_model.": (TAESD(), torch.float16),
+    }
+    stream, tensors = torch.Generator().manual_seed(0), {}
+    for prefix, (module, dtype) in parts.items():
+        for name, value in module.state_dict().items():
+            scale = 0.02 if value.ndim > 1 else 0.0
+            drawn = scale * torch.randn(value.shape, generator=stream)
+            if name == "vae_scale" or (value.ndim == 1 and name.endswith("weight")):
+                drawn = torch.ones(value.shape)
+            tensors[prefix + name] = drawn.to(dtype).contiguous()
+    save_file(tensors, path)
+    return path
 
 
 def sd15_unet(**changes) -> torch.nn.Module:

@@ -28,7 +28,7 @@ def inputs(structure, batch=4, seed=0):
 def test_every_weight_is_kept_at_the_start(toy_structure, bias, rank):
     generator = make_generator(toy_structure, bias=bias, rank=rank)
     masks = all_masks(generator, *inputs(toy_structure, batch=16))
-    assert len(masks) == 48
+    assert len(masks) == 32
     assert all(bool((mask == 1).all()) for mask in masks.values())
 
 

@@ -1,5 +1,7 @@
 """Masks on a real host model: the toy's U-Net in ComfyUI's own ModelPatcher, sampled by ComfyUI's own samplers."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ from tests.builders import make_generator
 
 class ConstantMasks:
     """Masks that a test chooses: `value(layer, weight)`."""
+
+    trainable = False
 
     def __init__(self, structure, value):
         self.structure = structure
@@ -316,7 +320,10 @@ def with_neighbour(model, name):
     if name == "hypertile":
         return HyperTile.execute(model, 32, 2, 0, False)[0]
     if name == "freeu":
-        return FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2)[0]
+        # FreeU acts on levels twice and four times as wide as the first; all of the toy's are of one width.
+        config = model.model.model_config.unet_config
+        with mock.patch.dict(config, model_channels=config["model_channels"] // 2):
+            return FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2)[0]
     return PerturbedAttentionGuidance.execute(model, 3.0)[0]
 
 
@@ -356,5 +363,5 @@ def test_structure_of_a_model_that_is_no_unet():
 def test_structure_of_the_toy(toy):
     structure = structure_of(toy[0], "decoder attention")
     assert structure.family == "the MaskUNet toy model"
-    assert structure.masked_weights == 516_096
+    assert structure.masked_weights == 524_288
     assert [block.name for block in structure.blocks] == ["up.0", "up.1"]

@@ -62,8 +62,8 @@ def test_converted_names_and_shapes_are_those_of_the_host(converted):
 def masks_of(generator, golden, seed=None):
     call = Call(sigma=1.0)
     features = torch.cat([golden["h"], golden["skip"]], dim=1).float()
-    call.features["up.1"] = (features, golden["t_emb"].float())
     mask = GeneratorMasks(generator, seed=seed).begin(call)
+    call.enter("up.1", features, golden["t_emb"].float())
     return {key: mask(host_name(key), torch.zeros(1)) for key in golden if key.startswith("logits.")}
 
 
