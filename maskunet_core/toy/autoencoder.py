@@ -22,7 +22,7 @@ class ToyAutoencoder(nn.Module):
     `encode` and `decode` are what the host's VAE calls: pictures in [-1, 1], `[B, 3, 8h, 8w]`; latents `[B, 4, h, w]`.
     """
 
-    def __init__(self, width: int = 64, deep: int = 96, latent_channels: int = 4):
+    def __init__(self, width: int = 64, deep: int = 80, latent_channels: int = 4):
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Conv2d(3, width // 2, 4, stride=2, padding=1),

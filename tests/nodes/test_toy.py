@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from maskunet_core.toy.model import load_toy_model, read_weights
+from maskunet_core.toy.vocabulary import encode_padded
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +91,11 @@ def test_the_trainers_text_path_equals_the_hosts(toy):
 
     model, clip, vae = toy
     texts = ["a red circle left of a small blue square", ""]
-    ours = BaseModel(model, clip, vae).encode_texts(texts)
+    base = BaseModel(model, clip, vae)
+    batch = base.encode_tokens(torch.tensor([encode_padded(text) for text in texts]))
     for n, text in enumerate(texts):
-        torch.testing.assert_close(ours[n : n + 1], encoded(clip, text)[0][0])
+        torch.testing.assert_close(batch[n], encoded(clip, text)[0][0][0])
+        torch.testing.assert_close(base.encode_text(text)["cross_attn"], batch[n])
 
 
 def test_the_vae_encodes_and_decodes(toy):
@@ -142,10 +145,10 @@ def test_loras_find_the_unet_and_the_text_encoder(toy):
 
     model, clip, _ = toy
     torch.manual_seed(0)
-    unet_key = "lora_unet_output_blocks_5_1_transformer_blocks_0_attn2_to_q"
+    unet_key = "lora_unet_output_blocks_3_1_transformer_blocks_0_attn2_to_q"
     text_key = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     file = {}
-    for key, width in ((unet_key, 64), (text_key, 128)):
+    for key, width in ((unet_key, 128), (text_key, 128)):
         file[f"{key}.lora_up.weight"] = torch.randn(width, 2)
         file[f"{key}.lora_down.weight"] = torch.randn(2, width)
         file[f"{key}.alpha"] = torch.tensor(2.0)

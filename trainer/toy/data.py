@@ -1,5 +1,6 @@
 """Pictures of the toy world as the trainer wants them: latents and token ids."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,3 +41,34 @@ def latent_set(
         latents.append(autoencoder.encode(pictures * 2 - 1))
     tokens = torch.tensor([vocabulary.encode_padded(str(caption)) for caption in captions])
     return LatentSet(torch.cat(latents), tokens, captions)
+
+
+class ToyData:
+    """A LatentSet as the training loop reads data; prompts are encoded batch by batch.
+
+    encode_tokens: from token ids [B, 16] to the cross-attention context.
+    """
+
+    def __init__(self, latents: LatentSet, encode_tokens: Callable[[Tensor], Tensor]):
+        self._set = latents
+        self._encode = encode_tokens
+        self._empty = torch.tensor(vocabulary.encode_padded(""))
+        self.buckets = [torch.arange(len(latents))]
+
+    def __len__(self) -> int:
+        return len(self._set)
+
+    def latents(self, rows: Tensor, flips: Tensor | None = None) -> Tensor:
+        """[B, 4, 8, 8]. Nothing is ever mirrored: captions say what is left and right."""
+        return self._set.latents[rows]
+
+    def conditions(self, rows: Tensor, dropped: Tensor) -> dict[str, Tensor]:
+        """`cross_attn` [B, 16, 128]; of the empty prompt where `dropped`."""
+        return {"cross_attn": self._encode(torch.where(dropped[:, None], self._empty, self._set.tokens[rows]))}
+
+    def split(self, held_out: int, seed: int) -> tuple["ToyData", "ToyData"]:
+        """(training, held out): the last pictures are held out."""
+        cut = len(self) - held_out
+        parts = (slice(0, cut), slice(cut, None))
+        s = self._set
+        return tuple(ToyData(LatentSet(s.latents[p], s.tokens[p], s.captions[p]), self._encode) for p in parts)

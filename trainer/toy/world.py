@@ -13,7 +13,9 @@ from torch import Tensor
 from maskunet_core.toy.vocabulary import COLOURS, RELATIONS, SHAPES, SIZES
 
 PIXELS = 64
-RADII = ((8.0, 9.5), (13.0, 14.5))
+CELL, PLACES = 8, 5
+"""Objects sit near the points of a lattice of PLACES x PLACES, CELL pixels apart, in the middle of the picture."""
+RADII = ((7.8, 8.4), (12.0, 12.6))
 """Ranges of the radius in pixels, small and large."""
 _COLOUR_NAMES = tuple(COLOURS)
 
@@ -88,50 +90,47 @@ class Caption:
         return zlib.crc32(str(self).encode()) % 5 == 0
 
 
-def sample_scenes(count: int, generator: torch.Generator, two_objects: float = 0.5, rotation: float = 0.1) -> Scenes:
+def sample_scenes(
+    count: int, generator: torch.Generator, two_objects: float = 0.5, rotation: float = 0.1, jitter: float = 1.0
+) -> Scenes:
     """Random scenes; a share of `two_objects` holds two, side by side or one above the other.
 
-    rotation: range of the angles in radians, around upright.
+    rotation: range of the angles in radians, around upright. jitter: how far, in pixels along each axis, a centre may
+    lie from its point of the lattice (1.5 at most, or objects may touch).
     """
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
 
-    def choice(options: int) -> Tensor:
-        return torch.randint(options, (count, 2), generator=generator)
+    def choice(options: int | Tensor, *shape: int) -> Tensor:
+        return (uniform(*shape) * options).long()
 
-    colour, shape, size = choice(len(COLOURS)), choice(len(SHAPES)), choice(2)
+    colour, shape, size = (choice(options, count, 2) for options in (len(COLOURS), len(SHAPES), len(RADII)))
     same = (colour[:, 0] == colour[:, 1]) & (shape[:, 0] == shape[:, 1])
-    shift = torch.randint(1, len(SHAPES), (count,), generator=generator)
+    shift = 1 + choice(len(SHAPES) - 1, count)
     shape[:, 1] = torch.where(same, (shape[:, 1] + shift) % len(SHAPES), shape[:, 1])
     low, high = torch.tensor(RADII)[size].unbind(-1)
-    radius = low + (high - low) * uniform(count, 2)
 
-    # One object: anywhere. Two: apart along one axis, close to level along the other.
-    margin = radius + 1
-    anywhere = margin[..., None] + (PIXELS - 2 * margin[..., None]) * uniform(count, 2, 2)
-    distance = radius.sum(1) + 2
-    free = PIXELS - margin.sum(1) - distance
-    before, after = uniform(count), uniform(count)
-    over = before + after > 1
-    before, after = torch.where(over, 1 - before, before), torch.where(over, 1 - after, after)
-    along = torch.stack([margin[:, 0] + free * before, PIXELS - margin[:, 1] - free * after], 1)
-    level = anywhere[:, 0, 0]
-    slope = (uniform(count) - 0.5) * (along[:, 1] - along[:, 0])
-    across = torch.stack([level, level + slope], 1)
-    across = torch.minimum(torch.maximum(across, margin), PIXELS - margin)
-    apart = torch.stack([along, across], -1)
-    vertical = uniform(count) < 0.5
-    apart = torch.where(vertical[:, None, None], apart.flip(-1), apart)
+    # One object: anywhere. Two: apart along one axis (two large ones further), close to level along the other.
+    anywhere = choice(PLACES, count, 2, 2)
+    distance = 3 + size.amin(1)
+    before = choice(PLACES - distance, count)
+    after = before + distance + choice(PLACES - distance - before, count)
+    level = choice(PLACES, count)
+    across = torch.stack([level, (level + choice(3, count) - 1).clamp(0, PLACES - 1)], 1)
+    apart = torch.stack([torch.stack([before, after], 1), across], -1)
+    apart = torch.where(uniform(count, 1, 1) < 0.5, apart.flip(-1), apart)
 
     two = uniform(count) < two_objects
+    place = torch.where(two[:, None, None], apart, anywhere)
+    margin = PIXELS / 2 - CELL * (PLACES - 1) / 2
     return Scenes(
         present=torch.stack([torch.ones_like(two), two], 1),
         colour=colour,
         shape=shape,
         size=size,
-        centre=torch.where(two[:, None, None], apart, anywhere),
-        radius=radius,
+        centre=margin + CELL * place + jitter * (2 * uniform(count, 2, 2) - 1),
+        radius=low + (high - low) * uniform(count, 2),
         angle=(uniform(count, 2) - 0.5) * rotation,
     )
 

@@ -1,0 +1,70 @@
+"""The toy model's own training, and what the shipped one is good for."""
+
+import json
+
+import pytest
+import torch
+
+from maskunet_core.toy.model import load_reader, read_weights
+from tests.builders import trainer_command
+from trainer.base import load_toy_base, sample_pictures
+from trainer.seeds import seeded
+from trainer.toy.judge import fully_right, read
+from trainer.toy.world import sample_captioned
+
+
+def test_the_shipped_base_draws_single_objects_as_well_as_its_scores_say():
+    """A sample of what `python -m trainer evaluate` measured; the scores are in the U-Net's metadata."""
+    base = load_toy_base()
+    scores = json.loads(read_weights("unet")[1]["scores"])
+    _, captions = sample_captioned(2000, seeded(77), held_out=True)
+    singles = [caption for caption in captions if caption.kind == "one"][:100]
+    pictures = sample_pictures(base, base.patcher, [str(c) for c in singles], seed=3, steps=15, cfg=5.0, batch=50)
+    right = fully_right(read(load_reader("reader_b"), pictures), singles).float()
+    expected = float(scores["one"].split(" ± ")[0])
+    assert expected >= 0.9
+    error = max((expected * (1 - expected) / len(singles)) ** 0.5, 0.02)
+    assert abs(right.mean().item() - expected) < 3 * error
+
+
+def test_the_toy_is_trained_by_one_trainer_command(tmp_path):
+    result = trainer_command("toy", "--quick", "--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert {path.stem for path in tmp_path.glob("*.safetensors")} == {
+        "autoencoder",
+        "reader_a",
+        "reader_b",
+        "text_encoder",
+        "unet",
+    }
+    # Complete: the same command has nothing left to do, and the result is a base like the shipped one.
+    again = trainer_command("toy", "--quick", "--output", str(tmp_path))
+    assert again.returncode == 0
+    assert "u-net" not in again.stderr
+    base = load_toy_base(str(tmp_path))
+    sample = sample_pictures(base, base.patcher, ["a red circle"], 0, 2, 5.0)
+    assert sample.shape == (1, 3, 64, 64)
+
+
+def test_a_toy_stage_that_was_stopped_goes_on_with_the_same_weights(tmp_path):
+    from torch import nn
+
+    from trainer.toy.train import fit
+
+    def run(state_file, stop_at=None):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+
+        def step_loss(step):
+            if step == stop_at:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 3, generator=seeded(1, step))
+            return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+        fit("stage", nn.ModuleDict({"model": model}), step_loss, 600, 1e-2, state_file, ema=0.9)
+        return model.weight.detach()
+
+    whole = run(tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped.pt", stop_at=520)
+    assert torch.equal(run(tmp_path / "stopped.pt"), whole)
