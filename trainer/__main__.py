@@ -1,12 +1,71 @@
 """Trains and judges mask generators. `python -m trainer COMMAND --help` tells about each command."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from maskunet_core.errors import MaskUNetError
 
 from .host import enter_host
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from .config import load_config
+
+    config = load_config(arguments.config, arguments.set)
+    enter_host()
+    from .train import start
+
+    start(config)
+
+
+def resume(arguments: argparse.Namespace) -> None:
+    enter_host()
+    from .train import resume
+
+    resume(arguments.folder)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    from .config import load_config
+
+    config = load_config(arguments.config, arguments.set)
+    enter_host()
+    from .train import check
+
+    print("\n".join(check(config)))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    enter_host()
+    from .evaluate import Protocol, evaluate
+
+    protocol = Protocol.quick() if arguments.quick else Protocol()
+    evaluate(arguments.generator, protocol, arguments.output, arguments.base)
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    enter_host()
+    from .config import Base
+    from .samples import sample
+
+    base = Base(checkpoint=arguments.base)
+    path = sample(base, arguments.generator, arguments.prompt, arguments.output, arguments.seed, arguments.steps)
+    print(f"wrote {path}: without masks left, with them right")
+
+
+def info(arguments: argparse.Namespace) -> None:
+    from maskunet_core.checkpoint import describe
+
+    for name, value in describe(arguments.file).items():
+        print(f"{name}: {json.dumps(value, indent=2) if isinstance(value, dict) else value}")
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from .convert import convert
+
+    print(f"wrote {convert(arguments.generators, arguments.adapters, arguments.output, arguments.family)}")
 
 
 def toy(arguments: argparse.Namespace) -> None:
@@ -18,37 +77,30 @@ def toy(arguments: argparse.Namespace) -> None:
     train_toy(recipe, arguments.output, protocol)
 
 
-def train(arguments: argparse.Namespace) -> None:
-    from .config import load_config
-
-    config = load_config(arguments.config)
-    enter_host()
-    from .train import train
-
-    train(config)
-
-
-def evaluate(arguments: argparse.Namespace) -> None:
-    enter_host()
-    from .evaluate import Protocol, evaluate
-
-    protocol = Protocol.quick() if arguments.quick else Protocol()
-    evaluate(arguments.generator, protocol, arguments.output, arguments.base)
-
-
-def convert(arguments: argparse.Namespace) -> None:
-    from .convert import convert
-
-    print(f"wrote {convert(arguments.generators, arguments.adapters, arguments.output, arguments.family)}")
+def _add_configuration(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="a TOML file, or the name of a preset (toy, sd15, paper)")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, for instance loop.steps=500"
+    )
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("train", help="train a mask generator")
-    command.add_argument("config", help="a TOML file, or the name of a preset (toy)")
+    command = commands.add_parser("train", help="train a mask generator, or a baseline")
+    _add_configuration(command)
     command.set_defaults(run=train)
+
+    command = commands.add_parser("resume", help="go on with a run that was stopped")
+    command.add_argument("folder", type=Path, help="the run's output folder")
+    command.set_defaults(run=resume)
+
+    command = commands.add_parser(
+        "check", help="read configuration, model and data; tell memory and time; train nothing"
+    )
+    _add_configuration(command)
+    command.set_defaults(run=check)
 
     command = commands.add_parser("evaluate", help="judge a generator on prompts and noises that training never saw")
     command.add_argument("generator", type=Path, nargs="?", help="generator file; without one the base alone")
@@ -56,6 +108,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--output", type=Path, default=Path("output/evaluate"), help="folder for the table")
     command.add_argument("--quick", action="store_true", help="few pictures, to see that it works")
     command.set_defaults(run=evaluate)
+
+    command = commands.add_parser("sample", help="draw prompts without and with a generator")
+    command.add_argument("generator", type=Path, help="generator file")
+    command.add_argument("--prompt", action="append", required=True, help="a prompt; may be given several times")
+    command.add_argument("--base", default="toy", help='a checkpoint file, or "toy" (default)')
+    command.add_argument("--output", type=Path, default=Path("output/sample/samples.png"), help="the picture to write")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--steps", type=int, default=20)
+    command.set_defaults(run=sample)
+
+    command = commands.add_parser("info", help="tell what a generator file says of itself")
+    command.add_argument("file", type=Path, help="generator file")
+    command.set_defaults(run=info)
 
     command = commands.add_parser("convert", help="convert the authors' .pth files to a generator file")
     command.add_argument("generators", type=Path, help="mask_generators.pth")
@@ -80,7 +145,12 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from the last saved state, where it keeps one.", file=sys.stderr)
+        again = {"train": "`python -m trainer resume` with the run's folder", "resume": "The same command"}
+        print(
+            f"\nStopped. {again.get(arguments.command, 'The same command')} goes on from the saved state, "
+            "where there is one.",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -1,25 +1,36 @@
-"""The frozen base model as the trainer uses it: loaded by the host, its loss, its sampler."""
+"""The frozen base model as the trainer uses it: loaded by the host, its conditioning, its loss, its sampler."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from maskunet_core.errors import MaskUNetError
+from maskunet_core.patch import shadowed
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.model import load_toy_model
 
+from .config import TOY, Base
 from .seeds import seeded
+
+
+class BadBase(MaskUNetError):
+    """A base model that cannot be trained on; the message names the file and says what to do."""
 
 
 @dataclass
 class BaseModel:
-    """patcher, clip, vae: as the host's loaders give them."""
+    """patcher, clip, vae: as the host's loaders give them. name: the checkpoint's, for messages and records."""
 
     patcher: Any
     clip: Any
     vae: Any
+    name: str = "toy"
 
     @property
     def model(self) -> nn.Module:
@@ -29,45 +40,148 @@ class BaseModel:
     def unet(self) -> nn.Module:
         return self.patcher.model.diffusion_model
 
+    @property
+    def timesteps(self) -> int:
+        return len(self.model.model_sampling.sigmas)
+
+    @property
+    def predicts_v(self) -> bool:
+        import comfy.model_base
+
+        return self.model.model_type is comfy.model_base.ModelType.V_PREDICTION
+
     @torch.no_grad()
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Cross-attention context `[B, 16, 128]` of token ids `[B, 16]`."""
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Cross-attention context `[B, 16, 128]` of the toy's token ids `[B, 16]`."""
         return self.clip.cond_stage_model.clip_l.transformer(tokens)[0]
 
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        return self.encode(torch.tensor([vocabulary.encode_padded(text) for text in texts]))
+    @torch.no_grad()
+    def encode_text(self, text: str) -> dict[str, Tensor]:
+        """What the text encoder gives for one prompt: `cross_attn` [T, C] and, where there is one, `pooled_output` [P].
 
-    def diffusion_loss(self, clean: Tensor, context: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """Eq. 2, per sample `[B]`: the mean squared error of the predicted noise. timesteps: [B] integers."""
+        A prompt is cut after the encoder's first chunk (75 tokens for CLIP).
+        """
+        tokens = {key: chunks[:1] for key, chunks in self.clip.tokenize(text).items()}
+        context, pooled = self.clip.encode_from_tokens(tokens, return_pooled=True)
+        conditions = {"cross_attn": context[0].float().cpu()}
+        if pooled is not None:
+            conditions["pooled_output"] = pooled[0].float().cpu()
+        return conditions
+
+    @torch.no_grad()
+    def encode_picture(self, picture: Tensor) -> Tensor:
+        """Latent `[C, h, w]`, scaled as the U-Net takes it, of a picture `[3, 8h, 8w]` in [0, 1]."""
+        # Autoencoders that draw from their posterior do so the same way every time.
+        torch.manual_seed(0)
+        latent = self.vae.encode(picture.movedim(0, -1)[None])
+        return self.model.process_latent_in(latent)[0].float().cpu()
+
+    def diffusion_loss(
+        self, clean: Tensor, conditions: dict[str, Tensor], timesteps: Tensor, noise: Tensor, min_snr: float = 0.0
+    ) -> Tensor:
+        """Eq. 2, per sample `[B]`: the mean squared error of the predicted noise, or of v where the model predicts v.
+
+        clean, noise: [B, C, h, w]. conditions: stacked results of `encode_text`. timesteps: [B] integers. min_snr:
+        gamma of min-SNR weighting (Hang et al., arXiv 2303.09556), 0 for none.
+        """
         sampling = self.model.model_sampling
-        sigma = sampling.sigma(timesteps.float())
-        spread = sigma.view(-1, 1, 1, 1)
+        sigma = sampling.sigma(timesteps.float()).to(clean)
+        spread = sigma.view(-1, *[1] * (clean.ndim - 1))
         noisy = clean + spread * noise
-        denoised = self.model.apply_model(noisy, sigma, c_crossattn=context, transformer_options={"sigmas": sigma})
-        return ((noisy - denoised) / spread - noise).square().mean(dim=(1, 2, 3))
+        height, width = (8 * side for side in clean.shape[-2:])
+        extra = self.model.extra_conds(**conditions, noise=noisy, device=noisy.device, width=width, height=height)
+        inputs = {key: value.cond for key, value in extra.items()}
+        denoised = self.model.apply_model(noisy, sigma, transformer_options={"sigmas": sigma}, **inputs)
+        error = ((denoised - clean) / spread).square().flatten(1).mean(1)
+        snr = sigma**-2
+        if self.predicts_v:
+            error = error * (1 + sigma**2)
+        if min_snr:
+            error = error * snr.clamp(max=min_snr) / (snr + 1 if self.predicts_v else snr)
+        return error
 
 
-def load_base(weights: str = "") -> BaseModel:
+def load_toy_base(weights: str = "") -> BaseModel:
     """The toy model, from its shipped weights or a folder; frozen."""
     patcher, clip, vae = load_toy_model(Path(weights) if weights else None)
-    for module in (patcher.model, clip.cond_stage_model, vae.first_stage_model):
+    return _frozen(BaseModel(patcher, clip, vae))
+
+
+def load_base(settings: Base, dtype: torch.dtype = torch.float32) -> BaseModel:
+    """The base of a configuration through the host's loaders, its U-Net in `dtype` (the toy's in fp32), frozen.
+
+    Raises BadBase where the host does not know the checkpoint, or where it lacks a part.
+    """
+    import comfy.sd
+    import comfy.utils
+
+    if settings.checkpoint == TOY:
+        return load_toy_base(settings.weights)
+    try:
+        patcher, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
+            settings.checkpoint, model_options={"dtype": dtype}, disable_dynamic=True
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadBase(
+            f"'{settings.checkpoint}' is no checkpoint that ComfyUI can load ({reason[0]}). Name a full checkpoint "
+            "file with U-Net, text encoder and VAE in base.checkpoint."
+        ) from None
+    for part, found in (("U-Net", patcher), ("text encoder", clip), ("VAE", vae)):
+        if found is None:
+            raise BadBase(f"'{settings.checkpoint}' holds no {part}. Name a full checkpoint file in base.checkpoint.")
+    for file, strength in settings.lora.items():
+        lora = comfy.utils.load_torch_file(file, safe_load=True)
+        patcher, clip = comfy.sd.load_lora_for_models(patcher, clip, lora, strength, strength)
+    return _frozen(BaseModel(patcher, clip, vae, Path(settings.checkpoint).name))
+
+
+def _frozen(base: BaseModel) -> BaseModel:
+    for module in (base.patcher.model, base.clip.cond_stage_model, base.vae.first_stage_model):
         module.requires_grad_(False)
-    return BaseModel(patcher, clip, vae)
+    return base
+
+
+@contextlib.contextmanager
+def checkpointed_decoder(unet: nn.Module) -> Iterator[None]:
+    """The decoder's blocks keep their inputs alone for the backward pass and compute themselves anew in it."""
+
+    def forward_of(module: nn.Module):
+        compute = module.forward
+        return lambda *args, **kwargs: checkpoint(compute, *args, use_reentrant=False, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for module in unet.output_blocks.modules():
+            if type(module).__name__ in ("ResBlock", "BasicTransformerBlock"):
+                stack.enter_context(shadowed(module, forward=forward_of(module)))
+        yield
+
+
+def load_for_training(base: BaseModel) -> torch.device:
+    """Put the whole U-Net on its device, LoRAs merged. Returns the device.
+
+    Partial loads would hand layers buffers that are used again, and gradients would be wrong without a word.
+    """
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([base.patcher], force_full_load=True)
+    return base.patcher.load_device
 
 
 @torch.no_grad()
 def sample_pictures(
     base: BaseModel, patcher, texts: list[str], seed: int, steps: int, cfg: float, batch: int = 60, progress=None
 ) -> Tensor:
-    """Pictures `[N, 3, 64, 64]` in [0, 1] of the prompts, by the host's DDIM sampler; noise n depends on seed and n."""
+    """Pictures `[N, 3, 64, 64]` in [0, 1] of toy prompts, by the host's DDIM sampler; noise n depends on seed and n."""
     import comfy.sample
 
     noise = torch.cat([torch.randn(1, 4, 8, 8, generator=seeded(10, seed, n)) for n in range(len(texts))])
-    empty = base.encode_texts([""])
+    tokens = torch.tensor([vocabulary.encode_padded(text) for text in texts])
+    empty = base.encode_tokens(torch.tensor([vocabulary.encode_padded("")]))
     pictures = []
     for start in range(0, len(texts), batch):
         part = noise[start : start + batch]
-        context = base.encode_texts(texts[start : start + batch])
+        context = base.encode_tokens(tokens[start : start + batch])
         latents = comfy.sample.sample(
             patcher,
             part,

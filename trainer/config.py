@@ -3,15 +3,24 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import tomllib
+from typing import Any, get_args, get_origin
 
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.families import TARGETS
-from maskunet_core.generator import BIASES, LowRankSettings
+from maskunet_core.generator import BIASES, CODES, LowRankSettings
+
+from .data.records import scan
+from .schedules import FALLS
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
 
 PRESETS = Path(__file__).with_name("presets")
+METHODS = ("maskunet", "static_mask", "lora", "full")
+PRECISIONS = ("fp32", "bf16", "fp16")
+TOY = "toy"
 
 
 class BadConfig(MaskUNetError):
@@ -20,73 +29,209 @@ class BadConfig(MaskUNetError):
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen model. model: "toy", the embedded one. weights: folder of other toy weights, "" for the shipped."""
+    """The frozen model.
 
-    model: str = "toy"
+    checkpoint: a checkpoint file (SD 1.5, SD 2.x, SDXL), or "toy", the embedded model. weights: folder of other toy
+    weights, "" for the shipped ones. lora: files that are merged into the base, with their strengths.
+    """
+
+    checkpoint: str = TOY
     weights: str = ""
+    lora: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Data:
-    """Rendered pictures of the toy world. pictures: how many; caption_noise: share of wrong captions."""
+    """What is trained on.
 
+    path: a folder of pictures with captions, a data set on disk, parquet files or webdataset shards; "" renders the
+    toy world (`pictures` of them, a share of `caption_noise` with wrong captions). caption_column: where captions
+    are, "" looks for the usual names. resolution: side of a square of the pictures' area in pixels; buckets: keep
+    aspect ratios. flip: mirror half of the pictures. caption_dropout: share of empty captions, which CFG needs.
+    cache: folder for latents and text embeddings. broken_limit: share of unreadable pictures that stops a run.
+    """
+
+    path: str = ""
+    caption_column: str = ""
+    resolution: int = 512
+    buckets: bool = True
+    flip: bool = True
+    caption_dropout: float = 0.1
+    cache: str = "output/cache"
+    broken_limit: float = 0.02
     pictures: int = 20_000
     caption_noise: float = 0.0
-    caption_dropout: float = 0.1
 
 
 @dataclass(frozen=True)
 class Generator(LowRankSettings):
-    """What is trained: the generator's hyper-parameters and its target set. noise: Gumbel noise while training."""
+    """The mask generator's hyper-parameters. noise: Gumbel noise while training."""
 
-    targets: str = "decoder attention"
     noise: bool = False
 
 
 @dataclass(frozen=True)
-class Optimiser:
-    """AdamW with warm-up and cosine decay. lr: of the low-rank part; lr_bias: of the static bias.
+class Lora:
+    """The baseline `method = "lora"`. alpha: scale times rank, as LoRA files hold it."""
 
-    A logit moves by about the learning rate per step, so that `lr_bias * steps` must exceed `start` several times for
-    weights to cross the threshold. eps is far below the usual 1e-8, which would hide the gradients of logits.
+    rank: int = 8
+    alpha: float = 8.0
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """name: a class of torch.optim, or `package.Class` of an installed package; options: its further arguments.
+
+    lr: of the low-rank part, of a LoRA or of full weights; lr_bias: of the static bias of mask logits. A logit moves
+    by about the learning rate per step, so that `lr_bias * steps` must exceed `start` several times for weights to
+    cross the threshold. eps is far below the usual 1e-8, which would hide the gradients of logits. clip: of the
+    gradient's norm, 0 for none.
+    """
+
+    name: str = "AdamW"
+    lr: float = 1e-3
+    lr_bias: float = 1e-2
+    weight_decay: float = 0.0
+    eps: float = 1e-12
+    clip: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """batch: pictures per step, over all processes and `accumulate` parts of a step.
+
+    schedule: of the learning rates, after `warm_up` steps. min_snr: gamma of min-SNR weighting, 0 for none. ema: decay
+    of the averaged weights, 0 for none. checkpointing: of the U-Net's blocks, less memory for more time. save_every:
+    steps between saved states.
     """
 
     steps: int = 1200
     batch: int = 32
-    lr: float = 1e-3
-    lr_bias: float = 3e-2
-    eps: float = 1e-12
-    clip: float = 0.0
+    accumulate: int = 1
+    schedule: str = "cosine"
+    warm_up: int = 50
+    min_snr: float = 0.0
+    ema: float = 0.0
+    precision: str = "bf16"
+    checkpointing: bool = False
+    save_every: int = 200
+
+
+@dataclass(frozen=True)
+class Validation:
+    """pictures: held out of training, with fixed noises and timesteps; every: steps between validations, 0 for none.
+
+    patience: stop after so many validations without a better one, 0 for never. prompts: of the sample grid, made
+    every `sample_every` steps (0 for never) with `sample_steps` steps and `cfg`.
+    """
+
+    pictures: int = 64
+    every: int = 200
+    patience: int = 0
+    prompts: tuple[str, ...] = ()
+    sample_every: int = 0
+    sample_steps: int = 20
+    cfg: float = 7.5
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run. output: the generator file; its log is written beside it."""
+    """A run. output: its folder; the file for the nodes is `<output>/<name of the folder>.safetensors`.
 
-    output: str = "output/train/generator.safetensors"
+    targets: name of the set of layers, for every method.
+    """
+
+    output: str = "output/train/run"
+    method: str = "maskunet"
+    targets: str = "decoder attention"
     seed: int = 0
     base: Base = field(default_factory=Base)
     data: Data = field(default_factory=Data)
     generator: Generator = field(default_factory=Generator)
+    lora: Lora = field(default_factory=Lora)
     optimiser: Optimiser = field(default_factory=Optimiser)
+    loop: Loop = field(default_factory=Loop)
+    validation: Validation = field(default_factory=Validation)
 
+    @property
+    def is_toy(self) -> bool:
+        return self.base.checkpoint == TOY
+
+    @property
+    def result(self) -> Path:
+        """The file that the run makes."""
+        folder = Path(self.output)
+        return folder / f"{folder.name}.safetensors"
+
+
+def _one_of(names) -> tuple:
+    return (lambda v: v in names, f"must be one of {', '.join(names)}")
+
+
+_AT_LEAST_1 = (lambda v: v >= 1, "must be at least 1")
+_NOT_NEGATIVE = (lambda v: v >= 0, "must not be negative")
+_SHARE = (lambda v: 0 <= v <= 1, "must lie between 0 and 1")
+_ABOVE_0 = (lambda v: v > 0, "must be above 0")
 
 _RULES = {
-    "base.model": (lambda v: v == "toy", 'must be "toy"'),
-    "data.pictures": (lambda v: v >= 1, "must be at least 1"),
-    "data.caption_noise": (lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
-    "data.caption_dropout": (lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
-    "generator.targets": (lambda v: v in TARGETS, f"must be one of {', '.join(TARGETS)}"),
-    "generator.bias": (lambda v: v in BIASES, f"must be one of {', '.join(BIASES)}"),
-    "generator.rank": (lambda v: v >= 1, "must be at least 1"),
-    "generator.width": (lambda v: v >= 1, "must be at least 1"),
-    "generator.tau": (lambda v: v > 0, "must be above 0"),
+    "output": (lambda v: Path(v).name not in ("", "."), "must name a folder"),
+    "method": _one_of(METHODS),
+    "targets": _one_of(TARGETS),
+    "data.resolution": (lambda v: v >= 64 and v % 8 == 0, "must be a multiple of 8 from 64 on"),
+    "data.caption_dropout": _SHARE,
+    "data.broken_limit": _SHARE,
+    "data.pictures": _AT_LEAST_1,
+    "data.caption_noise": _SHARE,
+    "generator.bias": _one_of(BIASES),
+    "generator.codes": _one_of(CODES),
+    "generator.rank": _NOT_NEGATIVE,
+    "generator.width": _AT_LEAST_1,
+    "generator.tau": _ABOVE_0,
     "generator.delta": (lambda v: 0 < v < 1, "must lie between 0 and 1"),
-    "optimiser.steps": (lambda v: v >= 1, "must be at least 1"),
-    "optimiser.batch": (lambda v: v >= 1, "must be at least 1"),
-    "optimiser.lr": (lambda v: v >= 0, "must not be negative"),
-    "optimiser.lr_bias": (lambda v: v >= 0, "must not be negative"),
+    "lora.rank": _AT_LEAST_1,
+    "lora.alpha": _ABOVE_0,
+    "optimiser.lr": _NOT_NEGATIVE,
+    "optimiser.lr_bias": _NOT_NEGATIVE,
+    "optimiser.weight_decay": _NOT_NEGATIVE,
+    "optimiser.eps": _ABOVE_0,
+    "optimiser.clip": _NOT_NEGATIVE,
+    "loop.steps": _AT_LEAST_1,
+    "loop.batch": _AT_LEAST_1,
+    "loop.accumulate": _AT_LEAST_1,
+    "loop.schedule": _one_of(FALLS),
+    "loop.warm_up": _NOT_NEGATIVE,
+    "loop.min_snr": _NOT_NEGATIVE,
+    "loop.ema": (lambda v: 0 <= v < 1, "must lie between 0 and 1, 1 excluded"),
+    "loop.precision": _one_of(PRECISIONS),
+    "loop.save_every": _AT_LEAST_1,
+    "validation.pictures": _NOT_NEGATIVE,
+    "validation.every": _NOT_NEGATIVE,
+    "validation.patience": _NOT_NEGATIVE,
+    "validation.sample_every": _NOT_NEGATIVE,
+    "validation.sample_steps": _AT_LEAST_1,
 }
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """`value` as a field of type `kind` holds it; raises TypeError with what it should be."""
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise TypeError("a list of texts")
+        return tuple(value)
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise TypeError("a table")
+        if get_args(kind)[1] is not float:
+            return value
+        if not all(type(item) in (int, float) for item in value.values()):
+            raise TypeError("a table of numbers")
+        return {key: float(item) for key, item in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{kind.__name__}, not {type(value).__name__}")
+    return value
 
 
 def _read(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
@@ -104,30 +249,96 @@ def _read(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -
             else:
                 problems.append(f"{name}: must be a table [{name}]")
             continue
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            problems.append(f"{name}: must be of type {kind.__name__}, not {type(value).__name__}")
+        try:
+            value = _convert(value, kind)
+        except TypeError as error:
+            problems.append(f"{name}: must be of type {error}")
             continue
         check, sentence = _RULES.get(name, (None, ""))
         if check is not None and not check(value):
             problems.append(f"{name}: is {value!r}, but {sentence}")
             continue
         known[key] = value
-    return cls(**known)
+    try:
+        return cls(**known)
+    except ValueError as error:
+        problems.append(f"{prefix.rstrip('.')}: {error}")
+        return cls()
+
+
+def _contradictions(config: Config) -> list[str]:
+    """What is wrong between keys, and what they name that does not exist."""
+    from .optimisers import UnknownOptimiser, find_optimiser
+
+    problems = []
+    base, data = config.base, config.data
+    if not config.is_toy and not Path(base.checkpoint).is_file():
+        problems.append(f"base.checkpoint: '{base.checkpoint}' does not exist; name a checkpoint file or \"{TOY}\"")
+    if not config.is_toy and not data.path:
+        problems.append("data.path: is missing; name a folder of pictures with captions, or a data set")
+    if config.is_toy and base.lora:
+        problems.append("base.lora: the toy model takes none")
+    if base.weights and not Path(base.weights).is_dir():
+        problems.append(f"base.weights: the folder '{base.weights}' does not exist")
+    if data.path:
+        problems += [f"data.path: {sentence}" for sentence in scan(data.path, data.caption_column).problems]
+    problems += [f"base.lora: '{file}' does not exist" for file in base.lora if not Path(file).is_file()]
+    try:
+        find_optimiser(config.optimiser.name)
+    except UnknownOptimiser as error:
+        problems.append(str(error))
+    if config.loop.batch % config.loop.accumulate:
+        problems.append(f"loop.accumulate: must divide loop.batch ({config.loop.batch})")
+    if config.validation.sample_every and not config.validation.prompts:
+        problems.append("validation.prompts: is empty, but validation.sample_every asks for sample grids")
+    if config.validation.patience and not config.validation.every:
+        problems.append("validation.patience: needs validation.every")
+    return problems
+
+
+def warnings(config: Config) -> list[str]:
+    """What works but will not do what people expect, a sentence each."""
+    found = []
+    masked = config.method in ("maskunet", "static_mask")
+    reach = max(config.optimiser.lr, config.optimiser.lr_bias) * config.loop.steps
+    if masked and config.optimiser.name.startswith("Adam") and reach < config.generator.start:
+        found.append(
+            f"No logit can cross the threshold: with learning rates of at most {reach / config.loop.steps:g} and "
+            f"{config.loop.steps} steps a logit moves by {reach:.2g} at most, but starts at "
+            f"{config.generator.start:g}. Every weight will be kept. Raise optimiser.lr_bias."
+        )
+    return found
 
 
 def parse_config(values: dict[str, Any]) -> Config:
     """A Config from a TOML document. Raises BadConfig with all problems at once."""
     problems: list[str] = []
     config = _read(Config, values, "", problems)
+    problems += _contradictions(config)
     if problems:
         raise BadConfig("\n".join(problems))
     return config
 
 
-def load_config(source: str) -> Config:
-    """From a file, or from a preset by its name."""
+def _override(values: dict[str, Any], assignment: str) -> None:
+    """Apply `table.key=value`, where value is TOML, or a bare text."""
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise BadConfig(f"--set {assignment}: must be of the form key=value, for instance loop.steps=500")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, name = key.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise BadConfig(f"--set {assignment}: '{table}' is not a table")
+    values[name] = value
+
+
+def load_config(source: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """From a file, or from a preset by its name, with overrides of the form `table.key=value`."""
     path = Path(source)
     if not path.exists() and (PRESETS / f"{source}.toml").exists():
         path = PRESETS / f"{source}.toml"
@@ -138,4 +349,17 @@ def load_config(source: str) -> Config:
         raise BadConfig(f"'{source}' does not exist. Name a TOML file or a preset ({presets}).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadConfig(f"'{path}' is not a TOML file: {error}.") from None
+    for assignment in overrides:
+        _override(values, assignment)
     return parse_config(values)
+
+
+def to_toml_values(config: Config) -> dict[str, Any]:
+    """The inverse of `parse_config`: plain values, as JSON and TOML hold them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))

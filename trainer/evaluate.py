@@ -14,12 +14,13 @@ from maskunet_core.patch import attach, installed, structure_of
 from maskunet_core.sources import GeneratorMasks
 from maskunet_core.toy.model import load_reader
 
-from .base import BaseModel, load_base, sample_pictures
+from .base import BaseModel, load_toy_base, sample_pictures
 from .seeds import seeded
 from .tables import write_table
 from .toy.data import LatentSet, latent_set
 from .toy.judge import frechet_distance, fully_right, read
 from .toy.world import Caption, render, sample_captioned
+from .validate import stratified_timesteps
 
 KINDS = ("one", "two", "relation")
 
@@ -51,13 +52,13 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 def held_out_losses(base: BaseModel, data: LatentSet, seed: int, source: GeneratorMasks | None) -> Tensor:
     """`[N]` losses of Eq. 2, each sample with a fixed noise and a timestep of its own stratum."""
     stream = seeded(30, seed)
-    timesteps = ((torch.arange(len(data)) + torch.rand(len(data), generator=stream)) * 1000 / len(data)).long()
+    timesteps = stratified_timesteps(len(data), base.timesteps, stream)
     noise = torch.randn(data.latents.shape, generator=stream)
     losses = []
     for rows in tqdm(torch.arange(len(data)).split(64), desc="held-out loss", mininterval=1):
-        context = base.encode(data.tokens[rows])
+        conditions = {"cross_attn": base.encode_tokens(data.tokens[rows])}
         with installed(base.unet, [(source, 1.0)] if source else []):
-            losses.append(base.diffusion_loss(data.latents[rows], context, timesteps[rows], noise[rows]))
+            losses.append(base.diffusion_loss(data.latents[rows], conditions, timesteps[rows], noise[rows]))
     return torch.cat(losses)
 
 
@@ -88,7 +89,7 @@ def judge_pictures(pictures: Tensor, prompts: list[Caption], real: Tensor, judge
 
 def evaluate(generator_file: Path | None, protocol: Protocol, output: Path, weights: str = "") -> list[dict[str, Any]]:
     """A row for the base and one for base + generator; written to `output/table.md` and `.json`, and printed."""
-    base = load_base(weights)
+    base = load_toy_base(weights)
     judge = load_reader("reader_b", Path(weights) if weights else None)
     data = latent_set(protocol.loss_pictures, seeded(32, protocol.seed), base.vae.first_stage_model, held_out=True)
     prompts, real = held_out_prompts(protocol)

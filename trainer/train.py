@@ -1,135 +1,117 @@
-"""Trains a mask generator on the diffusion loss of its frozen base (Eq. 2)."""
+"""Starts and resumes training runs: configuration, base, data, loop."""
 
-import csv
-import dataclasses
-import math
-import time
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from maskunet_core import checkpoint
 from maskunet_core.errors import MaskUNetError
-from maskunet_core.generator import LowRankGenerator, LowRankSettings
-from maskunet_core.patch import installed, structure_of
-from maskunet_core.sources import GeneratorMasks
 
-from .base import BaseModel, load_base
-from .config import Config
+from . import base as bases
+from .config import Config, parse_config, to_toml_values, warnings
 from .files import replacing
-from .schedules import warm_up_and_cosine
+from .loop import CannotResume, Run
 from .seeds import seeded
-from .toy.data import LatentSet, latent_set
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Diverged(MaskUNetError):
-    """The loss is no longer a number."""
+class MissingPackage(MaskUNetError):
+    """The trainer needs a package that ComfyUI does not bring."""
 
 
-class MaskStatistics:
-    """Keep ratio, and the share of weights whose bit differs inside a batch, over the layers of one call."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        self.kept = self.bits = self.differing = self.weights = 0
-
-    def __call__(self, layer: str, mask: Tensor) -> None:
-        bits = mask.detach() > 0.5
-        self.kept += int(bits.sum())
-        self.bits += bits.numel()
-        self.differing += int((bits.any(0) & ~bits.all(0)).sum())
-        self.weights += bits[0].numel()
-
-    @property
-    def keep_ratio(self) -> float:
-        return self.kept / max(1, self.bits)
-
-    @property
-    def share_differing(self) -> float:
-        return self.differing / max(1, self.weights)
+def make_accelerator(config: Config):
+    """Device, mixed precision and processes, by `accelerate`. Raises MissingPackage."""
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise MissingPackage(
+            "The trainer needs the package accelerate. Install what it needs by `pip install accelerate datasets "
+            "tensorboard` in the environment that ComfyUI runs in."
+        ) from None
+    precision = "no" if config.loop.precision == "fp32" else config.loop.precision
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    parts = accelerator.num_processes * config.loop.accumulate
+    if config.loop.batch % parts:
+        raise MaskUNetError(
+            f"loop.batch is {config.loop.batch}, which {accelerator.num_processes} processes with "
+            f"{config.loop.accumulate} parts each cannot share. Make it a multiple of {parts}."
+        )
+    return accelerator
 
 
-def parameter_groups(generator: LowRankGenerator, config: Config) -> list[dict]:
-    """The static bias learns faster than the low-rank part: it has to carry logits across the threshold."""
-    endings = (".bias", ".row", ".column")
-    static = [p for name, p in generator.logits.named_parameters() if name.endswith(endings)]
-    chosen = {id(p) for p in static}
-    dynamic = [p for p in generator.parameters() if id(p) not in chosen]
-    settings = config.optimiser
-    return [{"params": static, "lr": settings.lr_bias}, {"params": dynamic, "lr": settings.lr}]
+def load_data(config: Config, base: bases.BaseModel) -> Any:
+    """Latents and conditioning of the configured data: the rendered toy world, or pictures through the cache."""
+    settings = config.data
+    if config.is_toy and not settings.path:
+        from .toy.data import ToyData, latent_set
+
+        autoencoder = base.vae.first_stage_model
+        found = latent_set(settings.pictures, seeded(21, config.seed), autoencoder, settings.caption_noise)
+        return ToyData(found, base.encode_tokens)
+    from .data.pictures import cached_pictures
+
+    return cached_pictures(config, base)
 
 
-def build_generator(base: BaseModel, config: Config) -> LowRankGenerator:
-    names = {f.name for f in dataclasses.fields(LowRankSettings)}
-    settings = {k: v for k, v in dataclasses.asdict(config.generator).items() if k in names}
-    torch.manual_seed(config.seed)
-    return LowRankGenerator(structure_of(base.patcher, config.generator.targets), LowRankSettings(**settings))
+def check(config: Config) -> list[str]:
+    """What the configuration will do, a sentence each; nothing is trained, and no picture is encoded."""
+    from .cost import MB, estimate
+    from .methods import build_method
+
+    accelerator = make_accelerator(config)
+    told = [f"Warning: {sentence}" for sentence in warnings(config)]
+    size, pictures = (64, 64), config.data.pictures
+    if not config.is_toy or config.data.path:
+        from .data.pictures import picture_sizes, read_records
+
+        pictures = len(read_records(config))
+        size = max(picture_sizes(config), key=lambda pair: pair[0] * pair[1])
+    base = load(config, accelerator)
+    cost = estimate(base, build_method(base, config), config, accelerator, size)
+    whole = cost.seconds * config.loop.steps / 3600
+    return [
+        *told,
+        f"Base: {base.name}. Data: {pictures:,} pictures, up to {size[0]}x{size[1]}. "
+        f"Method: {config.method}, {cost.parameters:,} parameters.",
+        f"Estimated peak memory: {cost.peak / MB:,.0f} MB.",
+        f"Estimated time: {cost.seconds:.2f} s a step, {whole:.1f} h for {config.loop.steps:,} steps.",
+    ]
 
 
-def training_step(base: BaseModel, source: GeneratorMasks, data: LatentSet, config: Config, step: int) -> Tensor:
-    """The loss of one batch, whose content depends on seed and step alone; calls backward."""
-    stream = seeded(20, config.seed, step)
-    rows = torch.randint(len(data), (config.optimiser.batch,), generator=stream)
-    timesteps = torch.randint(1000, (len(rows),), generator=stream)
-    noise = torch.randn(len(rows), *data.latents.shape[1:], generator=stream)
-    dropped = torch.rand(len(rows), generator=stream) < config.data.caption_dropout
-    context = base.encode(data.tokens[rows])
-    context[dropped] = base.encode_texts([""])
-    torch.manual_seed(step)
-    with installed(base.unet, [(source, 1.0)]):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = base.diffusion_loss(data.latents[rows], context, timesteps, noise).mean()
-        loss.backward()
-    return loss.detach()
+def load(config: Config, accelerator: Any) -> bases.BaseModel:
+    """The base of a configuration, its U-Net in half precision where a GPU trains in it."""
+    half = config.loop.precision != "fp32" and accelerator.device.type != "cpu"
+    return bases.load_base(config.base, DTYPES[config.loop.precision] if half else torch.float32)
 
 
-def train(config: Config, progress: bool = True) -> Path:
-    """Run the whole configuration; returns the path of the generator file."""
-    base = load_base(config.base.weights)
-    autoencoder = base.vae.first_stage_model
-    data = latent_set(config.data.pictures, seeded(21, config.seed), autoencoder, config.data.caption_noise)
-    generator = build_generator(base, config)
-    statistics = MaskStatistics()
-    source = GeneratorMasks(generator, trainable=True, training_noise=config.generator.noise, observe=statistics)
-    settings = config.optimiser
-    optimiser = torch.optim.AdamW(parameter_groups(generator, config), eps=settings.eps, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, warm_up_and_cosine(settings.steps, 50, floor=0.05))
-    parameters = sum(p.numel() for p in generator.parameters())
-    print(f"generator of {parameters:,} parameters for {generator.structure.masked_weights:,} weights", flush=True)
+def start(config: Config, *, resume: bool = False) -> Path:
+    """Run the whole configuration; returns the path of the file that it made."""
+    accelerator = make_accelerator(config)
+    for sentence in warnings(config):
+        accelerator.print(f"Warning: {sentence}")
+    base = load(config, accelerator)
+    with accelerator.main_process_first():
+        data = load_data(config, base)
+    run = Run(config, base, data, accelerator)
+    if resume:
+        run.load_state()
+    elif accelerator.is_main_process:
+        with replacing(Path(config.output) / "config.json") as temporary:
+            temporary.write_text(json.dumps(to_toml_values(config), indent=2), encoding="utf-8")
+    trained = sum(p.numel() for p in run.module.parameters())
+    accelerator.print(f"{config.method}: {trained:,} parameters, {len(run.data):,} pictures, on {run.device}")
+    return run.run()
 
-    rows, losses, began = [], [], time.monotonic()
-    bar = tqdm(range(settings.steps), desc="train", mininterval=1, disable=not progress)
-    for step in bar:
-        statistics.reset()
-        loss = training_step(base, source, data, config, step)
-        if not math.isfinite(loss):
-            raise Diverged(f"The loss is not finite at step {step}. Train with a lower learning rate.")
-        if settings.clip:
-            nn.utils.clip_grad_norm_(generator.parameters(), settings.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        schedule.step()
-        losses.append(float(loss))
-        recent = losses[-50:]
-        values = (sum(recent) / len(recent), statistics.keep_ratio, statistics.share_differing)
-        rows.append((step, float(loss), *values[1:]))
-        bar.set_postfix(loss=f"{values[0]:.4f}", keep=f"{values[1]:.4f}", differ=f"{values[2]:.4f}", refresh=False)
 
-    output = Path(config.output)
-    seconds = time.monotonic() - began
-    record = {
-        "config": dataclasses.asdict(config),
-        "seconds": round(seconds),
-        "final": {"loss": values[0], "keep_ratio": values[1], "share_differing_in_batch": values[2]},
-    }
-    checkpoint.save(output, generator, config.generator.targets, record)
-    with replacing(output.with_suffix(".csv")) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("step", "loss", "keep_ratio", "share_differing"))
-        writer.writerows(rows)
-    print(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB) after {seconds:.0f} s", flush=True)
-    return output
+def resume(folder: Path) -> Path:
+    """Go on with the run in `folder`. Raises CannotResume where there is none."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CannotResume(f"'{folder}' holds no run (no config.json). Name the output folder of a run.") from None
+    except ValueError as error:
+        raise CannotResume(f"'{path}' is damaged ({error}). Start the run anew by `python -m trainer train`.") from None
+    return start(parse_config(values), resume=True)

@@ -121,10 +121,13 @@ def get_host() -> Path:
 
 def extras() -> list[str]:
     """The project's extras `train` and `test`."""
-    code = "import tomllib; d = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; "
+    # Python 3.10 has no tomllib; pip brings the same parser there.
+    parser = "tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli"
+    code = f"import {parser} as t; "
+    code += "d = t.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; "
     code += "print('\\n'.join(d['train'] + d['test']))"
     listed = subprocess.run([str(venv_python()), "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
-    return listed.stdout.split()
+    return listed.stdout.splitlines()
 
 
 def install(host: Path) -> None:

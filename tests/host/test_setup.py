@@ -82,3 +82,9 @@ def test_a_server_that_cannot_start_shows_its_last_lines():
         Server(arguments=("--no-such-option",)),
     ):
         pass
+
+
+def test_an_extra_is_one_requirement_however_it_is_written():
+    found = setup.extras()
+    assert any(requirement.startswith("accelerate>=") for requirement in found)
+    assert "tomli>=2; python_version < '3.11'" in found

@@ -1,45 +1,96 @@
 import pytest
 
-from trainer.config import PRESETS, BadConfig, Config, load_config, parse_config
+from trainer.config import PRESETS, BadConfig, load_config, parse_config, to_toml_values, warnings
 
 
-def test_every_preset_is_valid():
-    names = [path.stem for path in PRESETS.glob("*.toml")]
-    assert "toy" in names
-    for name in names:
-        assert isinstance(load_config(name), Config)
+def problems_of(values) -> list[str]:
+    with pytest.raises(BadConfig) as caught:
+        parse_config(values)
+    return str(caught.value).splitlines()
+
+
+def test_every_preset_is_valid_but_for_the_files_that_a_user_brings():
+    names = {path.stem for path in PRESETS.glob("*.toml")}
+    assert names == {"toy", "sd15", "paper"}
+    for name in names - {"toy"}:
+        with pytest.raises(BadConfig) as caught:
+            load_config(name)
+        lines = str(caught.value).splitlines()
+        assert [line.split(":")[0] for line in lines] == ["base.checkpoint", "data.path"]
+        assert load_config(name, ["base.checkpoint=toy", "data.path="]).targets == "decoder attention"
+    assert load_config("toy").is_toy
+
+
+def test_the_papers_learning_rate_is_warned_of():
+    (sentence,) = warnings(load_config("paper", ["base.checkpoint=toy", "data.path="]))
+    assert "No logit can cross the threshold" in sentence
+    assert "a logit moves by 0.15 at most, but starts at 1" in sentence
+    assert warnings(load_config("toy")) == []
 
 
 def test_what_is_not_said_has_its_default():
-    config = parse_config({"seed": 3, "optimiser": {"steps": 7, "lr": 1}})
-    assert (config.seed, config.optimiser.steps, config.optimiser.lr) == (3, 7, 1.0)
-    assert config.generator.targets == "decoder attention"
+    config = parse_config({"seed": 3, "loop": {"steps": 7}, "optimiser": {"lr": 1}})
+    assert (config.seed, config.loop.steps, config.optimiser.lr) == (3, 7, 1.0)
+    assert config.targets == "decoder attention"
 
 
 def test_all_problems_are_listed_at_once():
     wrong = {
         "sed": 1,
+        "method": "magic",
+        "base": {"checkpoint": "nothing.safetensors", "lora": {"style.safetensors": 0.5}},
         "data": {"pictures": "many", "caption_noise": 2.0},
-        "generator": {"targets": "everything", "rank": 0},
-        "optimiser": 5,
+        "generator": {"rank": -1},
+        "targets": "everything",
+        "lora": 5,
+        "optimiser": {"name": "Nothing"},
+        "loop": {"batch": 6, "accumulate": 4},
+        "validation": {"prompts": "a red circle", "sample_every": 5},
     }
-    with pytest.raises(BadConfig) as caught:
-        parse_config(wrong)
-    lines = str(caught.value).splitlines()
+    lines = problems_of(wrong)
     assert [line.split(":")[0] for line in lines] == [
         "sed",
+        "method",
         "data.pictures",
         "data.caption_noise",
-        "generator.targets",
         "generator.rank",
-        "optimiser",
+        "targets",
+        "lora",
+        "validation.prompts",
+        "base.checkpoint",
+        "data.path",
+        "base.lora",
+        "optimiser.name",
+        "loop.accumulate",
+        "validation.prompts",
     ]
-    assert lines[1] == "data.pictures: must be of type int, not str"
-    assert "must be one of decoder attention, decoder attention and feed-forward, all attention" in lines[3]
+    assert lines[2] == "data.pictures: must be of type int, not str"
+    assert "must be one of decoder attention, decoder attention and feed-forward, all attention" in lines[5]
+
+
+def test_a_dynamic_mask_needs_an_input():
+    (line,) = problems_of({"generator": {"use_time": False, "use_sample": False}})
+    assert line == "generator: a dynamic mask needs use_time or use_sample; a static one has rank 0"
+
+
+def test_overrides_reach_every_key():
+    overrides = ["loop.steps=5", "method=lora", "data.flip=false", 'validation.prompts=["a", "b"]', "base.weights=."]
+    config = load_config("toy", overrides)
+    assert (config.loop.steps, config.method, config.data.flip, config.base.weights) == (5, "lora", False, ".")
+    assert config.validation.prompts == ("a", "b")
+    with pytest.raises(BadConfig, match="must be of the form key=value"):
+        load_config("toy", ["loop.steps"])
+    with pytest.raises(BadConfig, match="'seed' is not a table"):
+        load_config("toy", ["seed.x=1"])
+
+
+def test_a_configuration_survives_being_written_down():
+    config = load_config("toy")
+    assert parse_config(to_toml_values(config)) == config
 
 
 def test_a_file_that_is_missing_or_no_toml_gets_a_sentence(tmp_path):
-    with pytest.raises(BadConfig, match=r"does not exist. Name a TOML file or a preset \(toy\)"):
+    with pytest.raises(BadConfig, match=r"does not exist. Name a TOML file or a preset \(paper, sd15, toy\)"):
         load_config("nothing")
     path = tmp_path / "run.toml"
     path.write_text("steps = = 3")

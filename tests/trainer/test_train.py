@@ -1,46 +1,84 @@
-"""The trainer's commands on the toy world, small enough to run in seconds."""
+"""The training loop on the toy world, small enough to run in seconds."""
 
+import csv
+import errno
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from maskunet_core import checkpoint
-from maskunet_core.sources import GeneratorMasks
-from maskunet_core.toy.model import load_reader, read_weights
-from tests.builders import make_generator
-from trainer.base import load_base, sample_pictures
+from tests.builders import trainer_command
+from trainer import loop
+from trainer.base import load_toy_base
 from trainer.config import load_config, parse_config
 from trainer.host import PROJECT
-from trainer.seeds import seeded
-from trainer.toy.data import latent_set
-from trainer.toy.judge import fully_right, read
-from trainer.toy.world import sample_captioned
-from trainer.train import MaskStatistics, build_generator, parameter_groups, train, training_step
+from trainer.loop import CannotResume, DiskFull, Diverged, Run, draw
+from trainer.methods import build_method
+from trainer.train import load_data, make_accelerator, start
 
 
 @pytest.fixture(scope="module")
 def base():
-    return load_base()
+    return load_toy_base()
 
 
-@pytest.fixture(scope="module")
-def data(base):
-    return latent_set(64, seeded(0), base.vae.first_stage_model)
-
-
-def small(**changes):
-    values = {"data": {"pictures": 64}, "optimiser": {"steps": 4, "batch": 8}} | changes
+def small(tmp_path: Path | None = None, **changes):
+    values = {
+        "output": str((tmp_path or Path("output")) / "run"),
+        "data": {"pictures": 64},
+        "loop": {"steps": 4, "batch": 8, "save_every": 2},
+        "validation": {"pictures": 8, "every": 2},
+    }
+    for key, value in changes.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return parse_config(values)
 
 
-def test_every_parameter_has_a_gradient_at_the_first_step(base, data):
-    config = load_config("toy")
-    generator = build_generator(base, config)
-    training_step(base, GeneratorMasks(generator, trainable=True), data, config, 0)
-    for name, parameter in generator.named_parameters():
+def make_run(config, base) -> Run:
+    return Run(config, base, load_data(config, base), make_accelerator(config))
+
+
+def state_of(folder: Path) -> dict:
+    return torch.load(folder / "state" / "last.pt", weights_only=True)
+
+
+def assert_same(first, second, path="state"):
+    """Bitwise the same, at any depth; how long it took is no part of it."""
+    assert type(first) is type(second), path
+    if isinstance(first, dict):
+        assert set(first) == set(second), path
+        for key in set(first) - {"seconds", "config"}:
+            assert_same(first[key], second[key], f"{path}.{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), path
+        for n, pair in enumerate(zip(first, second)):
+            assert_same(*pair, f"{path}[{n}]")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), path
+    else:
+        assert first == second, path
+
+
+def rows_of(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# What a step learns ---------------------------------------------------------------------------------------------
+
+
+def test_every_parameter_has_a_gradient_at_the_first_step(base, tmp_path):
+    run = make_run(small(tmp_path), base)
+    run._forward_backward(draw(run.data, run.order.rows(0), run.config, 1000, 0))
+    for name, parameter in run.module.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
     assert all(parameter.grad is None for parameter in base.unet.parameters())
@@ -48,135 +86,283 @@ def test_every_parameter_has_a_gradient_at_the_first_step(base, data):
 
 def test_the_bias_learns_at_its_own_rate(base):
     config = load_config("toy")
-    generator = build_generator(base, config)
-    static, dynamic = parameter_groups(generator, config)
+    method = build_method(base, config)
+    static, dynamic = method.groups()
     assert static["lr"] == config.optimiser.lr_bias
-    assert sum(p.numel() for p in static["params"]) == generator.structure.masked_weights
-    total = sum(p.numel() for p in generator.parameters())
-    assert sum(p.numel() for p in dynamic["params"]) == total - generator.structure.masked_weights
+    assert sum(p.numel() for p in static["params"]) == method.structure.masked_weights
+    total = sum(p.numel() for p in method.module.parameters())
+    assert sum(p.numel() for p in dynamic["params"]) == total - method.structure.masked_weights
 
 
-def test_the_preset_flips_bits_within_a_few_hundred_steps(base, data):
+def test_the_preset_flips_bits_within_a_few_hundred_steps(base, tmp_path):
     """40 steps at ten times the rates stand for 400: what counts is learning rate times steps over start."""
-    recipe = load_config("toy")
-    config = small(optimiser={"lr": 10 * recipe.optimiser.lr, "lr_bias": 10 * recipe.optimiser.lr_bias, "batch": 8})
-    generator = build_generator(base, config)
-    statistics = MaskStatistics()
-    source = GeneratorMasks(generator, trainable=True, observe=statistics)
-    optimiser = torch.optim.AdamW(parameter_groups(generator, config), eps=recipe.optimiser.eps, weight_decay=0.0)
-    for step in range(40):
-        statistics.reset()
-        training_step(base, source, data, config, step)
-        if step == 0:
-            assert statistics.keep_ratio == 1.0
-        optimiser.step()
-        optimiser.zero_grad()
-    assert 0.5 < statistics.keep_ratio < 0.999
-    assert statistics.share_differing > 1e-4
+    recipe = load_config("toy").optimiser
+    rates = {"lr": 10 * recipe.lr, "lr_bias": 10 * recipe.lr_bias}
+    run = make_run(small(tmp_path, optimiser=rates, loop={"steps": 40, "schedule": "constant"}), base)
+    run.method.observe(True)
+    run.train_step()
+    assert run.method.statistics.keep_ratio == 1.0
+    while run.step < 40:
+        run.method.observe(True)
+        run.train_step()
+    assert 0.5 < run.method.statistics.keep_ratio < 0.999
+    assert run.method.statistics.share_differing > 1e-4
 
 
-def test_training_leaves_the_base_untouched_and_writes_what_the_loader_reads(tmp_path):
-    path = tmp_path / "made" / "generator.safetensors"
-    assert train(small(output=str(path)), progress=False) == path
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(base, tmp_path, parts):
+    gradients = []
+    for accumulate in (1, parts):
+        config = small(tmp_path, loop={"accumulate": accumulate, "precision": "fp32"})
+        run = make_run(config, base)
+        run._forward_backward(draw(run.data, run.order.rows(0), config, 1000, 0))
+        gradients.append(torch.cat([p.grad.flatten() for p in run.module.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+
+
+def test_checkpointing_changes_no_gradient(base, tmp_path):
+    gradients = []
+    for checkpointing in (False, True):
+        config = small(tmp_path, loop={"checkpointing": checkpointing, "precision": "fp32"})
+        run = make_run(config, base)
+        run._forward_backward(draw(run.data, run.order.rows(0), config, 1000, 0))
+        gradients.append(torch.cat([p.grad.flatten() for p in run.module.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_gumbel_noise_is_drawn_again_in_the_backward_pass(base, tmp_path):
+    """With its mask made anew in the backward pass, a run with noise must still repeat bit for bit."""
+    losses = []
+    for _ in range(2):
+        run = make_run(small(tmp_path, generator={"noise": True}), base)
+        losses.append([run.train_step() for _ in range(3)])
+    assert losses[0] == losses[1]
+
+
+def test_min_snr_weighs_the_loss_by_timestep(base):
+    clean, noise = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([5, 300, 600, 990])
+    conditions = {"cross_attn": base.encode_text("a red circle")["cross_attn"].expand(4, -1, -1)}
+    with torch.no_grad():
+        plain = base.diffusion_loss(clean, conditions, timesteps, noise)
+        weighted = base.diffusion_loss(clean, conditions, timesteps, noise, min_snr=5.0)
+    snr = base.model.model_sampling.sigma(timesteps.float()) ** -2
+    torch.testing.assert_close(weighted / plain, snr.clamp(max=5.0) / snr)
+
+
+def test_the_loss_of_eq_2_is_that_of_the_predicted_noise(base):
+    clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    timesteps = torch.tensor([10, 400, 900])
+    context = base.encode_text("a red circle")["cross_attn"].expand(3, -1, -1)
+    alpha = (1 / (1 + base.model.model_sampling.sigma(timesteps.float()) ** 2)).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        predicted = base.unet(noisy, timesteps.float(), context=context, transformer_options={})
+        expected = (predicted - noise).square().mean((1, 2, 3))
+        found = base.diffusion_loss(clean, {"cross_attn": context}, timesteps, noise)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_ema_follows_the_weights(base, tmp_path):
+    run = make_run(small(tmp_path, loop={"ema": 0.5, "steps": 3}), base)
+    expected = [p.detach().clone() for p in run.module.parameters()]
+    for step in range(1, 4):
+        run.train_step()
+        decay = min(0.5, step / (step + 10))
+        expected = [decay * a + (1 - decay) * p.detach() for a, p in zip(expected, run.module.parameters())]
+    trained = [p.detach().clone() for p in run.module.parameters()]
+    with run.averaged():
+        for found, wanted in zip(run.module.parameters(), expected):
+            torch.testing.assert_close(found.detach(), wanted)
+    assert all(torch.equal(p, q) for p, q in zip(run.module.parameters(), trained))
+
+
+# What a run leaves ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_the_base_untouched_and_writes_what_the_loader_reads(tmp_path):
+    prompts = ["a red circle", "a green star"]
+    config = small(tmp_path, validation={"prompts": prompts, "sample_every": 2, "sample_steps": 2})
+    before = {key: value.clone() for key, value in load_toy_base().unet.state_dict().items()}
+    path = start(config)
+    assert path == tmp_path / "run" / "run.safetensors"
     loaded = checkpoint.load(path)
-    assert loaded.training["config"]["optimiser"]["steps"] == 4
+    assert loaded.training["config"]["loop"]["steps"] == 4
     assert loaded.structure.family == "the MaskUNet toy model"
-    assert path.with_suffix(".csv").read_text().splitlines()[0] == "step,loss,keep_ratio,share_differing"
-    assert len(path.with_suffix(".csv").read_text().splitlines()) == 5
+    after = load_toy_base().unet.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    log = rows_of(path.with_name("log.csv"))
+    assert [row["step"] for row in log] == ["1", "2", "3", "4"]
+    assert float(log[0]["keep_ratio"]) == 1.0
+    assert int(log[0]["peak_memory_mb"]) > 100
+    validations = rows_of(path.with_name("validation.csv"))
+    assert [row["step"] for row in validations] == ["0", "2", "4"]
+    # At the start every weight is kept: the paired difference to the base is exactly none.
+    assert float(validations[0]["change"]) == 0.0
+    layers = rows_of(path.with_name("layers.csv"))
+    assert len(layers) == 3 * 32
+    assert {row["keep_ratio"] for row in layers if row["step"] == "0"} == {"1.0"}
+    assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == ["000002.png", "000004.png"]
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
 
 
-def test_the_same_seed_trains_the_same_generator(tmp_path):
-    files = []
-    for name in ("first", "second"):
-        path = tmp_path / f"{name}.safetensors"
-        train(small(output=str(path)), progress=False)
-        files.append(checkpoint.load(path).generator.state_dict())
-    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+def test_the_best_validation_is_what_is_kept(base, tmp_path, monkeypatch):
+    changes = iter([0.0, -3.0, -1.0])
+    monkeypatch.setattr(loop.Validator, "measure", lambda self: {"loss": 1.0, "change": next(changes), "error": 0.1})
+    path = start(small(tmp_path))
+    assert checkpoint.load(path).training["step"] == 2
+    assert checkpoint.load(path).training["validation"]["change"] == -3.0
 
 
-def test_the_shipped_base_draws_single_objects_as_well_as_its_scores_say(base):
-    """A sample of what `python -m trainer evaluate` measured; the scores are in the U-Net's metadata."""
-    scores = json.loads(read_weights("unet")[1]["scores"])
-    _, captions = sample_captioned(2000, seeded(77), held_out=True)
-    singles = [caption for caption in captions if caption.kind == "one"][:100]
-    pictures = sample_pictures(base, base.patcher, [str(c) for c in singles], seed=3, steps=15, cfg=5.0, batch=50)
-    right = fully_right(read(load_reader("reader_b"), pictures), singles).float()
-    expected = float(scores["one"].split(" ± ")[0])
-    error = max((expected * (1 - expected) / len(singles)) ** 0.5, 0.02)
-    assert abs(right.mean().item() - expected) < 3 * error
+def test_a_run_stops_early_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Validator, "measure", lambda self: {"loss": 1.0, "change": 0.0, "error": 0.1})
+    path = start(small(tmp_path, loop={"steps": 40}, validation={"patience": 3}))
+    assert len(rows_of(path.with_name("log.csv"))) == 6
 
 
-def command(*arguments, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "trainer", *arguments], cwd=PROJECT, capture_output=True, text=True, **options
-    )
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_state(base, tmp_path, monkeypatch):
+    run = make_run(small(tmp_path), base)
+    whole = type(base).diffusion_loss
+
+    def broken(self, *arguments):
+        losses = whole(self, *arguments)
+        return losses * float("nan") if run.step == 3 and torch.is_grad_enabled() else losses
+
+    monkeypatch.setattr(type(base), "diffusion_loss", broken)
+    with pytest.raises(Diverged, match=r"The loss is not finite at step 3\. The last good state is in"):
+        run.run()
+    assert state_of(tmp_path / "run")["step"] == 2
+    assert all(torch.isfinite(p).all() for p in run.module.parameters())
 
 
-def test_evaluate_prints_its_table_and_writes_it_twice(tmp_path, toy_structure):
-    path = tmp_path / "generator.safetensors"
-    checkpoint.save(path, make_generator(toy_structure, lively=True), "decoder attention", {})
-    result = command("evaluate", str(path), "--quick", "--output", str(tmp_path / "table"))
+def test_a_full_disk_stops_the_run_and_keeps_the_last_state(base, tmp_path, monkeypatch):
+    run = make_run(small(tmp_path), base)
+    save = torch.save
+
+    def full(state, path):
+        if state["step"] == 4:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(DiskFull, match=r"No space left for '.*last.pt'. Whatever was saved before is untouched"):
+        run.run()
+    assert state_of(tmp_path / "run")["step"] == 2
+    assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["last.pt"]
+
+
+# Going on -------------------------------------------------------------------------------------------------------
+
+MANY = {"loop": {"steps": 40, "batch": 4, "save_every": 3, "ema": 0.9}, "data": {"pictures": 48}}
+
+
+def spawn(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "trainer", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=PROJECT, env=environment, **options)
+
+
+def write_config(config, path: Path) -> str:
+    """A TOML file; JSON's texts, numbers, lists and booleans are TOML's."""
+    from trainer.config import to_toml_values
+
+    tables, lines = [], []
+    for key, value in to_toml_values(config).items():
+        if isinstance(value, dict):
+            tables.append(f"[{key}]")
+            tables += [f"{k} = {json.dumps(v)}" for k, v in value.items() if not isinstance(v, dict)]
+        else:
+            lines.append(f"{key} = {json.dumps(value)}")
+    path.write_text("\n".join(lines + tables), encoding="utf-8")
+    return str(path)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    while process.poll() is None:
+        log = folder / "log.csv"
+        if log.exists() and log.read_text().count("\n") > step:
+            return
+        time.sleep(0.005)
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
+    whole = small(tmp_path / "whole", **MANY)
+    spawn("train", write_config(whole, tmp_path / "whole.toml")).communicate()
+    killed = small(tmp_path / "killed", **MANY)
+    command = ("train", write_config(killed, tmp_path / "killed.toml"))
+    chance = random.Random(0)
+    for at in (chance.randint(4, 12), chance.randint(14, 24), chance.randint(26, 38)):
+        process = spawn(*command)
+        wait_for_step(Path(killed.output), at, process)
+        time.sleep(chance.random() * 0.1)
+        process.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+        process.communicate()
+        command = ("resume", killed.output)
+    told, _ = spawn(*command).communicate()
+    assert "after 40 steps" in told
+    assert_same(state_of(Path(whole.output)), state_of(Path(killed.output)))
+    first, second = (rows_of(Path(c.output) / "log.csv") for c in (whole, killed))
+    assert [(r["step"], r["loss"]) for r in first] == [(r["step"], r["loss"]) for r in second]
+    first, second = (checkpoint.load(c.result).generator.state_dict() for c in (whole, killed))
+    assert_same(dict(first), dict(second))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a console's Ctrl-C cannot be sent to one process there")
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    config = small(tmp_path, **MANY)
+    process = spawn("train", write_config(config, tmp_path / "run.toml"))
+    wait_for_step(Path(config.output), 5, process)
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate()
+    assert process.returncode == 130
+    assert "python -m trainer resume" in told
+    assert "Traceback" not in told
+    saved = state_of(Path(config.output))["step"]
+    assert 5 <= saved < 40
+    assert len(rows_of(Path(config.output) / "log.csv")) == saved
+    assert spawn("resume", config.output).communicate()[0].count("after 40 steps") == 1
+
+
+def test_a_state_of_another_configuration_is_refused(base, tmp_path):
+    make_run(small(tmp_path), base).run()
+    with pytest.raises(CannotResume, match="was saved with another configuration"):
+        make_run(small(tmp_path, seed=5), base).load_state()
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    """The same global batch, shared by two processes: the same result but for float sums."""
+    changes = {"loop": {"steps": 6, "batch": 8, "precision": "fp32"}, "validation": {"every": 0}}
+    one, two = small(tmp_path / "one", **changes), small(tmp_path / "two", **changes)
+    assert trainer_command("train", write_config(one, tmp_path / "one.toml")).returncode == 0
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "-m",
+        "trainer",
+        "train",
+    ]
+    launch.append(write_config(two, tmp_path / "two.toml"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(launch, cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    table = json.loads((tmp_path / "table" / "table.json").read_text())
-    assert [row["model"] for row in table["rows"]] == ["base", "base + generator.safetensors"]
-    for column in ("loss", "one", "two", "relation", "frechet"):
-        assert column in table["rows"][1]
-    assert (tmp_path / "table" / "table.md").read_text() in result.stdout
-    assert table["machine"]["torch"]
-
-
-def test_the_toy_is_trained_by_one_command(tmp_path):
-    result = command("toy", "--quick", "--output", str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert {path.stem for path in tmp_path.glob("*.safetensors")} == {
-        "autoencoder",
-        "reader_a",
-        "reader_b",
-        "text_encoder",
-        "unet",
-    }
-    # Complete: the same command has nothing left to do, and the result is a base like the shipped one.
-    again = command("toy", "--quick", "--output", str(tmp_path))
-    assert again.returncode == 0
-    assert "u-net" not in again.stderr
-    sample = sample_pictures(load_base(str(tmp_path)), load_base(str(tmp_path)).patcher, ["a red circle"], 0, 2, 5.0)
-    assert sample.shape == (1, 3, 64, 64)
-
-
-def test_a_toy_stage_that_was_stopped_goes_on_with_the_same_weights(tmp_path):
-    from torch import nn
-
-    from trainer.toy.train import fit
-
-    def run(state_file, stop_at=None):
-        torch.manual_seed(0)
-        model = nn.Linear(3, 1)
-
-        def step_loss(step):
-            if step == stop_at:
-                raise KeyboardInterrupt
-            x = torch.randn(8, 3, generator=seeded(1, step))
-            return (model(x) - x.sum(1, keepdim=True)).square().mean()
-
-        fit("stage", nn.ModuleDict({"model": model}), step_loss, 600, 1e-2, state_file, ema=0.9)
-        return model.weight.detach()
-
-    whole = run(tmp_path / "whole.pt")
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped.pt", stop_at=520)
-    assert torch.equal(run(tmp_path / "stopped.pt"), whole)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("train", "nothing.toml"), "'nothing.toml' does not exist. Name a TOML file or a preset"),
-        (("evaluate", "nothing.safetensors", "--quick"), "'nothing.safetensors' does not exist"),
-        (("convert", "a.pth", "b.pth", "c.safetensors"), "'a.pth' does not exist."),
-    ],
-)
-def test_bad_input_gets_one_sentence(arguments, sentence):
-    result = command(*arguments)
-    assert result.returncode == 2
-    assert sentence in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr
+    first, second = (state_of(Path(config.output))["module"] for config in (one, two))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-4)
+    losses = [[float(row["loss"]) for row in rows_of(Path(c.output) / "log.csv")] for c in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

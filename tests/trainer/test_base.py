@@ -1,0 +1,107 @@
+"""Any checkpoint that the host loads is a base: a user's pictures to a generator file."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from maskunet_core import checkpoint
+from maskunet_core.patch import structure_of
+from tests.builders import write_tiny_checkpoint
+from trainer.base import BadBase, load_base, load_for_training, load_toy_base
+from trainer.config import Base, parse_config
+from trainer.cost import PeakMemory
+from trainer.train import check, start
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny.safetensors")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for n in range(6):
+        Image.new("RGB", (160, 120) if n % 2 else (120, 160), (40 * n, 90, 200 - 30 * n)).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"a flat picture, number {n}", encoding="utf-8")
+    return folder
+
+
+def config_of(tiny, pictures, tmp_path, **changes):
+    values = {
+        "output": str(tmp_path / "run"),
+        "base": {"checkpoint": str(tiny)},
+        "data": {"path": str(pictures), "resolution": 128, "cache": str(tmp_path / "cache")},
+        "loop": {"steps": 2, "batch": 2, "precision": "fp32"},
+        "validation": {"pictures": 2, "every": 1},
+    }
+    return parse_config(values | changes)
+
+
+def test_a_users_pictures_become_a_generator(tiny, pictures, tmp_path):
+    path = start(config_of(tiny, pictures, tmp_path))
+    loaded = checkpoint.load(path)
+    assert loaded.structure.family == "SD 1.5"
+    assert loaded.training["base"] == "tiny.safetensors"
+    loaded.require_fit(structure_of(load_base(Base(str(tiny))).patcher, "decoder attention"))
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
+    # Two orientations of six pictures; six captions and the empty one.
+    assert len(files) == 2 * 6 + 7
+    start(config_of(tiny, pictures, tmp_path, seed=1))
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")} == files
+
+
+def test_a_lora_is_merged_into_the_base(tiny, tmp_path):
+    key = "lora_unet_output_blocks_3_1_transformer_blocks_0_attn1_to_q"
+    file = tmp_path / "style.safetensors"
+    tensors = {f"{key}.lora_up.weight": torch.ones(320, 1), f"{key}.lora_down.weight": torch.full((1, 320), 0.5)}
+    save_file(tensors | {f"{key}.alpha": torch.tensor(1.0)}, file)
+    weights = []
+    for lora in ({}, {str(file): 0.5}):
+        base = load_base(Base(str(tiny), lora=lora))
+        load_for_training(base)
+        weights.append(base.unet.output_blocks[3][1].transformer_blocks[0].attn1.to_q.weight.detach().float())
+    torch.testing.assert_close(weights[1], weights[0] + 0.25, rtol=1e-3, atol=1e-3)
+
+
+def test_a_file_that_is_no_checkpoint_gets_a_sentence(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(BadBase, match=r"other.safetensors' is no checkpoint that ComfyUI can load"):
+        load_base(Base(str(path)))
+
+
+def test_v_prediction_is_trained_on_v():
+    import comfy.model_base
+
+    base = load_toy_base()
+    kind = comfy.model_base.ModelType.V_PREDICTION
+    base.model.model_type = kind
+    base.model.model_sampling = comfy.model_base.model_sampling(base.model.model_config, kind)
+    clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    timesteps = torch.tensor([10, 400, 900])
+    context = base.encode_text("a red circle")["cross_attn"].expand(3, -1, -1)
+    alpha = (1 / (1 + base.model.model_sampling.sigma(timesteps.float()) ** 2)).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        predicted = base.unet(noisy, timesteps.float(), context=context, transformer_options={})
+        expected = (predicted - (alpha.sqrt() * noise - (1 - alpha).sqrt() * clean)).square().mean((1, 2, 3))
+        found = base.diffusion_loss(clean, {"cross_attn": context}, timesteps, noise)
+        weighted = base.diffusion_loss(clean, {"cross_attn": context}, timesteps, noise, min_snr=5.0)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    snr = base.model.model_sampling.sigma(timesteps.float()) ** -2
+    torch.testing.assert_close(weighted, found * snr.clamp(max=5.0) / (snr + 1))
+
+
+def test_check_estimates_the_peak_within_20_percent(tiny, pictures, tmp_path):
+    config = config_of(tiny, pictures, tmp_path, loop={"steps": 2, "batch": 6, "precision": "fp32"})
+    told = "\n".join(check(config))
+    assert "6 pictures, up to 128x128" in told
+    estimated = float(re.search(r"peak memory: ([\d,]+) MB", told)[1].replace(",", ""))
+    with PeakMemory(torch.device("cpu")) as memory:
+        start(config)
+    assert estimated == pytest.approx(memory.peak / 2**20, rel=0.2)

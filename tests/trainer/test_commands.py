@@ -1,0 +1,79 @@
+"""The trainer's commands as a user types them."""
+
+import json
+
+import pytest
+
+from maskunet_core import checkpoint
+from tests.builders import make_generator, trainer_command
+
+
+def test_evaluate_prints_its_table_and_writes_it_twice(tmp_path, toy_structure):
+    path = tmp_path / "generator.safetensors"
+    checkpoint.save(path, make_generator(toy_structure, lively=True), "decoder attention", {})
+    result = trainer_command("evaluate", str(path), "--quick", "--output", str(tmp_path / "table"))
+    assert result.returncode == 0, result.stderr
+    table = json.loads((tmp_path / "table" / "table.json").read_text())
+    assert [row["model"] for row in table["rows"]] == ["base", "base + generator.safetensors"]
+    for column in ("loss", "one", "two", "relation", "frechet"):
+        assert column in table["rows"][1]
+    assert (tmp_path / "table" / "table.md").read_text() in result.stdout
+    assert table["machine"]["torch"]
+
+
+def test_info_tells_what_a_file_says_of_itself(tmp_path, toy_structure):
+    path = tmp_path / "generator.safetensors"
+    checkpoint.save(path, make_generator(toy_structure), "decoder attention", {"seconds": 5})
+    result = trainer_command("info", str(path))
+    assert result.returncode == 0, result.stderr
+    for line in (
+        "architecture: low_rank",
+        "base model: the MaskUNet toy model",
+        "32 layers, 524,288 weights",
+        '"rank": 8',
+    ):
+        assert line in result.stdout
+
+
+def test_sample_draws_prompts_without_and_with_a_generator(tmp_path, toy_structure):
+    from PIL import Image
+
+    path = tmp_path / "generator.safetensors"
+    checkpoint.save(path, make_generator(toy_structure, lively=True), "decoder attention", {})
+    sheet = tmp_path / "sheet.png"
+    prompts = ("--prompt", "a red circle", "--prompt", "a green star")
+    result = trainer_command("sample", str(path), *prompts, "--steps", "3", "--output", str(sheet))
+    assert result.returncode == 0, result.stderr
+    with Image.open(sheet) as image:
+        assert image.size == (128, 128)
+        left, right = image.crop((0, 0, 64, 128)), image.crop((64, 0, 128, 128))
+    assert left.tobytes() != right.tobytes()
+
+
+def test_check_tells_cost_and_trains_nothing(tmp_path):
+    output = tmp_path / "run"
+    result = trainer_command("check", "toy", "--set", f"output={output}")
+    assert result.returncode == 0, result.stderr
+    assert "Estimated peak memory: " in result.stdout
+    assert "Estimated time: " in result.stdout
+    assert "20,000 pictures, up to 64x64" in result.stdout
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("train", "nothing.toml"), "'nothing.toml' does not exist. Name a TOML file or a preset"),
+        (("evaluate", "nothing.safetensors", "--quick"), "'nothing.safetensors' does not exist"),
+        (("convert", "a.pth", "b.pth", "c.safetensors"), "'a.pth' does not exist."),
+        (("info", "nothing.safetensors"), "'nothing.safetensors' does not exist"),
+        (("resume", "nothing"), "'nothing' holds no run (no config.json)."),
+        (("train", "toy", "--set", "loop.stps=3"), "loop.stps: unknown key"),
+        (("train", "toy", "--set", "optimiser.name=Nothing"), "torch.optim has no 'Nothing'"),
+    ],
+)
+def test_bad_input_gets_one_sentence(arguments, sentence):
+    result = trainer_command(*arguments)
+    assert result.returncode == 2
+    assert sentence in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,102 @@
+"""Baselines in the same loop, and files that the stock nodes read."""
+
+import pytest
+import torch
+
+from maskunet_core import checkpoint
+from maskunet_core.patch import attach
+from maskunet_core.sources import GeneratorMasks
+from trainer.base import load_toy_base
+from trainer.config import parse_config
+from trainer.methods import MaskStatistics, build_method
+from trainer.train import start
+
+
+def config_of(method: str, tmp_path, **changes):
+    values = {
+        "method": method,
+        "output": str(tmp_path / method),
+        "data": {"pictures": 64},
+        "loop": {"steps": 4, "batch": 8, "precision": "fp32"},
+        "optimiser": {"lr": 1e-2, "lr_bias": 0.5},
+        "validation": {"every": 0},
+    }
+    return parse_config(values | changes)
+
+
+def predict(base, patcher=None):
+    """The U-Net's answer to fixed inputs, as a sampler asks for it."""
+    import comfy.sample
+
+    context = base.encode_text("a red circle")["cross_attn"][None]
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    conditioning = [[context, {}]], [[torch.zeros_like(context), {}]]
+    options = {"disable_pbar": True, "seed": 0}
+    model = patcher or base.patcher
+    return comfy.sample.sample(model, noise, 2, 3.0, "euler", "normal", *conditioning, 0 * noise, **options)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_stock_loader_reads_what_a_baseline_wrote(method, tmp_path):
+    import comfy.sd
+    import comfy.utils
+
+    path = start(config_of(method, tmp_path))
+    base = load_toy_base()
+    file = comfy.utils.load_torch_file(str(path), safe_load=True)
+    patched, _ = comfy.sd.load_lora_for_models(base.patcher, base.clip, file, 1.0, 1.0)
+    assert len(patched.patches) == 32
+
+    trained = build_method(base, config_of(method, tmp_path))
+    state = torch.load(path.with_name("state") / "last.pt", weights_only=True)["module"]
+    trained.module.load_state_dict(state)
+    with trained.sampling() as model:
+        expected = predict(base, model)
+    stock = predict(load_toy_base())
+    loaded = predict(base, patched)
+    assert (expected - stock).abs().max() > 1e-2
+    # The file is fp16.
+    assert (loaded - expected).abs().max() < 0.05 * (expected - stock).abs().max()
+
+
+@pytest.mark.parametrize("method", ["maskunet", "static_mask", "lora", "full"])
+def test_a_method_begins_as_the_base(method, tmp_path):
+    base = load_toy_base()
+    stock = predict(base)
+    with build_method(base, config_of(method, tmp_path)).sampling() as model:
+        assert torch.equal(predict(base, model), stock)
+    assert torch.equal(predict(base), stock)
+
+
+def test_a_static_mask_is_the_same_for_every_step_and_sample(tmp_path):
+    path = start(config_of("static_mask", tmp_path))
+    loaded = checkpoint.load(path)
+    assert loaded.generator.settings.rank == 0
+    base = load_toy_base()
+    seen: dict[str, list[torch.Tensor]] = {}
+    source = GeneratorMasks(loaded.generator, observe=lambda layer, mask: seen.setdefault(layer, []).append(mask))
+    stock = predict(base)
+    masked = predict(base, attach(base.patcher, source, 1.0, 0.0, 1.0))
+    assert not torch.equal(masked, stock)
+    assert len(seen) == 32
+    for masks in seen.values():
+        assert len(masks) >= 2
+        assert all(mask.shape[0] == 1 and torch.equal(mask, masks[0]) for mask in masks)
+
+
+def test_a_generator_with_a_network_per_layer_is_saved_and_loaded(tmp_path):
+    path = start(config_of("maskunet", tmp_path, generator={"codes": "layer", "width": 8}))
+    generator = checkpoint.load(path).generator
+    assert len(generator.codes) == 32
+    assert generator.settings.codes == "layer"
+
+
+def test_statistics_count_what_is_kept_and_what_differs():
+    statistics = MaskStatistics()
+    statistics("a", torch.tensor([[[1.0, 1.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]]))
+    statistics("b", torch.ones(1, 2, 2))
+    assert statistics.keep_ratio == (5 + 4) / 12
+    assert statistics.share_differing == 1 / 8
+    assert statistics.keep_ratio_per_layer == {"a": 5 / 8, "b": 1.0}
+    statistics.reset()
+    assert statistics.keep_ratio_per_layer == {}

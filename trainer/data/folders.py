@@ -1,0 +1,92 @@
+"""Records in a folder of pictures: captions in NAME.txt beside each picture, or in files `metadata.jsonl`."""
+
+import json
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+
+from .decoding import Record, caption_in, decode_text
+from .problems import Problems
+
+PICTURES = ("bmp", "jpeg", "jpg", "png", "webp")
+METADATA = "metadata.jsonl"
+
+
+def folder_records(
+    files: dict[str, Path], pictures: dict[str, Path], caption_names: tuple[str, ...], problems: Problems
+) -> list[Record]:
+    """A picture that a metadata.jsonl names gets its captions there, any other from NAME.txt.
+
+    files, pictures: all files of the folder and those that are pictures, by path relative to it, sorted.
+    """
+    captioned: list[tuple[str, str | None]] = []
+    for name, path in files.items():
+        if posixpath.basename(name) == METADATA:
+            captioned += _listed_captions(name, path, pictures, caption_names, problems)
+    listed = {picture for picture, _ in captioned}
+    texts = {_stem(name): name for name in files if name.lower().endswith(".txt")}
+    for picture in pictures:
+        if picture not in listed:
+            captioned.append((picture, _caption_beside(picture, texts.get(_stem(picture)), files, problems)))
+    for stem in sorted(texts.keys() - {_stem(picture) for picture in pictures}):
+        sentence = f"'{texts[stem]}' has no picture beside it: add it or remove the caption."
+        problems.add("Captions without pictures", sentence)
+    captioned.sort(key=lambda entry: entry[0])
+    return [Record(name, caption, files[name].read_bytes) for name, caption in captioned if caption is not None]
+
+
+def _stem(name: str) -> str:
+    return posixpath.splitext(name)[0]
+
+
+def _caption_beside(picture: str, text: str | None, files: dict[str, Path], problems: Problems) -> str | None:
+    if text is None:
+        wanted = f"{posixpath.basename(_stem(picture))}.txt"
+        problems.add("Pictures without captions", f"'{picture}' has no caption: write it into '{wanted}' beside it.")
+        return None
+    return _read_text(text, files[text], problems)
+
+
+def _read_text(name: str, path: Path, problems: Problems) -> str | None:
+    text = decode_text(path.read_bytes())
+    if text is None:
+        problems.add("Captions in another encoding", f"'{name}' is not UTF-8 text: save it as UTF-8.")
+    return text
+
+
+def _listed_captions(
+    name: str, path: Path, pictures: dict[str, Path], caption_names: tuple[str, ...], problems: Problems
+) -> Iterator[tuple[str, str | None]]:
+    """(picture, caption) of each line that names a picture; None stands for a caption whose lack has been told."""
+    # Not splitlines, which splits at characters that JSON may hold as they are.
+    for number, line in enumerate((_read_text(name, path, problems) or "").split("\n"), 1):
+        where = f"Line {number} of '{name}'"
+        fields = _json_object(line, where, problems) if line.strip() else None
+        if fields is None:
+            continue
+        if not isinstance(fields.get("file_name"), str):
+            problems.add("Lines without file_name", f"{where} has no 'file_name' with the path of a picture.")
+            continue
+        caption = caption_in(fields, caption_names)
+        if caption is None:
+            wanted = "' or '".join(caption_names)
+            problems.add("Lines without captions", f"{where} has no caption: it needs '{wanted}' with a text.")
+        file_name = fields["file_name"].replace("\\", "/")
+        picture = posixpath.normpath(posixpath.join(posixpath.dirname(name), file_name))
+        if picture in pictures:
+            yield picture, caption
+        else:
+            sentence = f"{where} names '{file_name}', but there is no such picture: add it or remove the line."
+            problems.add("Lines without pictures", sentence)
+
+
+def _json_object(line: str, where: str, problems: Problems) -> dict | None:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        problems.add("Lines that are not JSON", f"{where} is not JSON: {error}.")
+        return None
+    if not isinstance(fields, dict):
+        problems.add("Lines that are not JSON", f"{where} is not a JSON object with 'file_name' and a caption.")
+        return None
+    return fields

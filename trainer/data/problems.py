@@ -1,0 +1,31 @@
+"""How problems of a data set are told: all at once, in sentences."""
+
+from maskunet_core.errors import MaskUNetError
+
+NAMED = 10  # of one kind; further ones are counted
+
+
+class BadData(MaskUNetError):
+    """Every problem of a data set, a line each."""
+
+
+class Problems:
+    """Sentences for the user, collected by kind."""
+
+    def __init__(self):
+        self._kinds: dict[str, list[str]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._kinds)
+
+    def add(self, kind: str, sentence: str) -> None:
+        self._kinds.setdefault(kind, []).append(sentence)
+
+    def sentences(self) -> list[str]:
+        """The first ten of every kind, and how many more there are."""
+        told = []
+        for kind, found in self._kinds.items():
+            told += found[:NAMED]
+            if len(found) > NAMED:
+                told.append(f"{kind}: {len(found) - NAMED} more.")
+        return told

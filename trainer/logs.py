@@ -1,0 +1,103 @@
+"""What a run tells: progress bar, `log.csv`, `validation.csv`, `layers.csv`, TensorBoard, grids of samples."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cost import MB
+from .files import replacing
+
+COLUMNS = {
+    "log.csv": ("step", "loss", "keep_ratio", "share_differing", "steps_per_second", "peak_memory_mb"),
+    "validation.csv": ("step", "loss", "change", "error"),
+    "layers.csv": ("step", "layer", "keep_ratio"),
+}
+
+
+class Log:
+    """Writes into `folder`; does nothing where it is not `enabled` (all processes but the first)."""
+
+    def __init__(self, folder: Path, enabled: bool = True):
+        self.folder, self.enabled = folder, enabled
+        self.postfix: dict[str, str] = {}
+        self._recent: list[float] = []
+        self._base_pictures: torch.Tensor | None = None
+        self._board = _tensorboard(folder) if enabled else None
+
+    def truncate(self, step: int) -> None:
+        """Drop what lies after `step`: a resumed run writes it again."""
+        if not self.enabled:
+            return
+        for name, columns in COLUMNS.items():
+            path = self.folder / name
+            rows: list[list[str]] = []
+            if path.exists():
+                with path.open(newline="", encoding="utf-8") as file:
+                    # A killed process may leave half a line at the end.
+                    rows = [r for r in list(csv.reader(file))[1:] if len(r) == len(columns) and int(r[0]) <= step]
+            with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([columns, *(rows if step else [])])
+
+    def _append(self, name: str, rows: list[tuple]) -> None:
+        with (self.folder / name).open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+
+    def _plot(self, values: dict[str, float], step: int) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def step(self, run: Any, loss: float, observed: bool) -> None:
+        """After a step; `run.step` counts it already."""
+        self._recent = [*self._recent[-49:], loss]
+        if not self.enabled:
+            return
+        self.postfix["loss"] = f"{sum(self._recent) / len(self._recent):.4f}"
+        keep, differing = "", ""
+        speed = round(run.step / max(run.seconds, 1e-9), 3)
+        statistics = run.method.statistics
+        if observed and statistics is not None:
+            keep, differing = round(statistics.keep_ratio, 6), round(statistics.share_differing, 6)
+            self.postfix |= {"keep": f"{keep:.4f}", "differ": f"{differing:.4f}"}
+            self._plot({"keep_ratio": keep, "share_differing": differing}, run.step)
+        memory = run.memory.peak // MB if observed else ""
+        self._append("log.csv", [(run.step, loss, keep, differing, speed, memory)])
+        self._plot({"loss": loss, "learning_rate": run.schedule.get_last_lr()[0]}, run.step)
+
+    def validation(self, run: Any, found: dict[str, float]) -> None:
+        if not self.enabled:
+            return
+        self.postfix["change"] = f"{found['change'] * 1e4:+.2f}e-4"
+        self._append("validation.csv", [(run.step, found["loss"], found["change"], found["error"])])
+        self._plot({f"validation/{name}": value for name, value in found.items()}, run.step)
+        if run.method.statistics is not None:
+            layers = run.method.statistics.keep_ratio_per_layer
+            self._append("layers.csv", [(run.step, name, round(keep, 6)) for name, keep in layers.items()])
+            self._plot({f"keep_ratio/{name}": keep for name, keep in layers.items()}, run.step)
+
+    def grid(self, run: Any) -> None:
+        """`samples/STEP.png`: a row per prompt, base left and method right, same seeds."""
+        if not self.enabled:
+            return
+        from .samples import draw_prompts, side_by_side
+
+        config, settings = run.config, run.config.validation
+        size = 64 if config.is_toy else config.data.resolution
+        options = {"size": size, "seed": config.seed, "steps": settings.sample_steps, "cfg": settings.cfg}
+        if self._base_pictures is None:
+            self._base_pictures = draw_prompts(run.base, run.base.patcher, settings.prompts, **options)
+        with run.averaged(), run.method.sampling() as patched:
+            pictures = draw_prompts(run.base, patched, settings.prompts, **options)
+        path = self.folder / "samples" / f"{run.step:06d}.png"
+        with replacing(path) as temporary:
+            side_by_side(self._base_pictures, pictures).save(temporary, format="PNG")
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,219 @@
+"""What can be trained on a frozen base: mask generators, and the baselines that they are measured against.
+
+A method owns its parameters, says how they act on the U-Net while training and while sampling, and writes a file.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from maskunet_core import checkpoint
+from maskunet_core.generator import LowRankGenerator, LowRankSettings, key_of
+from maskunet_core.patch import attach, installed, replaced_linears, structure_of
+from maskunet_core.sources import GeneratorMasks
+
+from .base import BaseModel, checkpointed_decoder
+from .config import Config
+from .files import replacing
+
+
+class MaskStatistics:
+    """Keep ratio, and the share of weights whose bit differs inside a batch, per layer of the calls since `reset`."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self._counts: dict[str, list[int]] = {}
+
+    def __call__(self, layer: str, mask: Tensor) -> None:
+        bits = mask.detach() > 0.5
+        differing = (bits.any(0) & ~bits.all(0)).sum() if len(bits) > 1 else torch.tensor(0)
+        found = (int(bits.sum()), bits.numel(), int(differing), bits[0].numel())
+        self._counts[layer] = [a + b for a, b in zip(self._counts.get(layer, (0, 0, 0, 0)), found)]
+
+    def _total(self, index: int) -> int:
+        return sum(counts[index] for counts in self._counts.values())
+
+    @property
+    def keep_ratio(self) -> float:
+        return self._total(0) / max(1, self._total(1))
+
+    @property
+    def share_differing(self) -> float:
+        return self._total(2) / max(1, self._total(3))
+
+    @property
+    def keep_ratio_per_layer(self) -> dict[str, float]:
+        return {layer: counts[0] / counts[1] for layer, counts in self._counts.items()}
+
+
+class _Method:
+    """What all methods share. base: the frozen model; module: the trained parameters."""
+
+    statistics: MaskStatistics | None = None
+    module: nn.Module
+
+    def __init__(self, base: BaseModel, config: Config):
+        self.base, self.config = base, config
+        self.structure = structure_of(base.patcher, config.targets)
+
+    def _checkpointing(self) -> contextlib.AbstractContextManager[None]:
+        return checkpointed_decoder(self.base.unet) if self.config.loop.checkpointing else contextlib.nullcontext()
+
+    def observe(self, on: bool) -> None:
+        """Collect statistics from now on, or stop; nothing to see in most methods."""
+
+
+class MaskMethod(_Method):
+    """`maskunet`, and `static_mask`, which is a generator of rank 0. Its file is what MaskUNet Loader reads."""
+
+    def __init__(self, base: BaseModel, config: Config):
+        super().__init__(base, config)
+        names = {f.name for f in dataclasses.fields(LowRankSettings)}
+        settings = {k: v for k, v in dataclasses.asdict(config.generator).items() if k in names}
+        if config.method == "static_mask":
+            settings["rank"] = 0
+        torch.manual_seed(config.seed)
+        self.module = LowRankGenerator(self.structure, LowRankSettings(**settings))
+        self.statistics = MaskStatistics()
+        self.source = GeneratorMasks(self.module, trainable=True, training_noise=config.generator.noise)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The static bias learns faster than the low-rank part: it has to carry logits across the threshold."""
+        endings = (".bias", ".row", ".column")
+        static = [p for name, p in self.module.logits.named_parameters() if name.endswith(endings)]
+        chosen = {id(p) for p in static}
+        dynamic = [p for p in self.module.parameters() if id(p) not in chosen]
+        settings = self.config.optimiser
+        groups = [{"params": static, "lr": settings.lr_bias}, {"params": dynamic, "lr": settings.lr}]
+        return [group for group in groups if group["params"]]
+
+    def observe(self, on: bool) -> None:
+        self.statistics.reset()
+        self.source.observe = self.statistics if on else None
+
+    @contextlib.contextmanager
+    def acting(self, training: bool = True) -> Iterator[None]:
+        """The method acts on the U-Net, for one call of it and, while training, its backward pass."""
+        source = self.source if training else GeneratorMasks(self.module, observe=self.source.observe)
+        with self._checkpointing(), installed(self.base.unet, [(source, 1.0)]):
+            yield
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[Any]:
+        """Yields a MODEL on which the method acts as the nodes apply it."""
+        yield attach(self.base.patcher, GeneratorMasks(self.module), 1.0, 0.0, 1.0)
+
+    def save(self, path: Path, record: dict[str, Any]) -> None:
+        checkpoint.save(path, self.module, self.config.targets, record)
+
+
+class _LayerMethod(_Method):
+    """A method that computes linear layers in another way, the same for every step and sample."""
+
+    def groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.module.parameters()), "lr": self.config.optimiser.lr}]
+
+    def linear(self, layer: str):
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def acting(self, training: bool = True) -> Iterator[None]:
+        linears = {name: self.linear(name) for name in self.structure.layers}
+        with self._checkpointing(), replaced_linears(self.base.unet, linears):
+            yield
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[Any]:
+        with self.acting():
+            yield self.base.patcher
+
+    def tensors(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def save(self, path: Path, record: dict[str, Any]) -> None:
+        """A file that the stock LoraLoader reads."""
+        tensors = {key: value.detach().cpu().half().contiguous() for key, value in self.tensors().items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {"training": json.dumps(record)})
+
+
+def _file_key(layer: str) -> str:
+    return "lora_unet_" + layer.replace(".", "_")
+
+
+class LoraMethod(_LayerMethod):
+    """`lora`: w + (alpha / rank) * up @ down (Hu et al., arXiv 2106.09685)."""
+
+    def __init__(self, base: BaseModel, config: Config):
+        super().__init__(base, config)
+        rank = config.lora.rank
+        self.scale = config.lora.alpha / rank
+        torch.manual_seed(config.seed)
+        self.module = nn.ModuleDict()
+        for name, layer in self.structure.layers.items():
+            down = nn.Linear(layer.in_features, rank, bias=False)
+            up = nn.Linear(rank, layer.out_features, bias=False)
+            nn.init.zeros_(up.weight)
+            self.module[key_of(name)] = nn.ModuleDict({"down": down, "up": up})
+
+    def linear(self, layer: str):
+        pair = self.module[key_of(layer)]
+
+        def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            down, up = pair["down"].weight.to(x.dtype), pair["up"].weight.to(x.dtype)
+            return F.linear(x, weight, bias) + self.scale * F.linear(F.linear(x, down), up)
+
+        return forward
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {}
+        for name in self.structure.layers:
+            pair = self.module[key_of(name)]
+            found[f"{_file_key(name)}.lora_down.weight"] = pair["down"].weight
+            found[f"{_file_key(name)}.lora_up.weight"] = pair["up"].weight
+            found[f"{_file_key(name)}.alpha"] = torch.tensor(self.config.lora.alpha)
+        return found
+
+
+class FullMethod(_LayerMethod):
+    """`full`: the weights of the same layers, trained themselves. The file holds the differences."""
+
+    def __init__(self, base: BaseModel, config: Config):
+        super().__init__(base, config)
+        self._start = {
+            name: base.unet.get_submodule(name).weight.detach().float().clone() for name in self.structure.layers
+        }
+        self.module = nn.ParameterDict({key_of(name): nn.Parameter(w.clone()) for name, w in self._start.items()})
+
+    def linear(self, layer: str):
+        trained = self.module[key_of(layer)]
+
+        def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return F.linear(x, trained.to(weight.dtype), bias)
+
+        return forward
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {}
+        for name, start in self._start.items():
+            trained = self.module[key_of(name)]
+            found[f"{_file_key(name)}.diff"] = trained - start.to(trained.device)
+        return found
+
+
+METHODS = {"maskunet": MaskMethod, "static_mask": MaskMethod, "lora": LoraMethod, "full": FullMethod}
+
+
+def build_method(base: BaseModel, config: Config) -> MaskMethod | LoraMethod | FullMethod:
+    """The method of a configuration, its parameters seeded, on the CPU in fp32."""
+    return METHODS[config.method](base, config)

@@ -1,0 +1,45 @@
+"""Optimisers by name."""
+
+import importlib
+from typing import Any
+
+import torch
+
+from maskunet_core.errors import MaskUNetError
+
+from .config import Optimiser
+
+
+class UnknownOptimiser(MaskUNetError):
+    """No such class, or it does not take the options."""
+
+
+def find_optimiser(name: str) -> type[torch.optim.Optimizer]:
+    """A class of torch.optim, or `package.Class` of an installed package. Raises UnknownOptimiser."""
+    if "." not in name:
+        found = getattr(torch.optim, name, None)
+        if not isinstance(found, type):
+            raise UnknownOptimiser(
+                f"optimiser.name: torch.optim has no '{name}'. Name one of its classes (AdamW, SGD, ...), or one of an "
+                "installed package, for instance prodigyopt.Prodigy or bitsandbytes.optim.AdamW8bit."
+            )
+        return found
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnknownOptimiser(
+            f"optimiser.name: '{name}' cannot be imported ({error}). Install the package that has it, or name a class "
+            "of torch.optim."
+        ) from None
+
+
+def build_optimiser(groups: list[dict[str, Any]], settings: Optimiser) -> torch.optim.Optimizer:
+    """The optimiser over parameter groups that bring their learning rates."""
+    options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, **settings.options}
+    if "Adam" in settings.name:
+        options.setdefault("eps", settings.eps)
+    try:
+        return find_optimiser(settings.name)(groups, **options)
+    except TypeError as error:
+        raise UnknownOptimiser(f"optimiser.options: {settings.name} does not take them ({error}).") from None

@@ -1,0 +1,64 @@
+"""Pictures of prompts with a method off and on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maskunet_core import checkpoint
+from maskunet_core.patch import attach, structure_of
+from maskunet_core.sources import GeneratorMasks
+
+from .base import BaseModel, load_base
+from .config import TOY, Base
+from .files import replacing
+from .seeds import seeded
+
+
+def _conditioning(base: BaseModel, prompt: str) -> list:
+    found = base.encode_text(prompt)
+    options = {"pooled_output": found["pooled_output"][None]} if "pooled_output" in found else {}
+    return [[found["cross_attn"][None], options]]
+
+
+@torch.no_grad()
+def draw_prompts(
+    base: BaseModel, patcher: Any, prompts: Sequence[str], *, size: int, seed: int, steps: int, cfg: float
+) -> Tensor:
+    """Pictures `[N, size, size, 3]` in [0, 1] by the host's DDIM sampler; picture n has the seed `seed + n`."""
+    import comfy.sample
+
+    pictures = []
+    for number, prompt in enumerate(prompts):
+        latent = torch.zeros(1, base.model.latent_format.latent_channels, size // 8, size // 8)
+        noise = torch.randn(latent.shape, generator=seeded(41, seed + number))
+        conditioning = _conditioning(base, prompt), _conditioning(base, "")
+        options = {"disable_pbar": True, "seed": seed + number}
+        found = comfy.sample.sample(patcher, noise, steps, cfg, "ddim", "normal", *conditioning, latent, **options)
+        pictures.append(base.vae.decode(found)[..., :3].clamp(0, 1).cpu())
+    return torch.cat(pictures)
+
+
+def side_by_side(left: Tensor, right: Tensor) -> Image.Image:
+    """A row per prompt of two sets of pictures `[N, H, W, 3]`."""
+    sheet = torch.cat([torch.cat([a, b], dim=1) for a, b in zip(left, right)])
+    return Image.fromarray((sheet * 255).round().byte().numpy())
+
+
+def sample(settings: Base, generator: Path, prompts: Sequence[str], output: Path, seed: int, steps: int) -> Path:
+    """Write a sheet of the prompts without (left) and with a generator. Raises MaskUNetError for unfit files."""
+    loaded = checkpoint.load(generator)
+    base = load_base(settings)
+    loaded.require_fit(structure_of(base.patcher, loaded.targets))
+    patched = attach(base.patcher, GeneratorMasks(loaded.generator), 1.0, 0.0, 1.0)
+    size = 64 if settings.checkpoint == TOY else 512
+    pictures = [
+        draw_prompts(base, model, prompts, size=size, seed=seed, steps=steps, cfg=7.5)
+        for model in (base.patcher, patched)
+    ]
+    with replacing(output) as temporary:
+        side_by_side(*pictures).save(temporary, format="PNG")
+    return output

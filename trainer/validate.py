@@ -1,0 +1,72 @@
+"""The held-out loss while training: fixed pictures, noises and timesteps, paired with the base's."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .seeds import seeded
+
+DRAWS = 4
+"""Noises and timesteps per held-out picture."""
+
+
+def stratified_timesteps(count: int, timesteps: int, stream: torch.Generator) -> Tensor:
+    """`[count]` integers, each from a stratum of its own."""
+    return ((torch.arange(count) + torch.rand(count, generator=stream)) * timesteps / count).long()
+
+
+class Validator:
+    """Measures a run's method on `held_out`. stale: validations since the last better one."""
+
+    def __init__(self, run: Any, held_out: Any):
+        self.run, self.held_out = run, held_out
+        self.stale = 0
+        count = DRAWS * len(held_out)
+        stream = seeded(33, run.config.seed)
+        order = torch.randperm(count, generator=stream)
+        self._timesteps = stratified_timesteps(count, run.base.timesteps, stream)[order]
+        self._base: Tensor | None = None
+
+    @torch.no_grad()
+    def _losses(self, acting: bool) -> Tensor:
+        losses = []
+        turns = [(bucket, turn) for bucket in self.held_out.buckets for turn in range(DRAWS)]
+        done = 0
+        for bucket, turn in tqdm(turns, desc="validate", leave=False, mininterval=1, disable=not self._shown):
+            for rows in bucket.split(self._batch):
+                timesteps = self._timesteps[done : done + len(rows)]
+                losses.append(self._loss(rows, timesteps, seeded(34, self.run.config.seed, turn, done), acting))
+                done += len(rows)
+        return torch.cat(losses)
+
+    def _loss(self, rows: Tensor, timesteps: Tensor, stream: torch.Generator, acting: bool) -> Tensor:
+        run = self.run
+        clean = self.held_out.latents(rows, None)
+        noise = torch.randn(clean.shape, generator=stream)
+        conditions = self.held_out.conditions(rows, torch.zeros(len(rows), dtype=torch.bool))
+        moved = {key: value.to(run.device) for key, value in conditions.items()}
+        batch = (clean.to(run.device), moved, timesteps.to(run.device), noise.to(run.device))
+        with run.accelerator.autocast():
+            if not acting:
+                return run.base.diffusion_loss(*batch).float().cpu()
+            with run.method.acting(training=False):
+                return run.base.diffusion_loss(*batch).float().cpu()
+
+    @property
+    def _batch(self) -> int:
+        return max(1, self.run.config.loop.batch // self.run.config.loop.accumulate)
+
+    @property
+    def _shown(self) -> bool:
+        return self.run.accelerator.is_main_process
+
+    def measure(self) -> dict[str, float]:
+        """{"loss", "change": mean difference to the base on the same pairs, "error": its standard error}."""
+        if self._base is None:
+            self._base = self._losses(acting=False)
+        losses = self._losses(acting=True)
+        difference = losses - self._base
+        error = (difference.std() / len(difference) ** 0.5).item() if len(difference) > 1 else 0.0
+        return {"loss": losses.mean().item(), "change": difference.mean().item(), "error": error}
