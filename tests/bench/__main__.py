@@ -1,4 +1,4 @@
-"""`make bench`: what a masked step costs over an unmasked one, on SD 1.5's shapes with random weights."""
+"""`make bench`: what masks cost in sampling and in training, on SD 1.5's shapes with random weights."""
 
 import argparse
 import statistics
@@ -6,18 +6,10 @@ import time
 
 import torch
 
-from tests.builders import make_generator, sd15_unet
+from tests.bench.models import random_unet
+from tests.builders import make_generator
 from trainer.host import PROJECT, enter_host
 from trainer.tables import write_table
-
-
-def random_unet() -> torch.nn.Module:
-    """SD 1.5's U-Net in memory, fp32 on the CPU, with small random weights."""
-    unet = sd15_unet().to_empty(device="cpu").requires_grad_(False).eval()
-    torch.manual_seed(0)
-    for parameter in unet.parameters():
-        parameter.normal_(std=0.02)
-    return unet
 
 
 def measure(sizes: list[int], repetitions: int) -> list[dict]:
@@ -61,10 +53,19 @@ def measure(sizes: list[int], repetitions: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="256x256 alone, two repetitions")
+    parser.add_argument("--only", choices=("sampling", "training"), help="one table alone")
     arguments = parser.parse_args()
     enter_host()
-    rows = measure([256], 2) if arguments.quick else measure([256, 512], 5)
-    print(write_table(PROJECT / "output" / "bench", rows, {"seed": 0, "batch": "1 with CFG"}))
+    from tests.bench import training
+
+    folder = PROJECT / "output" / "bench"
+    if arguments.only != "training":
+        rows = measure([256], 2) if arguments.quick else measure([256, 512], 5)
+        print(write_table(folder / "sampling", rows, {"seed": 0, "batch": "1 with CFG"}))
+    if arguments.only != "sampling":
+        repetitions = 1 if arguments.quick else 3
+        rows = training.measure("SD 1.5", 256, [1, 4], repetitions) + training.measure("toy", 64, [32], 5 * repetitions)
+        print(write_table(folder / "training", rows, {"seed": 0, "precision": "fp32"}))
 
 
 if __name__ == "__main__":
