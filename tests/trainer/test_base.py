@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from maskunet_core import checkpoint
 from maskunet_core.patch import structure_of
@@ -13,6 +13,7 @@ from tests.builders import write_tiny_checkpoint
 from trainer.base import BadBase, load_base, load_for_training, load_toy_base
 from trainer.config import Base, parse_config
 from trainer.cost import PeakMemory
+from trainer.data.pictures import encoders_digest
 from trainer.train import check, start
 
 
@@ -105,3 +106,17 @@ def test_check_estimates_the_peak_within_20_percent(tiny, pictures, tmp_path):
     with PeakMemory(torch.device("cpu")) as memory:
         start(config)
     assert estimated == pytest.approx(memory.peak / 2**20, rel=0.2)
+
+
+def test_the_cache_is_keyed_by_what_encodes_and_nothing_else(tiny, tmp_path):
+    tensors = load_file(tiny)
+    digests = [encoders_digest(Base(str(tiny)))]
+    for part in ("model.diffusion_model.", "first_stage_model.", "cond_stage_model."):
+        name = next(name for name in sorted(tensors) if name.startswith(part))
+        changed = tensors | {name: torch.ones_like(tensors[name].float()).to(tensors[name].dtype)}
+        path = tmp_path / "changed.safetensors"
+        save_file(changed, path)
+        digests.append(encoders_digest(Base(str(path))))
+    stock, other_unet, other_vae, other_text = digests
+    assert other_unet == stock
+    assert len({stock, other_vae, other_text}) == 3

@@ -1,29 +1,45 @@
 """A user's pictures for a base model: read, bucketed, encoded once, and cached on disk."""
 
 import hashlib
+import mmap
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
 
-from ..config import Config
+from maskunet_core.toy.model import WEIGHTS
+
+from ..config import TOY, Base, Config
 from .buckets import bucket_sizes
 from .cache import CachedData, prepare
-from .records import Record, scan
+from .decoding import Record
+from .records import scan
+from .store import sha256
+
+U_NET = "model.diffusion_model."
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of a module's weights."""
+def encoders_digest(base: Base) -> str:
+    """SHA-256 of what encodes pictures and texts, as the files hold it.
+
+    Loaded modules would not do: the host leaves parameters that a checkpoint lacks as the memory was.
+    """
+    if base.checkpoint == TOY:
+        folder = Path(base.weights) if base.weights else WEIGHTS
+        parts = ("autoencoder", "text_encoder")
+        return sha256(b"".join((folder / f"{part}.safetensors").read_bytes() for part in parts))
+    path = Path(base.checkpoint)
+    if path.suffix != ".safetensors":
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return hashlib.sha256(content).hexdigest()
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(name for name in file.keys() if not name.startswith(U_NET)):  # noqa: SIM118 - no mapping
+            tensor = file.get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _file_digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def read_records(config: Config) -> list[Record]:
@@ -44,15 +60,15 @@ def cached_pictures(config: Config, base: Any) -> CachedData:
     base: a BaseModel. Raises BadData.
     """
     settings = config.data
-    # LoRAs change the text encoder too, but its own weights only once it is loaded.
-    merged = "".join(f"{_file_digest(file)}*{strength}" for file, strength in sorted(config.base.lora.items()))
+    encoders = encoders_digest(config.base)
+    merged = "".join(f" {sha256(Path(file).read_bytes())}*{s}" for file, s in sorted(config.base.lora.items()))
     return prepare(
         read_records(config),
         sizes=picture_sizes(config),
         encode_picture=base.encode_picture,
-        picture_key=fingerprint(base.vae.first_stage_model) + type(base.model.latent_format).__name__,
+        picture_key=encoders,
         encode_text=base.encode_text,
-        text_key=fingerprint(base.clip.cond_stage_model) + merged,
+        text_key=encoders + merged,
         folder=Path(settings.cache),
         flip=settings.flip,
         broken_limit=settings.broken_limit,
