@@ -35,8 +35,10 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        probability = torch.sigmoid(ctx.saved_tensors[0] / ctx.tau)
-        return gradient * probability * (1 - probability) / ctx.tau, None, None
+        (logits,) = ctx.saved_tensors
+        probability = torch.sigmoid(logits if ctx.tau == 1.0 else logits / ctx.tau)
+        slope = torch.ops.aten.sigmoid_backward(gradient, probability)
+        return slope if ctx.tau == 1.0 else slope / ctx.tau, None, None
 
 
 def gumbel_noise(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:

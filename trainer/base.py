@@ -57,14 +57,15 @@ class BaseModel:
 
     @torch.no_grad()
     def encode_text(self, text: str) -> dict[str, Tensor]:
-        """What the text encoder gives for one prompt: `cross_attn` [T, C] and, where there is one, `pooled_output` [P].
+        """What the U-Net takes of one prompt: `cross_attn` [T, C] and, for SDXL, `pooled_output` [P].
 
         A prompt is cut after the encoder's first chunk (75 tokens for CLIP).
         """
         tokens = {key: chunks[:1] for key, chunks in self.clip.tokenize(text).items()}
         context, pooled = self.clip.encode_from_tokens(tokens, return_pooled=True)
         conditions = {"cross_attn": context[0].float().cpu()}
-        if pooled is not None:
+        # SD 1.5's files hold no projection for it: what comes out there is whatever the memory held.
+        if pooled is not None and self.model.adm_channels:
             conditions["pooled_output"] = pooled[0].float().cpu()
         return conditions
 

@@ -39,6 +39,9 @@ def build_optimiser(groups: list[dict[str, Any]], settings: Optimiser) -> torch.
     options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, **settings.options}
     if "Adam" in settings.name:
         options.setdefault("eps", settings.eps)
+    if settings.name in ("Adam", "AdamW"):
+        # One pass over the parameters, of which a bias per weight has as many as there are masked weights.
+        options.setdefault("fused", True)
     try:
         return find_optimiser(settings.name)(groups, **options)
     except TypeError as error:

@@ -20,7 +20,7 @@ def random_sd15() -> BaseModel:
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = comfy.supported_models.SD15({"image_size": 32, "disable_unet_model_creation": True})
+    config = comfy.supported_models.SD15({"in_channels": 4, "disable_unet_model_creation": True})
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, device="cpu")
     model.diffusion_model = random_unet()
