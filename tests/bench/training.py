@@ -1,9 +1,11 @@
 """What a training step costs: MaskUNet beside LoRA, the authors' generator, and masks kept for the backward pass."""
 
 import contextlib
+import gc
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,7 +49,8 @@ def _acting(base: BaseModel, source: Any) -> Iterator[None]:
         yield
 
 
-LORA, MASKUNET, KEPT, AUTHORS = "LoRA rank 8", "MaskUNet", "MaskUNet, masks kept", "authors' generator"
+LORA, KEPT, AUTHORS = "LoRA rank 8", "MaskUNet, masks kept", "authors' generator"
+METHODS = (LORA, "MaskUNet", KEPT, AUTHORS)
 
 
 def _build(name: str, base: BaseModel) -> tuple[torch.nn.Module, Any]:
@@ -61,46 +64,66 @@ def _build(name: str, base: BaseModel) -> tuple[torch.nn.Module, Any]:
     return method.module, method.acting
 
 
-def _step(base: BaseModel, optimiser: Any, acting: Any, batch: int, pixels: int, width: int, tokens: int):
-    """(seconds, peak bytes) of one training step."""
+@dataclass
+class _Trained:
+    """A method that is being trained. acting: context manager around a call and its backward pass."""
+
+    parameters: list[torch.nn.Parameter]
+    acting: Any
+    optimiser: Any
+
+
+def _start(name: str, base: BaseModel) -> _Trained:
+    module, acting = _build(name, base)
+    parameters = list(module.parameters())
+    optimiser = build_optimiser([{"params": parameters}], parse_config({}).optimiser)
+    return _Trained(parameters, acting, optimiser)
+
+
+def _step(base: BaseModel, trained: _Trained, batch: int, pixels: int) -> float:
+    """Seconds of one training step."""
+    width, tokens = (128, 16) if base.name == "toy" else (768, 77)
     clean, noise = torch.randn(2, batch, 4, pixels // 8, pixels // 8)
     conditions = {"cross_attn": torch.randn(batch, tokens, width)}
+    began = time.perf_counter()
+    with trained.acting():
+        base.diffusion_loss(clean, conditions, torch.randint(1000, (batch,)), noise).mean().backward()
+    trained.optimiser.step()
+    trained.optimiser.zero_grad(set_to_none=True)
+    return time.perf_counter() - began
+
+
+def _peak(name: str, base: BaseModel, batch: int, pixels: int) -> int:
+    """Peak memory in bytes of the second step of a method that is alone in memory with the base."""
+    trained = _start(name, base)
+    _step(base, trained, batch, pixels)
+    gc.collect()
     with PeakMemory(torch.device("cpu")) as memory:
-        began = time.perf_counter()
-        with acting():
-            base.diffusion_loss(clean, conditions, torch.randint(1000, (batch,)), noise).mean().backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - began
-    return seconds, memory.peak
+        _step(base, trained, batch, pixels)
+    return memory.peak
 
 
 def measure(model: str, pixels: int, batches: list[int], repetitions: int) -> list[dict]:
-    """A row per batch and method: medians after a first step, and their ratios to LoRA's."""
+    """A row per batch and method: steps in turns, medians, and the median of the ratios to LoRA's within a turn."""
     torch.manual_seed(0)
     base = load_toy_base() if model == "toy" else random_sd15()
-    shape = {"width": 128, "tokens": 16} if model == "toy" else {"width": 768, "tokens": 77}
     rows = []
     for batch in batches:
-        lora = None
-        for name in (LORA, MASKUNET, KEPT, AUTHORS):
-            module, acting = _build(name, base)
-            parameters = list(module.parameters())
-            optimiser = build_optimiser([{"params": parameters}], parse_config({}).optimiser)
-            turns = [_step(base, optimiser, acting, batch, pixels, **shape) for _ in range(repetitions + 1)][1:]
-            seconds, peak = (statistics.median(values) for values in zip(*turns))
-            lora = lora or (seconds, peak)
+        peaks = {name: _peak(name, base, batch, pixels) for name in METHODS}
+        trained = {name: _start(name, base) for name in METHODS}
+        turns = [{n: _step(base, t, batch, pixels) for n, t in trained.items()} for _ in range(repetitions + 1)][1:]
+        for name in METHODS:
             rows.append(
                 {
                     "model": model,
                     "pixels": pixels,
                     "batch": batch,
                     "method": name,
-                    "parameters": sum(p.numel() for p in parameters),
-                    "s per step": round(seconds, 3),
-                    "over LoRA": round(seconds / lora[0], 3),
-                    "peak MB": round(peak / MB),
-                    "peak over LoRA": round(peak / lora[1], 3),
+                    "parameters": sum(p.numel() for p in trained[name].parameters),
+                    "s per step": round(statistics.median(turn[name] for turn in turns), 3),
+                    "over LoRA": round(statistics.median(turn[name] / turn[LORA] for turn in turns), 3),
+                    "peak MB": round(peaks[name] / MB),
+                    "peak over LoRA": round(peaks[name] / peaks[LORA], 3),
                 }
             )
     return rows

@@ -27,7 +27,7 @@ def test_the_shipped_base_draws_single_objects_as_well_as_its_scores_say():
     assert abs(right.mean().item() - expected) < 3 * error
 
 
-def test_the_toy_is_trained_by_one_trainer_command(tmp_path):
+def test_the_toy_is_trained_by_one_command(tmp_path):
     result = trainer_command("toy", "--quick", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert {path.stem for path in tmp_path.glob("*.safetensors")} == {
