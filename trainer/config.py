@@ -10,6 +10,7 @@ from maskunet_core.families import TARGETS
 from maskunet_core.generator import BIASES, CODES, LowRankSettings
 
 from .data.records import scan
+from .optimisers import UnknownOptimiser, find_optimiser
 from .schedules import FALLS
 
 try:
@@ -95,6 +96,17 @@ class Optimiser:
     eps: float = 1e-12
     clip: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the class is called with, besides parameter groups."""
+        arguments: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
+        if "Adam" in self.name:
+            arguments["eps"] = self.eps
+        if self.name in ("Adam", "AdamW"):
+            # One pass over the parameters, of which a bias per weight has as many as there are masked weights.
+            arguments["fused"] = True
+        return arguments | self.options
 
 
 @dataclass(frozen=True)
@@ -268,8 +280,6 @@ def _read(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -
 
 def _contradictions(config: Config) -> list[str]:
     """What is wrong between keys, and what they name that does not exist."""
-    from .optimisers import UnknownOptimiser, find_optimiser
-
     problems = []
     base, data = config.base, config.data
     if not config.is_toy and not Path(base.checkpoint).is_file():

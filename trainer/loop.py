@@ -107,7 +107,7 @@ class Run:
         self.order = Order(training.buckets, config.loop.batch, config.seed)
         self.method = build_method(base, config)
         self.module = self.method.module.to(self.device)
-        optimiser = build_optimiser(self.method.groups(), config.optimiser)
+        optimiser = build_optimiser(self.method.groups(), config.optimiser.name, config.optimiser.arguments)
         self.optimiser = accelerator.prepare_optimizer(optimiser, device_placement=False)
         factor = learning_rate_factor(config.loop.schedule, config.loop.steps, config.loop.warm_up, floor=0.05)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)

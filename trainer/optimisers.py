@@ -7,8 +7,6 @@ import torch
 
 from maskunet_core.errors import MaskUNetError
 
-from .config import Optimiser
-
 
 class UnknownOptimiser(MaskUNetError):
     """No such class, or it does not take the options."""
@@ -34,15 +32,9 @@ def find_optimiser(name: str) -> type[torch.optim.Optimizer]:
         ) from None
 
 
-def build_optimiser(groups: list[dict[str, Any]], settings: Optimiser) -> torch.optim.Optimizer:
-    """The optimiser over parameter groups that bring their learning rates."""
-    options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, **settings.options}
-    if "Adam" in settings.name:
-        options.setdefault("eps", settings.eps)
-    if settings.name in ("Adam", "AdamW"):
-        # One pass over the parameters, of which a bias per weight has as many as there are masked weights.
-        options.setdefault("fused", True)
+def build_optimiser(groups: list[dict[str, Any]], name: str, arguments: dict[str, Any]) -> torch.optim.Optimizer:
+    """The optimiser over parameter groups, which may bring learning rates of their own."""
     try:
-        return find_optimiser(settings.name)(groups, **options)
+        return find_optimiser(name)(groups, **arguments)
     except TypeError as error:
-        raise UnknownOptimiser(f"optimiser.options: {settings.name} does not take them ({error}).") from None
+        raise UnknownOptimiser(f"optimiser.options: {name} does not take them ({error}).") from None

@@ -50,7 +50,7 @@ def load_data(config: Config, base: bases.BaseModel) -> Any:
         autoencoder = base.vae.first_stage_model
         found = latent_set(settings.pictures, seeded(21, config.seed), autoencoder, settings.caption_noise)
         return ToyData(found, base.encode_tokens)
-    from .data.pictures import cached_pictures
+    from .pictures import cached_pictures
 
     return cached_pictures(config, base)
 
@@ -64,7 +64,7 @@ def check(config: Config) -> list[str]:
     told = [f"Warning: {sentence}" for sentence in warnings(config)]
     size, pictures = (64, 64), config.data.pictures
     if not config.is_toy or config.data.path:
-        from .data.pictures import picture_sizes, read_records
+        from .pictures import picture_sizes, read_records
 
         pictures = len(read_records(config))
         size = max(picture_sizes(config), key=lambda pair: pair[0] * pair[1])

@@ -76,7 +76,8 @@ class _Trained:
 def _start(name: str, base: BaseModel) -> _Trained:
     module, acting = _build(name, base)
     parameters = list(module.parameters())
-    optimiser = build_optimiser([{"params": parameters}], parse_config({}).optimiser)
+    settings = parse_config({}).optimiser
+    optimiser = build_optimiser([{"params": parameters}], settings.name, settings.arguments)
     return _Trained(parameters, acting, optimiser)
 
 

@@ -13,7 +13,7 @@ from tests.builders import write_tiny_checkpoint
 from trainer.base import BadBase, load_base, load_for_training, load_toy_base
 from trainer.config import Base, parse_config
 from trainer.cost import PeakMemory
-from trainer.data.pictures import encoders_digest
+from trainer.pictures import encoders_digest
 from trainer.train import check, start
 
 

@@ -10,12 +10,12 @@ from safetensors import safe_open
 
 from maskunet_core.toy.model import WEIGHTS
 
-from ..config import TOY, Base, Config
-from .buckets import bucket_sizes
-from .cache import CachedData, prepare
-from .decoding import Record
-from .records import scan
-from .store import sha256
+from .config import TOY, Base, Config
+from .data.buckets import bucket_sizes
+from .data.cache import CachedData, prepare
+from .data.decoding import Record
+from .data.records import scan
+from .data.store import sha256
 
 U_NET = "model.diffusion_model."
 
