@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .families import Block, Layer, Structure
 from .gumbel import logistic_noise
+from .masked_linear import MaskLogits
 
 BIASES = ("weight", "row_column")
 CODES = ("block", "layer")
@@ -107,13 +108,11 @@ class _LayerLogits(nn.Module):
         """b: the part of the logits that all timesteps and samples share, [out, in]."""
         return self.bias if hasattr(self, "bias") else self.row + self.column
 
-    def forward(self, code: Tensor) -> Tensor:
-        """code: [B, rank]. Returns logits [B, out, in]; [1, out, in] where the rank is 0."""
+    def forward(self, code: Tensor) -> MaskLogits:
+        """code: [B, rank]. B masks; one where the rank is 0."""
         if code.shape[1] == 0:
-            return self.static[None]
-        left = self.u * code[:, None, :]
-        columns = self.v.T.expand(len(code), -1, -1)
-        return torch.baddbmm(self.static, left, columns)
+            return MaskLogits(self.static)
+        return MaskLogits(self.static, self.u * code[:, None, :], self.v)
 
 
 class LowRankGenerator(nn.Module):
@@ -164,8 +163,8 @@ class LowRankGenerator(nn.Module):
             found.update(zip((layer.name for layer in layers), codes))
         return found
 
-    def layer_logits(self, layer: str, condition: Tensor) -> Tensor:
-        """Logits [B, out, in] of one layer, from what `condition` gave for it."""
+    def layer_logits(self, layer: str, condition: Tensor) -> MaskLogits:
+        """Logits of one layer for B masks, from what `condition` gave for it."""
         return self.logits[key_of(layer)](condition)
 
     def noise(self, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .errors import MaskUNetError
 from .families import Structure, family_name, inspect_model
 from .masked_linear import linear_per_sample, masked_weight, shared_by_all_samples
-from .sources import Call, MaskSource
+from .sources import Call, LearningSource, MaskSource
 
 OPTION = "maskunet"
 """Key of the attachments in `transformer_options`, and of the wrapper and additional models on the MODEL."""
@@ -78,28 +77,17 @@ def replaced_linears(diffusion_model: nn.Module, linears: Mapping[str, Linear]) 
         yield
 
 
-def _masked_linear(name: str, masks: Sequence[tuple[Any, float]]) -> Linear:
-    """The weight times all its masks (`[(mask function, strength)]`)."""
+def _masked_linear(name: str, masks: Sequence[tuple[Any, float]], learning: Any) -> Linear:
+    """The weight times all its masks (`[(mask function, strength)]`), through the layer of a `LearningSource`."""
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        masked = weight
         for mask_of, strength in masks:
-            masked = masked_weight(masked, shared_by_all_samples(mask_of(name, weight)), strength)
-        return linear_per_sample(x, masked, bias)
+            weight = masked_weight(weight, shared_by_all_samples(mask_of(name, weight)), strength)
+        if learning is None:
+            return linear_per_sample(x, weight, bias)
+        return learning(name, x, weight, bias)
 
     return linear
-
-
-def _recomputed(linear: Linear) -> Linear:
-    """Keeps the layer's input for the backward pass, and makes mask and masked weight anew there.
-
-    Kept, they would be the size of all masked weights times the batch.
-    """
-
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return checkpoint(linear, x, weight, bias, use_reentrant=False)
-
-    return forward
 
 
 def _announcer(call: Call, block: str):
@@ -111,25 +99,29 @@ def _announcer(call: Call, block: str):
 
 @contextlib.contextmanager
 def installed(
-    diffusion_model: nn.Module, sources: Sequence[tuple[MaskSource, float]], sigma: float | None = None
+    diffusion_model: nn.Module, sources: Sequence[tuple[MaskSource | LearningSource, float]], sigma: float | None = None
 ) -> Iterator[None]:
     """Masks act on `diffusion_model` inside the block, and leave no trace after it, however it ends.
 
-    sources: (source, strength); several on one layer act as the product of their masks. Training keeps the block open
-    around forward and backward, because checkpointing runs layers again in the backward pass.
+    sources: (source, strength); several on one layer act as the product of their masks. At most one of them is a
+    `LearningSource`, whose strength is 1. Training keeps the block open around forward and backward, because
+    checkpointing runs layers again in the backward pass.
     """
     call = Call(sigma)
     masks: dict[str, list] = {}
+    learning: dict[str, Any] = {}
     anchors: dict[str, str] = {}
     for source, strength in sources:
-        mask_of = source.begin(call)
+        acting = source.begin(call)
         for block in source.structure.blocks:
             anchors[block.name] = block.anchor
             for layer in block.layers:
-                masks.setdefault(layer.name, []).append((mask_of, strength))
-    linears = {name: _masked_linear(name, of_layer) for name, of_layer in masks.items()}
-    if any(source.trainable for source, _ in sources):
-        linears = {name: _recomputed(linear) for name, linear in linears.items()}
+                if source.learning:
+                    learning[layer.name] = acting
+                else:
+                    masks.setdefault(layer.name, []).append((acting, strength))
+    names = [*masks, *(name for name in learning if name not in masks)]
+    linears = {name: _masked_linear(name, masks.get(name, ()), learning.get(name)) for name in names}
     with contextlib.ExitStack() as stack:
         for block, anchor in anchors.items():
             handle = diffusion_model.get_submodule(anchor).register_forward_pre_hook(_announcer(call, block))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .families import Block, Layer, Structure
 from .generator import key_of
 from .gumbel import gumbel_noise
+from .masked_linear import MaskLogits
 
 
 class _Map(nn.Module):
@@ -39,8 +40,8 @@ class _Adapter(nn.Module):
         self.rows = nn.Linear(rows, layer.out_features)
         self.columns = nn.Linear(columns, layer.in_features)
 
-    def forward(self, small: Tensor) -> Tensor:
-        return self.columns(self.rows(small.transpose(1, 2)).transpose(1, 2))
+    def forward(self, small: Tensor) -> MaskLogits:
+        return MaskLogits(self.columns.bias, self.rows(small.transpose(1, 2)).transpose(1, 2), self.columns.weight)
 
 
 class ReferenceGenerator(nn.Module):
@@ -78,7 +79,7 @@ class ReferenceGenerator(nn.Module):
         small = self.generators[key_of(block.name)](features, t_emb)
         return {layer.name: small for layer in block.layers}
 
-    def layer_logits(self, layer: str, condition: Tensor) -> Tensor:
+    def layer_logits(self, layer: str, condition: Tensor) -> MaskLogits:
         return self.adapters[key_of(layer)](condition)
 
     def noise(self, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

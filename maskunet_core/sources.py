@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import Structure
-from .gumbel import straight_through
+from .masked_linear import MaskLogits, thresholded_linear
 
 
 @dataclass
@@ -32,14 +32,22 @@ class MaskSource(Protocol):
     """Gives masks for the layers of its structure. Holds no state of a call: `begin` starts one."""
 
     structure: Structure
-    trainable: bool
+    learning = False
 
     def begin(self, call: Call) -> Callable[[str, Tensor], Tensor]:
-        """Returns `mask(layer, weight)`: [out, in] or [B, out, in], called when the layer's block was entered.
+        """Returns `mask(layer, weight)`: [out, in] or [B, out, in], called when the layer's block was entered."""
 
-        Where the source is `trainable`, masks carry gradients, and the same call may ask for one again (with the
-        global random state as it was) to compute it anew in the backward pass.
-        """
+
+class LearningSource(Protocol):
+    """Masks that are being learned: they carry gradients, and the layers that they act on are computed by the source.
+
+    `begin` returns `linear(layer, x, weight, bias)`, see `thresholded_linear`.
+    """
+
+    structure: Structure
+    learning = True
+
+    def begin(self, call: Call) -> Callable[[str, Tensor, Tensor, Tensor | None], Tensor]: ...
 
 
 def noise_generator(device: torch.device, seed: int, layer: int, sigma: float | None) -> torch.Generator:
@@ -54,37 +62,44 @@ def noise_generator(device: torch.device, seed: int, layer: int, sigma: float | 
     return torch.Generator(device).manual_seed(state)
 
 
+class _Conditions:
+    """What a generator makes of the blocks that were entered in one call: the condition of each of their layers."""
+
+    def __init__(self, generator: nn.Module, call: Call):
+        self.generator = generator
+        self._blocks = {block.name: block for block in generator.structure.blocks}
+        self._found: dict[str, Tensor] = {}
+        call.on_block.append(self._enter)
+
+    # Logits are compared with a threshold: under autocast many would be rounded across it.
+    def _enter(self, block: str, features: Tensor, t_emb: Tensor) -> None:
+        if block in self._blocks:
+            with torch.autocast(features.device.type, enabled=False):
+                self._found.update(self.generator.condition(self._blocks[block], features, t_emb))
+
+    def logits(self, layer: str) -> MaskLogits:
+        condition = self._found[layer]
+        with torch.autocast(condition.device.type, enabled=False):
+            return self.generator.layer_logits(layer, condition)
+
+
 class GeneratorMasks:
     """Masks of a mask generator (`LowRankGenerator`, `ReferenceGenerator`).
 
     seed: draws instead of taking the likelier decision, with noise that all samples of a step share; None does not.
-    trainable: masks carry the straight-through gradient, with fresh noise per sample if `training_noise`.
     observe: called with (layer, mask) for statistics.
     """
 
+    learning = False
+
     def __init__(
-        self,
-        generator: nn.Module,
-        seed: int | None = None,
-        trainable: bool = False,
-        training_noise: bool = False,
-        observe: Callable[[str, Tensor], None] | None = None,
+        self, generator: nn.Module, seed: int | None = None, observe: Callable[[str, Tensor], None] | None = None
     ):
         self.generator = generator
         self.structure = generator.structure
         self.seed = seed
-        self.trainable = trainable
-        self.training_noise = training_noise
         self.observe = observe
         self._order = {name: index for index, name in enumerate(self.structure.layers)}
-        self._blocks = {block.name: block for block in self.structure.blocks}
-
-    def _trainable_mask(self, logits: Tensor) -> Tensor:
-        if not self.training_noise:
-            return straight_through(logits, self.generator.threshold, self.generator.tau)
-        stream = torch.Generator(logits.device).manual_seed(int(torch.randint(1 << 62, ())))
-        noise = self.generator.noise(logits.shape, stream, logits.dtype)
-        return straight_through(logits + noise, self.generator.noisy_threshold, self.generator.tau)
 
     def _mask(self, layer: str, logits: Tensor, sigma: float | None) -> Tensor:
         if self.seed is None:
@@ -94,24 +109,47 @@ class GeneratorMasks:
         return logits + noise > self.generator.noisy_threshold
 
     def begin(self, call: Call) -> Callable[[str, Tensor], Tensor]:
-        conditions: dict[str, Tensor] = {}
-
-        # Logits are compared with a threshold: under autocast many would be rounded across it.
-        def enter(block: str, features: Tensor, t_emb: Tensor) -> None:
-            if block in self._blocks:
-                with torch.autocast(features.device.type, enabled=False):
-                    conditions.update(self.generator.condition(self._blocks[block], features, t_emb))
+        conditions = _Conditions(self.generator, call)
 
         def mask(layer: str, weight: Tensor) -> Tensor:
             with torch.autocast(weight.device.type, enabled=False):
-                logits = self.generator.layer_logits(layer, conditions[layer])
-                result = self._trainable_mask(logits) if self.trainable else self._mask(layer, logits, call.sigma)
+                result = self._mask(layer, conditions.logits(layer).full(), call.sigma)
             if self.observe is not None:
                 self.observe(layer, result)
             return result.to(weight.device)
 
-        call.on_block.append(enter)
         return mask
+
+
+class LearningGenerator:
+    """The masks of a generator that is being trained. noise: fresh Gumbel noise per sample. observe: as above."""
+
+    learning = True
+
+    def __init__(self, generator: nn.Module, noise: bool = False):
+        self.generator = generator
+        self.structure = generator.structure
+        self.noise = noise
+        self.observe: Callable[[str, Tensor], None] | None = None
+
+    def _noise(self, device: torch.device) -> Callable[[torch.Size], Tensor]:
+        seed = int(torch.randint(1 << 62, ()))
+        return lambda shape: self.generator.noise(shape, torch.Generator(device).manual_seed(seed), torch.float32)
+
+    def begin(self, call: Call) -> Callable[[str, Tensor, Tensor, Tensor | None], Tensor]:
+        conditions = _Conditions(self.generator, call)
+        threshold = self.generator.noisy_threshold if self.noise else self.generator.threshold
+
+        def linear(layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            logits = conditions.logits(layer)
+            noise = self._noise(x.device) if self.noise else None
+            if self.observe is not None:
+                with torch.no_grad():
+                    full = logits.full()
+                    self.observe(layer, (full if noise is None else full + noise(full.shape)) > threshold)
+            return thresholded_linear(x, weight, bias, logits, threshold, self.generator.tau, noise)
+
+        return linear
 
 
 class RandomMasks:
@@ -120,7 +158,7 @@ class RandomMasks:
     per_step: another mask at every sigma; otherwise one for the whole run.
     """
 
-    trainable = False
+    learning = False
 
     def __init__(self, structure: Structure, keep_ratio: float, seed: int, per_step: bool):
         self.structure = structure

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from maskunet_core import checkpoint
 from maskunet_core.generator import LowRankGenerator, LowRankSettings, key_of
 from maskunet_core.patch import attach, installed, replaced_linears, structure_of
-from maskunet_core.sources import GeneratorMasks
+from maskunet_core.sources import GeneratorMasks, LearningGenerator
 
 from .base import BaseModel, checkpointed_decoder
 from .config import Config
@@ -85,7 +85,7 @@ class MaskMethod(_Method):
         torch.manual_seed(config.seed)
         self.module = LowRankGenerator(self.structure, LowRankSettings(**settings))
         self.statistics = MaskStatistics()
-        self.source = GeneratorMasks(self.module, trainable=True, training_noise=config.generator.noise)
+        self.source = LearningGenerator(self.module, config.generator.noise)
 
     def groups(self) -> list[dict[str, Any]]:
         """The static bias learns faster than the low-rank part: it has to carry logits across the threshold."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from maskunet_core.families import Structure
+from maskunet_core.gumbel import straight_through
 from maskunet_core.patch import installed
 from maskunet_core.reference import ReferenceGenerator
-from maskunet_core.sources import GeneratorMasks
+from maskunet_core.sources import Call, LearningGenerator
 from tests.bench.models import random_sd15
 from trainer.base import BaseModel, load_toy_base
 from trainer.config import parse_config
@@ -27,11 +28,21 @@ AUTHORS_HIDDEN = 64
 class _Kept:
     """A mask source whose masks and masked weights stay in memory from the forward to the backward pass."""
 
-    trainable = False
+    learning = False
 
-    def __init__(self, source: GeneratorMasks):
-        self.structure = source.structure
-        self.begin = source.begin
+    def __init__(self, source: LearningGenerator):
+        self.generator, self.structure = source.generator, source.structure
+
+    def begin(self, call: Call):
+        conditions = {}
+        blocks = {block.name: block for block in self.structure.blocks}
+        call.on_block.append(lambda name, *inputs: conditions.update(self.generator.condition(blocks[name], *inputs)))
+
+        def mask(layer: str, weight: torch.Tensor) -> torch.Tensor:
+            logits = self.generator.layer_logits(layer, conditions[layer]).full()
+            return straight_through(logits, self.generator.threshold, self.generator.tau)
+
+        return mask
 
 
 def authors_generator(structure: Structure, unet: torch.nn.Module) -> ReferenceGenerator:
@@ -60,7 +71,7 @@ def _build(name: str, base: BaseModel) -> tuple[torch.nn.Module, Any]:
         return method.module, lambda: _acting(base, _Kept(method.source))
     if name == AUTHORS:
         authors = authors_generator(method.structure, base.unet)
-        return authors, lambda: _acting(base, GeneratorMasks(authors, trainable=True))
+        return authors, lambda: _acting(base, LearningGenerator(authors))
     return method.module, method.acting
 
 

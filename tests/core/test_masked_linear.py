@@ -2,7 +2,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskunet_core.masked_linear import linear_per_sample, masked_linear, masked_weight, shared_by_all_samples
+from maskunet_core.gumbel import straight_through
+from maskunet_core.masked_linear import (
+    MaskLogits,
+    linear_per_sample,
+    masked_linear,
+    masked_weight,
+    shared_by_all_samples,
+    thresholded_linear,
+)
 
 
 @pytest.fixture
@@ -53,3 +61,45 @@ def test_equal_masks_are_shared_and_different_ones_are_not(parts):
     masks = parts[3]
     assert shared_by_all_samples(masks[:1].expand(4, -1, -1)).shape == (6, 5)
     assert shared_by_all_samples(masks).shape == (3, 6, 5)
+
+
+def direct(x, weight, bias, logits, threshold, tau, chunks):
+    """The same by autograd, with a mask and a masked weight per row of the batch."""
+    masks = straight_through(logits.full(), threshold, tau).repeat(chunks, 1, 1)
+    return linear_per_sample(x, masks * weight, bias)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("masks", [1, 4])
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_learned_masks_have_the_gradients_of_the_plain_product(rank, masks, chunks, per_sample):
+    torch.manual_seed(0)
+    double = torch.float64
+    rows = chunks * masks
+    weight = torch.randn(rows, 5, 6, dtype=double) if per_sample else torch.randn(5, 6, dtype=double)
+    bias = torch.randn(5, dtype=double)
+    x = torch.randn(2 * rows, 7, 6, dtype=double, requires_grad=True)
+    static = torch.randn(5, 6, dtype=double) if rank or masks == 1 else torch.randn(masks, 5, 6, dtype=double)
+    terms = [static]
+    if rank:
+        terms += [torch.randn(masks, 5, rank, dtype=double), torch.randn(6, rank, dtype=double)]
+    for term in terms:
+        term.requires_grad_()
+    logits, pull = MaskLogits(*terms), torch.randn(2 * rows, 7, 5, dtype=double)
+    found = thresholded_linear(x, weight, bias, logits, 0.1, 0.7, chunks=chunks)
+    expected = direct(x, weight, bias, logits, 0.1, 0.7, chunks)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(out, [x, *terms], pull) for out in (found, expected))):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_noise_of_a_learned_mask_is_the_same_in_the_backward_pass():
+    torch.manual_seed(0)
+    weight, x, static = torch.randn(5, 6), torch.randn(3, 7, 6), torch.randn(5, 6, requires_grad=True)
+    noise = torch.randn(1, 5, 6)
+    options = {"threshold": 0.0, "noise": lambda shape: noise.expand(shape)}
+    (found,) = torch.autograd.grad(thresholded_linear(x, weight, None, MaskLogits(static), **options).sum(), static)
+    shifted = (static.detach() + noise[0]).requires_grad_()
+    (expected,) = torch.autograd.grad(direct(x, weight, None, MaskLogits(shifted), 0.0, 1.0, 1).sum(), shifted)
+    torch.testing.assert_close(found, expected)

@@ -15,7 +15,7 @@ from tests.builders import make_generator
 class ConstantMasks:
     """Masks that a test chooses: `value(layer, weight)`."""
 
-    trainable = False
+    learning = False
 
     def __init__(self, structure, value):
         self.structure = structure
