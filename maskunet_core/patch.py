@@ -6,6 +6,7 @@ everything in `finally`: between two calls nothing of it is left on the model.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +21,18 @@ from .sources import Call, LearningSource, MaskSource
 
 OPTION = "maskunet"
 """Key of the attachments in `transformer_options`, and of the wrapper and additional models on the MODEL."""
+ENCODER = "maskunet_encoder"
+"""Key of an EncoderCache in `transformer_options`, which then serves the encoder of every call."""
 
 
 @dataclass(frozen=True)
 class Attachment:
     """A mask source on a MODEL. start_sigma, end_sigma: it is active at `start_sigma >= sigma >= end_sigma`."""
 
-    source: MaskSource
-    strength: float
-    start_sigma: float
-    end_sigma: float
+    source: MaskSource | LearningSource
+    strength: float = 1.0
+    start_sigma: float = math.inf
+    end_sigma: float = 0.0
 
     def active_at(self, sigma: float) -> bool:
         return self.start_sigma >= sigma >= self.end_sigma
@@ -82,7 +85,9 @@ def _masked_linear(name: str, masks: Sequence[tuple[Any, float]], learning: Any)
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         for mask_of, strength in masks:
-            weight = masked_weight(weight, shared_by_all_samples(mask_of(name, weight)), strength)
+            mask = mask_of(name, weight)
+            if mask is not None:
+                weight = masked_weight(weight, shared_by_all_samples(mask), strength)
         if learning is None:
             return linear_per_sample(x, weight, bias)
         return learning(name, x, weight, bias)
@@ -99,7 +104,10 @@ def _announcer(call: Call, block: str):
 
 @contextlib.contextmanager
 def installed(
-    diffusion_model: nn.Module, sources: Sequence[tuple[MaskSource | LearningSource, float]], sigma: float | None = None
+    diffusion_model: nn.Module,
+    sources: Sequence[tuple[MaskSource | LearningSource, float]],
+    sigma: float | None = None,
+    guidance: tuple[int, ...] = (0,),
 ) -> Iterator[None]:
     """Masks act on `diffusion_model` inside the block, and leave no trace after it, however it ends.
 
@@ -107,7 +115,7 @@ def installed(
     `LearningSource`, whose strength is 1. Training keeps the block open around forward and backward, because
     checkpointing runs layers again in the backward pass.
     """
-    call = Call(sigma)
+    call = Call(sigma, guidance)
     masks: dict[str, list] = {}
     learning: dict[str, Any] = {}
     anchors: dict[str, str] = {}
@@ -136,9 +144,16 @@ def _wrapper(executor, *args, **kwargs):
     options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5]
     sigma = float(options["sigmas"].max())
     active = [(a.source, a.strength) for a in options.get(OPTION, ()) if a.active_at(sigma)]
-    if not active:
+    cache = options.get(ENCODER)
+    if not active and cache is None:
         return executor(*args, **kwargs)
-    with installed(executor.class_obj, active, sigma):
+    unet, guidance = executor.class_obj, tuple(options.get("cond_or_uncond", (0,)))
+    with contextlib.ExitStack() as stack:
+        if cache is not None:
+            key = (guidance, tuple(options.get("uuids", ())), tuple(args[0].shape))
+            stack.enter_context(cache.serving(unet, key))
+        if active:
+            stack.enter_context(installed(unet, active, sigma, guidance))
         return executor(*args, **kwargs)
 
 
@@ -159,20 +174,29 @@ def attach(model, source: MaskSource, strength: float, start_percent: float, end
             f"start_percent ({start_percent}) lies after end_percent ({end_percent}), so the masks would never act. "
             "Set start_percent to the smaller of the two."
         )
-    patched = model.clone()
     if strength == 0.0:
-        return patched
-    from comfy.patcher_extension import WrappersMP
-
+        return model.clone()
+    patched = enabled(model)
     sampling = model.get_model_object("model_sampling")
-    attachment = Attachment(
-        source, strength, sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)
-    )
-    options = patched.model_options.setdefault("transformer_options", {})
-    if OPTION not in options:
-        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, OPTION, _wrapper)
-    options[OPTION] = (*options.get(OPTION, ()), attachment)
+    window = sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)
+    patched.model_options = with_attachment(patched.model_options, Attachment(source, strength, *window))
     if weights is not None:
         others = patched.get_additional_models_with_key(OPTION)
         patched.set_additional_models(OPTION, [*others, weights])
     return patched
+
+
+def enabled(model):
+    """A clone of a MODEL on which attachments in its options act."""
+    from comfy.patcher_extension import WrappersMP
+
+    patched = model.clone()
+    if not patched.get_wrappers(WrappersMP.DIFFUSION_MODEL, OPTION):
+        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, OPTION, _wrapper)
+    return patched
+
+
+def with_attachment(model_options: dict[str, Any], attachment: Attachment) -> dict[str, Any]:
+    """The options of a MODEL, or of a call of its sampler, with one attachment more; the given ones are left alone."""
+    options = model_options.get("transformer_options", {})
+    return model_options | {"transformer_options": options | {OPTION: (*options.get(OPTION, ()), attachment)}}

@@ -16,11 +16,14 @@ from .masked_linear import MaskLogits, thresholded_linear
 class Call:
     """One call of the diffusion model.
 
-    sigma: of this step, None outside a sampler. on_block: whoever wants to know what enters a block; called with the
-    block's name, the feature map [B, C, H, W] and t_emb [B, E], before the block's layers ask for masks.
+    sigma: of this step, None outside a sampler. guidance: the branches of classifier-free guidance in the batch, 0 for
+    positive and 1 for negative; the batch holds all images of the first, then all of the next. on_block: whoever wants
+    to know what enters a block; called with the block's name, the feature map [B, C, H, W] and t_emb [B, E], before the
+    block's layers ask for masks.
     """
 
     sigma: float | None
+    guidance: tuple[int, ...] = (0,)
     on_block: list[Callable[[str, Tensor, Tensor], None]] = field(default_factory=list)
 
     def enter(self, block: str, features: Tensor, t_emb: Tensor) -> None:

@@ -1,0 +1,76 @@
+"""From the estimate of a clean latent to rewards, and back to the latent's gradient."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Score = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Pictures `[N, 3, H, W]` in [0, 1] to scores `[N]` and the gradient of their sum, shaped as the pictures."""
+
+
+class Decode(Protocol):
+    """Latents `[N, C, h, w]` of the model to pictures `[N, 3, H, W]` in about [0, 1], not clamped, differentiable."""
+
+    def __call__(self, latents: Tensor) -> Tensor: ...
+
+
+def views_of(count: int, seed: int) -> list[Callable[[Tensor], Tensor]]:
+    """`count` ways to look at pictures: each shifts by up to 1/16 of the side, blurs a little, and adds faint noise."""
+    return [lambda pictures, key=seed * 1009 + index: _view(pictures, key) for index in range(count)]
+
+
+def _view(pictures: Tensor, seed: int) -> Tensor:
+    stream = torch.Generator().manual_seed(seed)
+    reach = max(1, pictures.shape[-1] // 16)
+    top, left = torch.randint(-reach, reach + 1, (2,), generator=stream).tolist()
+    padded = F.pad(pictures, (reach, reach, reach, reach), mode="replicate")
+    height, width = pictures.shape[2:]
+    shifted = padded[:, :, reach + top : reach + top + height, reach + left : reach + left + width]
+    blurred = F.avg_pool2d(F.pad(shifted, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    noise = torch.randn(pictures.shape, generator=stream).to(pictures)
+    return torch.lerp(shifted, blurred, 0.5) + 0.02 * noise
+
+
+class Judge:
+    """Scores latents. Two stages, which is exact: first the reward's gradient in the picture, then the decoder's.
+
+    small_side: the decoder sees latents scaled down so that pictures have about this many pixels a side, 0 for full
+    size. pixels_per_cell: the decoder's scale, 8 for SD.
+    """
+
+    def __init__(self, decode: Decode, score: Score, views: int = 0, small_side: int = 0, pixels_per_cell: int = 8):
+        self.decode, self.score, self.views = decode, score, views
+        self.small_side, self.pixels_per_cell = small_side, pixels_per_cell
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        side = min(latents.shape[2:]) * self.pixels_per_cell
+        if self.small_side and side > self.small_side:
+            size = [round(n * self.small_side / side) for n in latents.shape[2:]]
+            latents = F.interpolate(latents, size=size, mode="area")
+        return self.decode(latents)
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> Tensor:
+        return self._decoded(latents)
+
+    def scores(self, latents: Tensor) -> Tensor:
+        """`[N]`, without gradient and views."""
+        return self.score(self.pictures(latents))[0]
+
+    def scores_and_gradient(self, latents: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Scores `[N]`, averaged over views, and the gradient of their sum in the latents."""
+        with torch.enable_grad():
+            leaf = latents.detach().requires_grad_()
+            pictures = self._decoded(leaf)
+            scores, gradient = self.score(pictures.detach())
+            for view in views_of(self.views, seed):
+                seen = pictures.detach().requires_grad_()
+                viewed = view(seen)
+                more, slope = self.score(viewed.detach())
+                scores = scores + more
+                gradient = gradient + torch.autograd.grad(viewed, seen, slope)[0]
+            (of_latents,) = torch.autograd.grad(pictures, leaf, gradient / (1 + self.views))
+        return scores / (1 + self.views), of_latents

@@ -1,0 +1,172 @@
+"""One run of the reward sampler inside the host: loading, progress, previews, memory."""
+
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.sampler_helpers
+import comfy.utils
+import latent_preview
+from torch import Tensor
+
+from ..maskunet_core.rewards.reward import BoundReward, value_and_gradient
+from ..maskunet_core.search.host import latent_decoder, load_for_gradients, static_clone
+from ..maskunet_core.search.judge import Judge
+from ..maskunet_core.search.loop import Evaluation
+from ..maskunet_core.search.run import Found, search_images
+from ..maskunet_core.search.settings import SearchSettings
+
+KEY = "maskunet_search"
+_SMALL_SIDE = 256
+"""Rewards look at 224 pixels a side; VAEs want multiples of 8 and a margin for the crop."""
+
+
+class RewardRun:
+    """Everything that a search needs from the host. Made and run outside of inference mode, under `no_grad`."""
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        vae: Any,
+        gradient_vae: Any,
+        reward: Any,
+        watch: Any,
+        prompt: str,
+        latent: dict,
+        positive: Any,
+        negative: Any,
+        settings: SearchSettings,
+        targets: str,
+        stop_by_watch: bool,
+        sampling: dict[str, Any],
+        node_id: str,
+    ):
+        self.settings, self.sampling, self.targets, self.stop_by_watch = settings, sampling, targets, stop_by_watch
+        self.positive, self.negative, self.latent = positive, negative, latent
+        self.model = static_clone(model)
+        looking = gradient_vae or vae
+        patchers = [looking.patcher, vae.patcher, *reward.patchers(), *(watch.patchers() if watch else ())]
+        self.helpers = list({id(patcher): patcher for patcher in patchers}.values())
+        self.model.set_additional_models(KEY, self.helpers)
+        self.samples = comfy.sample.fix_empty_latent_channels(
+            self.model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+        )
+        self.format = self.model.get_model_object("latent_format")
+        self.bound: BoundReward = reward.reward.bind(prompt)
+        watched = watch.reward.bind(prompt) if watch else None
+        small = _SMALL_SIDE if settings.small_decode else 0
+        self.judge = Judge(self._decoder(looking), self._score, settings.views, small)
+        self.final = Judge(self._decoder(vae), self._score)
+        self.watch = None if watched is None else lambda z: watched(self.judge.pictures(z)).detach()
+        self.progress = _Progress(self.model, settings, sampling["steps"], node_id)
+
+    def _score(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        return value_and_gradient(self.bound, pictures)
+
+    def _decoder(self, vae: Any):
+        """Decodes what the sampler would end with: outside of an inpainting mask that is the latent as it was."""
+        decode = latent_decoder(vae, self.format)
+        if "noise_mask" not in self.latent:
+            return decode
+        mask = comfy.sampler_helpers.prepare_mask(self.latent["noise_mask"], self.samples.shape, self.model.load_device)
+        kept = self.model.model.process_latent_in(self.samples).to(mask)
+        return lambda latents: decode(latents * mask.to(latents) + kept.to(latents) * (1 - mask.to(latents)))
+
+    def _noise(self, candidate: int) -> Tensor:
+        seed = (self.sampling["seed"] + candidate) % (1 << 64)
+        return comfy.sample.prepare_noise(self.samples, seed, self.latent.get("batch_index"))
+
+    def _sample(self, model: Any, noise: Tensor, candidate: int) -> Tensor:
+        options = dict(self.sampling)
+        options["seed"] = (options["seed"] + candidate) % (1 << 64)
+        steps, cfg, sampler, scheduler = (options.pop(name) for name in ("steps", "cfg", "sampler_name", "scheduler"))
+        return comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            scheduler,
+            self.positive,
+            self.negative,
+            self.samples,
+            noise_mask=self.latent.get("noise_mask"),
+            callback=self.progress.step,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            **options,
+        )
+
+    def _final_scores(self, latents: Tensor) -> Tensor:
+        inside = self.format.process_in(latents.to(self.model.load_device))
+        return self.final.scores(inside).cpu()
+
+    def run(self) -> Found:
+        steps = self.sampling["steps"]
+        if self.settings.candidates > 1 or self.settings.total_iterations(steps):
+            load_for_gradients([self.model, *self.helpers])
+        return search_images(
+            model=self.model,
+            sample=self._sample,
+            noise=self._noise,
+            settings=self.settings,
+            judge=self.judge,
+            score=self._final_scores,
+            steps=steps,
+            candidate_done=self.progress.candidate,
+            targets=self.targets,
+            seed=self.sampling["seed"],
+            watch=self.watch,
+            stop_by_watch=self.stop_by_watch,
+            report=self.progress.look,
+        )
+
+
+class _Progress:
+    """The node's bar over all candidates, steps and updates, with previews and the reward of now."""
+
+    def __init__(self, model: Any, settings: SearchSettings, steps: int, node_id: str | None):
+        self.steps, self.node_id, self.settings = steps, node_id, settings
+        updates = [
+            settings.iterations_at(step, steps) if settings.masks or settings.latent_lr else 0 for step in range(steps)
+        ]
+        drawn = settings.candidates * steps if settings.candidates > 1 else 0
+        self._before = [drawn + step + sum(updates[:step]) for step in range(steps + 1)]
+        self._candidate = 0 if drawn else None
+        self.bar = comfy.utils.ProgressBar(self._before[-1] if any(updates) or not drawn else drawn)
+        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        self._start: float | None = None
+
+    def _tell(self, text: str) -> None:
+        if self.node_id is None:
+            return
+        from server import PromptServer
+
+        if getattr(PromptServer, "instance", None) is not None:
+            PromptServer.instance.send_progress_text(text, self.node_id)
+
+    def _show(self, done: int, estimate: Tensor) -> None:
+        preview = self._previewer.decode_latent_to_preview_image("JPEG", estimate) if self._previewer else None
+        self.bar.update_absolute(done, preview=preview)
+
+    def step(self, step: int, x0: Tensor, x: Tensor, steps: int) -> None:
+        """The host's callback after each step."""
+        place = min(step + 1, self.steps)
+        done = self._before[place] if self._candidate is None else self._candidate * self.steps + place
+        self._show(done, x0)
+
+    def candidate(self, number: int, latents: Tensor, scores: Tensor) -> None:
+        count = self.settings.candidates
+        self._tell(f"candidate {number + 1} of {count}: reward {_numbers(scores)}")
+        self._candidate = number + 1 if number + 1 < count else None
+
+    def look(self, seen: Evaluation, estimate: Tensor) -> None:
+        """After each look at an estimate; raises where the user cancelled."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._show(self._before[seen.step] + seen.iteration, estimate)
+        self._tell(f"step {seen.step + 1} of {self.steps}, update {seen.iteration}: reward {_numbers(seen.scores)}")
+
+
+def _numbers(scores: Tensor) -> str:
+    shown = ", ".join(f"{float(score):.3f}" for score in scores[:4])
+    return shown + (", ..." if len(scores) > 4 else "")

@@ -1,0 +1,325 @@
+"""KSampler with a search for masks inside: algorithm 1 of the paper."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from ..maskunet_core.errors import MaskUNetError
+from ..maskunet_core.families import TARGETS
+from ..maskunet_core.search.host import outside_inference_mode
+from ..maskunet_core.search.settings import BRANCHES, OPTIMISERS, PRESETS, SearchSettings
+from .reward_curve import reward_curve
+from .reward_run import RewardRun
+from .rewards import LoadedReward
+from .types import MasksType, RewardType, seed_input
+
+CUSTOM = "custom"
+_OPEN = SearchSettings()
+
+
+def _of_custom(text: str) -> str:
+    return f"{text} Counts where the preset is 'custom'."
+
+
+def _custom_inputs() -> list[io.Input]:
+    """The settings that a preset fixes, folded away."""
+
+    def number(name: str, low: float, high: float, step: float, tooltip: str) -> io.Input:
+        value = getattr(_OPEN, name)
+        options = {"default": value, "min": low, "max": high, "step": step, "tooltip": _of_custom(tooltip)}
+        kind = io.Int if isinstance(value, int) else io.Float
+        return kind.Input(name, optional=True, advanced=True, **options)
+
+    return [
+        number(
+            "iterations", 0, 200, 1, "Updates of the masks at each step. More follow the reward further and cost more."
+        ),
+        number(
+            "start_percent",
+            0.0,
+            1.0,
+            0.01,
+            "Share of the steps after which updates begin. The first steps, of pure noise, tell a reward little.",
+        ),
+        number(
+            "end_percent",
+            0.0,
+            1.0,
+            0.01,
+            "Share of the steps after which updates end. Late updates can please the reward without a better image.",
+        ),
+        io.Combo.Input(
+            "optimiser",
+            options=list(OPTIMISERS),
+            default=_OPEN.optimiser,
+            optional=True,
+            advanced=True,
+            tooltip=_of_custom(
+                "Normalised SGD flips the bits that matter most. AdamW, the paper's, moves all "
+                "logits by the same amount."
+            ),
+        ),
+        number("lr", 0.0, 10.0, 0.001, "Learning rate, in units of logits, which begin at `start`."),
+        number("momentum", 0.0, 0.99, 0.01, "Momentum of normalised SGD."),
+        number("start", -5.0, 10.0, 0.01, "Logit that every weight begins with; those above 0 are kept."),
+        io.Boolean.Input(
+            "noise",
+            default=_OPEN.noise,
+            optional=True,
+            advanced=True,
+            tooltip=_of_custom("Gumbel noise on the logits, as in the paper."),
+        ),
+        number("clip", 0.0, 100.0, 0.01, "Bound of the gradient's norm per image, 0 for none."),
+        number("carry", 0.0, 1.0, 0.01, "Share of what was learned at a step that the next begins with."),
+        number(
+            "patience",
+            0,
+            100,
+            1,
+            "Updates of a step without a better reward before the step is taken; the reward often "
+            "falls before it climbs, so at least 6. 0 for no limit.",
+        ),
+        number(
+            "views",
+            0,
+            16,
+            1,
+            "Shifted, blurred and noised copies of the image that the reward is averaged over, which "
+            "makes it harder to cheat. Each costs one more pass of the reward.",
+        ),
+        io.Combo.Input(
+            "branches",
+            options=list(BRANCHES),
+            default=_OPEN.branches,
+            optional=True,
+            advanced=True,
+            tooltip=_of_custom(
+                "Branches of classifier-free guidance that are masked. The positive one alone costs half."
+            ),
+        ),
+        io.Boolean.Input(
+            "small_decode",
+            default=_OPEN.small_decode,
+            optional=True,
+            advanced=True,
+            tooltip=_of_custom("Decode estimates no larger than the reward looks at: much cheaper for large images."),
+        ),
+        number(
+            "latent_lr",
+            0.0,
+            1.0,
+            0.001,
+            "Changes the noisy latent itself at each step, too, with this learning rate. 0 "
+            "leaves it alone. Masks alone do not record it.",
+        ),
+    ]
+
+
+class MaskUNetRewardSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        sampling = comfy.samplers.KSampler
+        return io.Schema(
+            node_id="MaskUNetRewardSampler",
+            display_name="MaskUNet Reward Sampler",
+            category="MaskUNet",
+            description="KSampler that makes the image follow a reward: before each step it looks at an estimate of "
+            "the finished image, asks the reward, and switches weights of the model off by the reward's gradient. "
+            "Nothing is trained beforehand, and the model is as before afterwards. It can also try several starting "
+            "noises first and go on with the best.",
+            search_aliases=[
+                "reward",
+                "quality",
+                "prompt adherence",
+                "best of n",
+                "ImageReward",
+                "HPSv2",
+                "mask",
+                "sampler",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="SD 1.5, SD 2.x, SDXL or the MaskUNet Toy Model, with any LoRAs."),
+                seed_input("Seed of the starting noise, as in KSampler. Candidates use the seeds after it."),
+                io.Int.Input("steps", default=15, min=1, max=10000, tooltip="Steps of the sampler."),
+                io.Float.Input(
+                    "cfg",
+                    default=7.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Classifier-free guidance, as in KSampler.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=sampling.SAMPLERS,
+                    default="dpmpp_2m",
+                    tooltip="Any sampler of ComfyUI. Those that look at each step once cost the least.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=sampling.SCHEDULERS,
+                    default="karras",
+                    tooltip="How noise is removed over the steps.",
+                ),
+                io.Conditioning.Input("positive", tooltip="What the image should show."),
+                io.Conditioning.Input("negative", tooltip="What it should not show."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="The latent to start from. Each image of a batch is searched for on its own.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Below 1 keeps that much less of the latent's own content, as in KSampler.",
+                ),
+                io.Vae.Input("vae", tooltip="Decodes the estimates that the reward looks at."),
+                RewardType.Input("reward", tooltip="What is optimised, from MaskUNet Reward Loader or Combine."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="The text that the reward compares the image with; usually that of the positive prompt.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=["fast", "quality", "paper", "reference", CUSTOM],
+                    default="quality",
+                    tooltip="fast: about the cost of 4 plain images. quality: about 16. paper, reference: the "
+                    "schedules of the paper and of its authors' release. custom: the folded settings.",
+                ),
+                io.Int.Input(
+                    "candidates",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="Starting noises that are drawn and judged "
+                    "before the search goes on with the best. 0: as the preset says; 1: none.",
+                ),
+                io.Boolean.Input("masks", default=True, tooltip="Off: only the best of the candidates, without masks."),
+                io.Float.Input(
+                    "target",
+                    default=0.0,
+                    min=-1000.0,
+                    max=1000.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Reward that is good enough: an image that reaches it is left as it is. 0 for none.",
+                ),
+                io.Float.Input(
+                    "seconds",
+                    default=0.0,
+                    min=0.0,
+                    max=86400.0,
+                    step=1.0,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Time budget of the updates, after which the image is finished plainly. 0 for none.",
+                ),
+                io.Combo.Input(
+                    "targets",
+                    options=list(TARGETS),
+                    default="decoder attention",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which linear layers are masked. The paper masks the attention of the decoder.",
+                ),
+                RewardType.Input(
+                    "watch",
+                    optional=True,
+                    tooltip="A second reward that is never optimised: it is drawn "
+                    "into the curve, to see whether the image really gets better.",
+                ),
+                io.Boolean.Input(
+                    "stop_by_watch",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="End the updates once the watched reward has fallen at two steps in a row.",
+                ),
+                io.Vae.Input(
+                    "gradient_vae",
+                    optional=True,
+                    tooltip="A small decoder (TAESD) for the estimates: a third of the time and memory.",
+                ),
+                *_custom_inputs(),
+            ],
+            outputs=[
+                io.Latent.Output("LATENT", tooltip="The finished latents."),
+                MasksType.Output(
+                    "MASKUNET_MASKS",
+                    tooltip="The masks that were found: MaskUNet Apply Masks repeats the "
+                    "image with them, at the price of plain sampling.",
+                ),
+                io.Image.Output("reward_curve", tooltip="Reward at each step and update, for each image."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        vae,
+        reward: LoadedReward,
+        prompt: str,
+        latent_image: dict,
+        positive,
+        negative,
+        preset: str,
+        candidates: int,
+        masks: bool,
+        target: float = 0.0,
+        seconds: float = 0.0,
+        targets: str = "decoder attention",
+        watch: LoadedReward | None = None,
+        stop_by_watch: bool = False,
+        gradient_vae=None,
+        **values: Any,
+    ) -> io.NodeOutput:
+        sampling = {name: values.pop(name) for name in ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise")}
+        settings = replace(_OPEN, **values) if preset == CUSTOM else PRESETS[preset]
+        settings = replace(
+            settings, candidates=candidates or settings.candidates, masks=masks, target=target or None, seconds=seconds
+        )
+        if settings.start_percent > settings.end_percent:
+            raise MaskUNetError(
+                f"start_percent ({settings.start_percent}) lies after end_percent ({settings.end_percent}), so no "
+                "update would be made. Set start_percent to the smaller of the two."
+            )
+        # Gradients cannot flow through tensors that were made in the inference mode that nodes run in.
+        with torch.inference_mode(False), torch.no_grad():
+            run = RewardRun(
+                model=model,
+                vae=vae,
+                gradient_vae=gradient_vae,
+                reward=reward,
+                watch=watch,
+                prompt=prompt,
+                latent=outside_inference_mode(latent_image),
+                positive=outside_inference_mode(positive),
+                negative=outside_inference_mode(negative),
+                settings=settings,
+                targets=targets,
+                stop_by_watch=stop_by_watch,
+                sampling=sampling,
+                node_id=cls.hidden.unique_id,
+            )
+            found = run.run()
+            record = {"prompt": prompt, "reward": reward.reward.name, "preset": preset, "sampling": sampling}
+            record |= {"settings": asdict(settings), "seeds": [sampling["seed"] + int(n) for n in found.candidates]}
+            record |= {"scores": None if found.scores is None else [round(float(s), 4) for s in found.scores]}
+            found.recorded.record.update(record)
+            output = {k: v for k, v in latent_image.items() if not k.startswith("downscale_ratio")}
+            curve = reward_curve(found, reward.reward.name, watch.reward.name if watch else None)
+            return io.NodeOutput(output | {"samples": found.latents}, found.recorded, curve)

@@ -1,0 +1,281 @@
+"""The search for masks, on the toy model in the real host."""
+
+from dataclasses import replace
+
+import comfy.sample
+import pytest
+import torch
+
+from maskunet_core.encoder import EncoderCache
+from maskunet_core.patch import ENCODER, attach, enabled
+from maskunet_core.recorded import RecordedSource
+from maskunet_core.rewards.reward import value_and_gradient
+from maskunet_core.rewards.toy import ToyReward
+from maskunet_core.search.host import latent_decoder
+from maskunet_core.search.judge import Judge
+from maskunet_core.search.loop import Best, clip, normalise
+from maskunet_core.search.masks import SearchedMasks
+from maskunet_core.search.run import search_images
+from maskunet_core.search.sampling import RewardSearch
+from maskunet_core.search.settings import PRESETS, SearchSettings
+
+PROMPT, STEPS = "a red circle left of a small blue square", 4
+FEW = SearchSettings(iterations=3, start_percent=0.25, end_percent=1.0, lr=0.1)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    from maskunet_core.toy.model import load_toy_model
+
+    return load_toy_model()
+
+
+@pytest.fixture(scope="module")
+def judge(toy):
+    model, _, vae = toy
+    bound = ToyReward().bind(PROMPT)
+    decode = latent_decoder(vae, model.get_model_object("latent_format"))
+    return Judge(decode, lambda pictures: value_and_gradient(bound, pictures))
+
+
+def noise(images=1, seed=3):
+    return torch.randn(images, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(model, clip, start, sampler="euler", steps=STEPS, **options):
+    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, ""))
+    parts = (model, start, steps, 5.0, sampler, "normal", positive, negative, torch.zeros_like(start))
+    with torch.no_grad():
+        return comfy.sample.sample(*parts, disable_pbar=True, seed=1, **options)
+
+
+def found(toy, judge, settings, images=1, **options):
+    model, clip, _ = toy
+    search = RewardSearch(model, settings, judge, images, **options)
+    return search, sample(search.model, clip, noise(images))
+
+
+def test_without_iterations_the_stock_sampler_runs(toy, judge):
+    _, latents = found(toy, judge, SearchSettings(iterations=0))
+    assert torch.equal(latents, sample(toy[0], toy[1], noise()))
+
+
+@pytest.mark.parametrize("branches", ["both", "positive"])
+@pytest.mark.parametrize("images", [1, 3])
+def test_found_masks_raise_the_reward_and_repeat_the_image_bit_for_bit(toy, judge, images, branches):
+    model, clip, _ = toy
+    search, latents = found(toy, judge, replace(FEW, branches=branches), images)
+    plain = sample(model, clip, noise(images))
+    into = model.get_model_object("latent_format").process_in
+    assert (judge.scores(into(latents)) > judge.scores(into(plain))).any()
+    replayed = attach(model, RecordedSource(search.recorded), 1.0, 0.0, 1.0)
+    assert torch.equal(sample(replayed, clip, noise(images)), latents)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "euler_ancestral", "dpmpp_sde", "uni_pc", "dpm_2"])
+def test_every_kind_of_sampler_works_and_is_repeated(toy, judge, sampler):
+    model, clip, _ = toy
+    search = RewardSearch(model, replace(FEW, iterations=1), judge, 1)
+    latents = sample(search.model, clip, noise(), sampler)
+    replayed = attach(model, RecordedSource(search.recorded), 1.0, 0.0, 1.0)
+    assert torch.equal(sample(replayed, clip, noise(), sampler), latents)
+    assert min(search.recorded.keep_ratio()) < 1.0
+
+
+def test_images_of_a_batch_do_not_share_masks_or_rewards(toy, judge):
+    search, _ = found(toy, judge, FEW, images=3)
+    masks = search.recorded.at(search.recorded.sigmas[1])
+    layer = next(iter(masks.values()))
+    assert not torch.equal(layer[0], layer[1])
+    assert all(look.scores.shape == (3,) for look in search.history)
+
+
+def test_the_best_masks_of_a_step_are_taken(toy, judge):
+    search, _ = found(toy, judge, replace(FEW, lr=3.0, iterations=2))
+    first = [look for look in search.history if look.step == 1]
+    assert float(first[0].scores) > float(first[-1].scores), "at this rate the first update does harm"
+    sigma = search.recorded.sigmas[1]
+    assert search.recorded.steps[sigma] == {}, "so the step is taken with all weights"
+
+
+def test_steps_end_on_a_plateau_and_when_the_reward_is_good_enough(toy, judge):
+    hopeless, _ = found(toy, judge, replace(FEW, lr=3.0, iterations=12, patience=2))
+    assert max(look.iteration for look in hopeless.history) < 12
+    satisfied, _ = found(toy, judge, replace(FEW, target=-1e9))
+    assert {look.iteration for look in satisfied.history} == {0}
+
+
+def test_a_time_budget_ends_the_updates(toy, judge):
+    search, latents = found(toy, judge, replace(FEW, seconds=1e-9))
+    assert len(search.history) <= 2
+    assert torch.isfinite(latents).all()
+
+
+def test_a_watched_reward_stops_the_run_when_it_falls(toy, judge):
+    settings = replace(FEW, start_percent=0.0)
+    looks = []
+
+    def falling(estimate):
+        looks.append(1)
+        return torch.full((len(estimate),), -float(len(looks)))
+
+    stopped, _ = found(toy, judge, settings, watch=falling, stop_by_watch=True)
+    assert {look.step for look in stopped.history} == {0, 1}
+    ignored, _ = found(toy, judge, settings, watch=falling)
+    assert {look.step for look in ignored.history} == {0, 1, 2, 3}
+
+
+def test_logits_carry_over_only_where_asked(toy_structure):
+    masks = SearchedMasks(toy_structure, 1, 1.0, torch.device("cpu"))
+    for logits in masks.logits.values():
+        logits.data -= 2.0
+    masks.restart(0.5)
+    assert all(torch.equal(logits, torch.zeros_like(logits)) for logits in masks.logits.values())
+    masks.restart(0.0)
+    assert all(torch.equal(logits, torch.ones_like(logits)) for logits in masks.logits.values())
+
+
+def test_noise_changes_with_each_look_and_repeats_in_it(toy_structure):
+    masks = SearchedMasks(toy_structure, 2, 0.0, torch.device("cpu"), seed=4)
+    layer = next(iter(masks.logits))
+    first, again = masks.bits()[layer], masks.bits()[layer]
+    masks.draw()
+    other = masks.bits()[layer]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.float().mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_cached_encoder_gives_the_same_gradients(toy, judge):
+    model, clip, _ = toy
+    gradients = {}
+    for cached in (False, True):
+        search = RewardSearch(model, FEW, judge, 1)
+        if not cached:
+            search._options = lambda options, cached, own=search._options: own(options, cached=False)
+        latents = sample(search.model, clip, noise())
+        gradients[cached] = (latents, [float(look.scores) for look in search.history])
+    assert torch.equal(gradients[True][0], gradients[False][0])
+    assert gradients[True][1] == gradients[False][1]
+
+
+def test_the_encoder_runs_once_and_leaves_no_trace(toy):
+    model, clip, _ = toy
+    cached = enabled(model)
+    unet = model.model.diffusion_model
+    runs = []
+    handle = unet.input_blocks[1][0].in_layers.register_forward_hook(lambda *_: runs.append(1))
+    cached.model_options["transformer_options"] = cached.model_options["transformer_options"] | {
+        ENCODER: EncoderCache()
+    }
+    try:
+        sample(cached, clip, noise(), steps=1)
+        once = len(runs)
+        sample(cached, clip, noise(), steps=1)
+    finally:
+        handle.remove()
+    assert once == 1
+    assert all("forward" not in module.__dict__ for module in unet.modules())
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(toy, judge):
+    model, clip, _ = toy
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    plain = sample(model, clip, noise())
+
+    def cancel(seen, estimate):
+        if seen.step == 2 and seen.iteration == 1:
+            raise KeyboardInterrupt
+
+    search = RewardSearch(model, FEW, judge, 1, report=cancel)
+    with pytest.raises(KeyboardInterrupt):
+        sample(search.model, clip, noise())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
+    assert torch.equal(sample(model, clip, noise()), plain)
+
+
+def test_the_judges_two_stages_are_exact(toy, judge):
+    latents = noise(2).requires_grad_()
+    scores, gradient = judge.scores_and_gradient(latents.detach(), 0)
+    bound = ToyReward().bind(PROMPT)
+    (direct,) = torch.autograd.grad(bound(judge.decode(latents)).sum(), latents)
+    torch.testing.assert_close(gradient, direct, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(scores, bound(judge.decode(latents)).detach())
+
+
+def test_views_look_at_other_pictures(toy, judge):
+    plain, _ = judge.scores_and_gradient(noise(2), 0)
+    several = Judge(judge.decode, judge.score, views=2)
+    first, again, other = (several.scores_and_gradient(noise(2), seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, plain)
+
+
+def test_small_pictures_are_decoded_small(toy, judge):
+    small = Judge(judge.decode, judge.score, small_side=32)
+    assert small.pictures(noise(1)).shape[2:] == (32, 32)
+
+
+def test_normalised_gradients_have_size_one_in_every_image():
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 3, 4), 5 * torch.randn(2, 7)]
+    squares = sum((t.flatten(1) ** 2).sum(1) for t in tensors) / 19
+    size = normalise(tensors)
+    torch.testing.assert_close(size, squares.sqrt())
+    torch.testing.assert_close(sum((t.flatten(1) ** 2).sum(1) for t in tensors) / 19, torch.ones(2))
+    clip(tensors, 0.5)
+    torch.testing.assert_close(sum((t.flatten(1) ** 2).sum(1) for t in tensors).sqrt(), torch.full((2,), 0.5))
+
+
+def test_best_is_kept_image_by_image():
+    best = Best()
+    best.offer(torch.tensor([1.0, 1.0]), lambda: {"x": torch.tensor([[1.0], [1.0]])}, always=False)
+    better = best.offer(torch.tensor([0.0, 2.0]), lambda: {"x": torch.tensor([[2.0], [2.0]])}, always=False)
+    assert better.tolist() == [False, True]
+    assert best.items["x"].tolist() == [[1.0], [2.0]]
+    assert best.scores.tolist() == [1.0, 2.0]
+
+
+def test_candidates_without_masks_are_best_of_n(toy, judge):
+    model, clip, _ = toy
+    into = model.get_model_object("latent_format").process_in
+    settings = SearchSettings(masks=False, candidates=3)
+    result = search_images(
+        model=model,
+        sample=lambda model, start, number: sample(model, clip, start),
+        noise=lambda number: noise(2, seed=number),
+        settings=settings,
+        judge=judge,
+        score=lambda latents: judge.scores(into(latents)),
+        steps=STEPS,
+    )
+    each = torch.stack([judge.scores(into(sample(model, clip, noise(2, seed=number)))) for number in range(3)])
+    assert torch.equal(result.scores, each.max(0).values)
+    assert torch.equal(result.candidates, each.argmax(0))
+
+
+def test_a_search_never_ends_below_its_candidates(toy, judge):
+    model, clip, _ = toy
+    into = model.get_model_object("latent_format").process_in
+    harmful = SearchSettings(candidates=2, iterations=1, lr=5.0, keep_best=True, start_percent=0.5)
+    calls = iter([0.0, 0.0, 5.0, 7.0, -100.0, 9.0])
+    result = search_images(
+        model=model,
+        sample=lambda model, start, number: sample(model, clip, start),
+        noise=lambda number: noise(2, seed=number),
+        settings=harmful,
+        judge=judge,
+        score=lambda latents: torch.tensor([next(calls), next(calls)]),
+        steps=STEPS,
+    )
+    assert result.scores.tolist() == [5.0, 9.0]
+    assert torch.equal(result.latents[0], sample(model, clip, noise(2, seed=1))[0])
+    assert all(bool(mask[0].all()) for sigma in result.recorded.sigmas for mask in result.recorded.at(sigma).values())
+    assert judge.scores(into(result.latents)).shape == (2,)
+
+
+def test_presets_say_where_the_iterations_go():
+    assert PRESETS["paper"].total_iterations(15) == 225
+    assert [PRESETS["reference"].iterations_at(step, 15) for step in range(15)] == [1] * 7 + [10] * 8
+    assert PRESETS["reference"].total_iterations(15) == 87
