@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import folders
 from .generator import MaskUNetApply, MaskUNetLoader
 from .random_mask import MaskUNetRandomMask
-from .rewards import MaskUNetRewardCombine, MaskUNetRewardLoader
+from .rewards import MaskUNetRewardCombine, MaskUNetRewardLoader, MaskUNetRewardScore
 from .toy import MaskUNetToyModel
 
 
@@ -21,6 +21,7 @@ class MaskUNetExtension(ComfyExtension):
             MaskUNetToyModel,
             MaskUNetRewardLoader,
             MaskUNetRewardCombine,
+            MaskUNetRewardScore,
         ]
 
 
