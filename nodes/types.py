@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 MaskUNetType = io.Custom("MASKUNET")
+RewardType = io.Custom("MASKUNET_REWARD")
 
 
 def window_inputs() -> list[io.Input]:

@@ -25,10 +25,15 @@ _ALIASES = {"an": "a", "the": "a", "big": "large", "little": "small", "over": "a
 _INDEX = {word: index for index, word in enumerate(WORDS)}
 
 
-def encode(text: str) -> list[int]:
-    """Token ids of the known words of `text`, between START and END. Unknown words leave no trace."""
+def known_words(text: str) -> list[str]:
+    """The words of `text` that the toy world knows, aliases replaced. Unknown words leave no trace."""
     words = (_ALIASES.get(word, word) for word in re.findall(r"[a-z]+", text.lower()))
-    return [START, *(_INDEX[word] for word in words if word in _INDEX), END]
+    return [word for word in words if word in _INDEX]
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of the known words of `text`, between START and END."""
+    return [START, *(_INDEX[word] for word in known_words(text)), END]
 
 
 def encode_padded(text: str) -> list[int]:

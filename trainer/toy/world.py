@@ -4,20 +4,19 @@ Everything is vectorised over scenes and seeded by the generator that is passed 
 """
 
 import math
-import zlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from maskunet_core.toy.vocabulary import COLOURS, RELATIONS, SHAPES, SIZES
+from maskunet_core.toy.captions import Caption, Phrase
+from maskunet_core.toy.vocabulary import COLOURS, SHAPES
 
 PIXELS = 64
 CELL, PLACES = 8, 5
 """Objects sit near the points of a lattice of PLACES x PLACES, CELL pixels apart, in the middle of the picture."""
 RADII = ((7.8, 8.4), (12.0, 12.6))
 """Ranges of the radius in pixels, small and large."""
-_COLOUR_NAMES = tuple(COLOURS)
 
 
 @dataclass
@@ -46,48 +45,6 @@ class Scenes:
     def pair(self) -> Tensor:
         """[N, 2] index of the colour-shape pair, as the readers count them."""
         return self.colour * len(SHAPES) + self.shape
-
-
-@dataclass(frozen=True)
-class Phrase:
-    """What a caption says of one object; `size` is None where it is not said."""
-
-    colour: int
-    shape: int
-    size: int | None
-
-    def __str__(self) -> str:
-        words = (SIZES[self.size] if self.size is not None else "", _COLOUR_NAMES[self.colour], SHAPES[self.shape])
-        phrase = " ".join(word for word in words if word)
-        return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
-
-    @property
-    def pair(self) -> int:
-        return self.colour * len(SHAPES) + self.shape
-
-
-@dataclass(frozen=True)
-class Caption:
-    """One or two phrases, joined by a relation or by "and" (`relation` None)."""
-
-    phrases: tuple[Phrase, ...]
-    relation: int | None = None
-
-    def __str__(self) -> str:
-        joint = " and " if self.relation is None else f" {RELATIONS[self.relation]} "
-        return joint.join(str(phrase) for phrase in self.phrases)
-
-    @property
-    def kind(self) -> str:
-        """ "one", "two" or "relation": the classes that scores are reported by."""
-        if len(self.phrases) == 1:
-            return "one"
-        return "two" if self.relation is None else "relation"
-
-    @property
-    def held_out(self) -> bool:
-        """True for the fifth of all captions that no training set ever holds."""
-        return zlib.crc32(str(self).encode()) % 5 == 0
 
 
 def sample_scenes(

@@ -1,0 +1,71 @@
+"""What the architectures of the rewards share: attention, runs of blocks, modules filled from files."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import MaskUNetError
+
+
+class BadTensors(MaskUNetError):
+    """Tensors that do not make up the model; the message goes on after the file's name: "lacks the tensor ..."."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """Multi-head attention of `[B, N, width]` queries over `[B, M, width]` keys and values."""
+    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2).flatten(2)
+
+
+def heads_of(width: int) -> int:
+    """Number of heads, which the files do not tell: they are 64 wide, or 80 in ViT-H."""
+    return max(1, width // (80 if width == 1280 else 64))
+
+
+def run(blocks: Iterable[nn.Module], x: Tensor, *context: Tensor, checkpointing: bool) -> Tensor:
+    """The blocks one after the other; with `checkpointing` the backward pass computes each one's inside anew."""
+    for block in blocks:
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, *context, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, *context)
+    return x
+
+
+class LinearChain(nn.Module):
+    """Linear layers with nothing between them, under the names of the published heads: `layers.0`, `layers.2`, ..."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = ""):
+        super().__init__()
+        pattern = re.compile(re.escape(prefix) + r"layers\.(\d+)\.weight")
+        found = {int(match[1]): tensors[name].shape for name in tensors if (match := pattern.fullmatch(name))}
+        self.layers = nn.ModuleDict({str(index): nn.Linear(*reversed(found[index])) for index in sorted(found)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+def depth_of(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """Number of blocks whose tensors are called `prefix` + number + "."."""
+    return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """The module (built on the meta device) with copies of its tensors in `dtype`, frozen. What it does not ask for
+    is left out. Raises BadTensors."""
+    state = {}
+    for name, wanted in module.state_dict().items():
+        if name not in tensors:
+            raise BadTensors(f"lacks the tensor {name}")
+        if tensors[name].shape != wanted.shape:
+            found, expected = tuple(tensors[name].shape), tuple(wanted.shape)
+            raise BadTensors(f"holds the tensor {name} in the shape {found}, where {expected} fits the others")
+        state[name] = tensors[name].to(dtype, copy=True).contiguous()
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,114 @@
+"""What every reward offers: `bind` a prompt, score pictures, take gradients.
+
+    bound = reward.bind("a red circle")
+    scores, gradient = value_and_gradient(bound, images)
+
+Pictures are `[B, 3, H, W]` in [0, 1], of any floating dtype and device, and are not clamped: a clamp would take the
+gradient from saturated pixels.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .preprocess import fit
+
+HALF_SCALE = 1024.0
+"""By what the loss is multiplied for modules in fp16, whose small gradients would be rounded to zero."""
+
+
+class BoundReward(ABC):
+    """A reward for one prompt. `bound(images)` gives `[B]` scores in fp32, differentiable in the images."""
+
+    name: str
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+    def parts(self) -> list[tuple[float, "BoundReward"]]:
+        """(weight, member) of what the score is the weighted sum of: just itself, unless it is a combination."""
+        return [(1.0, self)]
+
+
+class Reward(ABC):
+    """A reward for any prompt. `name` is for people: it stands under pictures and in tables."""
+
+    name: str
+
+    @abstractmethod
+    def bind(self, prompt: str) -> BoundReward:
+        """The reward for one prompt; whatever depends on the prompt alone is computed here, once."""
+
+    @abstractmethod
+    def modules(self) -> list[nn.Module]:
+        """What must lie on one device when pictures are scored."""
+
+
+class BoundModel(BoundReward):
+    """A single model's reward.
+
+    size: side in pixels of the square that the model looks at; model: where the work is done, for device and dtype;
+    score: pictures `[B, 3, size, size]` in fp32 on the model's device to `[B]`.
+    """
+
+    def __init__(self, name: str, size: int, model: nn.Module, score: Callable[[Tensor], Tensor]):
+        self.name, self.size = name, size
+        self._model, self._score = model, score
+
+    @property
+    def gradient_scale(self) -> float:
+        return HALF_SCALE if _first(self._model).dtype == torch.float16 else 1.0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        pictures = images.to(_first(self._model).device, torch.float32)
+        return self._score(fit(pictures, self.size)).float().to(images.device)
+
+
+class CombinedReward(Reward):
+    """Weighted sum of rewards, each of which may be a combination itself."""
+
+    def __init__(self, members: list[tuple[float, Reward]]):
+        self.members = members
+        self.name = " + ".join(f"{weight:g} x ({reward.name})" for weight, reward in members)
+
+    def bind(self, prompt: str) -> BoundReward:
+        return _BoundSum(self.name, [(weight, reward.bind(prompt)) for weight, reward in self.members])
+
+    def modules(self) -> list[nn.Module]:
+        return list(dict.fromkeys(module for _, reward in self.members for module in reward.modules()))
+
+
+class _BoundSum(BoundReward):
+    def __init__(self, name: str, members: list[tuple[float, BoundReward]]):
+        self.name, self._members = name, members
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return sum(weight * bound(images) for weight, bound in self.parts())
+
+    def parts(self) -> list[tuple[float, BoundReward]]:
+        return [(outer * inner, part) for outer, bound in self._members for inner, part in bound.parts()]
+
+
+def value_and_gradient(bound: BoundReward, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores `[B]` of the pictures, and the gradient of their sum, shaped as `images` and in their dtype.
+
+    The parts of a combination run one after the other, and each one's graph is freed before the next begins: what the
+    caller gets back can be fed to `images.backward(gradient)`, which is exact. Works under inference mode, too.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        scores = torch.zeros(len(images), device=images.device)
+        gradient = torch.zeros(images.shape, device=images.device)
+        for weight, part in bound.parts():
+            leaf = images.detach().to(torch.float32, copy=True).requires_grad_()
+            score = part(leaf)
+            scale = getattr(part, "gradient_scale", 1.0)
+            (slope,) = torch.autograd.grad(scale * score.sum(), leaf)
+            scores += weight * score.detach()
+            gradient += (weight / scale) * slope
+        return scores, gradient.to(images.dtype)
+
+
+def _first(module: nn.Module) -> Tensor:
+    return next(module.parameters())

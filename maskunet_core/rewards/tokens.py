@@ -1,0 +1,54 @@
+"""Token ids as the rewards were trained on them, from vocabularies on disk: the one shipped here and the host's."""
+
+import html
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BERT_LENGTH, CLIP_LENGTH = 35, 77
+_BERT_VOCABULARY = Path(__file__).with_name("bert-base-uncased")
+
+
+@cache
+def _bert_tokenizer():
+    from transformers import BertTokenizer
+
+    tokenizer = BertTokenizer.from_pretrained(_BERT_VOCABULARY)
+    # BLIP's own marks: ids 30522 and 30523. ImageReward never inserts them.
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_tokens(["[ENC]"], special_tokens=True)
+    return tokenizer
+
+
+@cache
+def _clip_tokenizer():
+    from transformers import CLIPTokenizer
+
+    # Found, not imported: nothing else of the host is needed here.
+    text_encoder = find_spec("comfy.sd1_clip").origin
+    return CLIPTokenizer.from_pretrained(Path(text_encoder).with_name("sd1_tokenizer"))
+
+
+def _repair(text: str) -> str:
+    """Mends wrongly decoded text as OpenAI's tokeniser does, where `ftfy` is there; plain text stays as it is."""
+    try:
+        import ftfy
+    except ImportError:
+        return text
+    return ftfy.fix_text(text)
+
+
+def bert_tokens(prompt: str) -> tuple[Tensor, Tensor]:
+    """ImageReward's ids and attention mask, `[35]` each: [CLS] ... [SEP], cut and padded with 0."""
+    found = _bert_tokenizer()(prompt, padding="max_length", truncation=True, max_length=BERT_LENGTH)
+    return torch.tensor(found["input_ids"]), torch.tensor(found["attention_mask"])
+
+
+def clip_tokens(prompt: str) -> Tensor:
+    """CLIP's ids `[77]`: start ... end, padded with 0; a prompt that is too long is cut and keeps its end token."""
+    text = " ".join(html.unescape(html.unescape(_repair(prompt))).split())
+    ids = _clip_tokenizer()(text, truncation=True, max_length=CLIP_LENGTH)["input_ids"]
+    return torch.tensor(ids + [0] * (CLIP_LENGTH - len(ids)))

@@ -1,0 +1,223 @@
+"""Load rewards, combine them, and score pictures with them."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import folder_paths
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..maskunet_core.rewards.files import load
+from ..maskunet_core.rewards.preprocess import letterbox
+from ..maskunet_core.rewards.reward import BoundModel, CombinedReward, Reward
+from ..maskunet_core.rewards.toy import ToyReward
+from .folders import REWARD
+from .legend import captioned
+from .types import RewardType
+
+TOY_REWARD = "toy reward (bundled)"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CROP, LETTERBOX = "centre crop", "letterbox"
+_CHUNK = 8
+"""Pictures that are scored at once."""
+
+
+class _WholePatcher(comfy.model_patcher.ModelPatcher):
+    """Moves its module as a whole, because plain torch layers cannot run from two devices; and outside of inference
+    mode, because weights that move inside it can no longer take part in a backward pass."""
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        with torch.inference_mode(False):
+            super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
+
+    def partially_unload(self, *arguments, **options) -> int:
+        return 0
+
+
+class LoadedReward:
+    """What travels on a MASKUNET_REWARD link: the reward, and the patchers by which the host manages its memory.
+
+    Before pictures are scored: `comfy.model_management.load_models_gpu(loaded.patchers())`.
+    """
+
+    def __init__(self, reward: Reward, patchers: list[comfy.model_patcher.ModelPatcher] | None = None):
+        self.reward = reward
+        self._patchers = patchers if patchers is not None else [_patcher(module) for module in reward.modules()]
+
+    def patchers(self) -> list[comfy.model_patcher.ModelPatcher]:
+        return list(self._patchers)
+
+
+def _patcher(module: torch.nn.Module) -> _WholePatcher:
+    management = comfy.model_management
+    return _WholePatcher(module, management.get_torch_device(), management.unet_offload_device())
+
+
+class MaskUNetRewardLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MaskUNetRewardLoader",
+            display_name="MaskUNet Reward Loader",
+            category="MaskUNet",
+            description="Loads a reward: a model that tells how well a picture shows a prompt, or how good it looks. "
+            "ImageReward, HPSv2 and HPSv2.1, PickScore, CLIP-H and LAION's aesthetic predictor are read from their "
+            "published files in models/reward, whatever the files are called. The toy reward comes with the extension "
+            "and reads the pictures of MaskUNet Toy Model.",
+            search_aliases=["reward model", "image reward", "hps", "pickscore", "aesthetic", "clip score"],
+            inputs=[
+                io.Combo.Input(
+                    "reward_name",
+                    options=[TOY_REWARD, *folder_paths.get_filename_list(REWARD)],
+                    tooltip="Weight file in models/reward, or the bundled toy reward. The aesthetic predictor also "
+                    "needs OpenAI's CLIP ViT-L/14 in models/clip_vision or models/reward.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=["auto", *DTYPES],
+                    default="auto",
+                    tooltip="Precision of the work on pictures. auto: fp16 where the device is fast at it, else fp32. "
+                    "Half precision halves the memory; gradients stay right, because the loss is scaled.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=False,
+                    tooltip="For optimising on the reward: keeps less memory between forward and backward pass, and "
+                    "computes a third more. Scores do not change.",
+                ),
+            ],
+            outputs=[RewardType.Output("MASKUNET_REWARD", tooltip="The reward, to score or to optimise with.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, reward_name: str, **options) -> float:
+        if reward_name == TOY_REWARD:
+            return 0.0
+        return os.path.getmtime(folder_paths.get_full_path_or_raise(REWARD, reward_name))
+
+    @classmethod
+    def execute(cls, reward_name: str, dtype: str, checkpointing: bool) -> io.NodeOutput:
+        with torch.inference_mode(False):
+            if reward_name == TOY_REWARD:
+                return io.NodeOutput(LoadedReward(ToyReward()))
+            path = Path(folder_paths.get_full_path_or_raise(REWARD, reward_name))
+            return io.NodeOutput(LoadedReward(load(path, _others(path), _dtype(dtype), checkpointing)))
+
+
+def _others(path: Path) -> Iterator[Path]:
+    """Files where a reward may find the image tower that it lacks."""
+    for folder in ("clip_vision", REWARD):
+        for name in folder_paths.get_filename_list(folder):
+            found = folder_paths.get_full_path(folder, name)
+            if found is not None and Path(found) != path:
+                yield Path(found)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name in DTYPES:
+        return DTYPES[name]
+    device = comfy.model_management.get_torch_device()
+    return torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
+
+
+def _weight(name: str) -> io.Input:
+    return io.Float.Input(
+        name,
+        default=1.0,
+        min=-1000.0,
+        max=1000.0,
+        step=0.01,
+        tooltip="By what this reward's score is multiplied. Rewards have scales of their own: HPSv2's scores differ by "
+        "hundredths where ImageReward's differ by whole units. A negative weight turns a reward round.",
+    )
+
+
+class MaskUNetRewardCombine(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MaskUNetRewardCombine",
+            display_name="MaskUNet Reward Combine",
+            category="MaskUNet",
+            description="Adds two rewards, each with its weight. More than two: combine what was combined. They run "
+            "one after the other, so the memory that is needed is that of the larger one.",
+            search_aliases=["add rewards", "weighted reward", "mix rewards"],
+            inputs=[
+                RewardType.Input("reward_a", tooltip="The first reward, from MaskUNet Reward Loader or Combine."),
+                _weight("weight_a"),
+                RewardType.Input("reward_b", tooltip="The second reward, from MaskUNet Reward Loader or Combine."),
+                _weight("weight_b"),
+            ],
+            outputs=[RewardType.Output("MASKUNET_REWARD", tooltip="weight_a x reward_a + weight_b x reward_b.")],
+        )
+
+    @classmethod
+    def execute(cls, reward_a: LoadedReward, weight_a: float, reward_b: LoadedReward, weight_b: float) -> io.NodeOutput:
+        reward = CombinedReward([(weight_a, reward_a.reward), (weight_b, reward_b.reward)])
+        patchers = list(dict.fromkeys(reward_a.patchers() + reward_b.patchers()))
+        return io.NodeOutput(LoadedReward(reward, patchers))
+
+
+class MaskUNetRewardScore(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MaskUNetRewardScore",
+            display_name="MaskUNet Reward Score",
+            category="MaskUNet",
+            description="Scores pictures against a prompt, and writes the scores under them. Higher is better; scores "
+            "of different rewards have different scales.",
+            search_aliases=["rate images", "image score", "compare images", "evaluate", "caption with score"],
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures, one or a batch."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    tooltip="What the pictures should show. The aesthetic predictor does not read it.",
+                ),
+                RewardType.Input("reward", tooltip="From MaskUNet Reward Loader or Combine."),
+                io.Combo.Input(
+                    "framing",
+                    options=[CROP, LETTERBOX],
+                    default=CROP,
+                    tooltip="How pictures that are not square become so: centre crop is what rewards are optimised "
+                    "with; letterbox adds black bars, as for HPSv2's published scores.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output("scores", is_output_list=True, tooltip="One score per picture."),
+                io.Image.Output("IMAGE", tooltip="Each picture with its scores written under it."),
+                io.String.Output(
+                    "table", tooltip="All scores as JSON: prompt, reward, scores, and the parts of a combined reward."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images: Tensor, prompt: str, reward: LoadedReward, framing: str) -> io.NodeOutput:
+        with torch.inference_mode(False), torch.no_grad():
+            pictures = images[..., :3].movedim(-1, 1).to("cpu", torch.float32, copy=True)
+            bound = reward.reward.bind(prompt)
+            comfy.model_management.load_models_gpu(reward.patchers())
+            parts = [(weight, part.name, _scores(part, pictures, framing)) for weight, part in bound.parts()]
+        scores = sum(weight * values for weight, _, values in parts).tolist()
+        lines = [[f"{name}  {values[n]:.4g}" for _, name, values in parts] for n in range(len(scores))]
+        table = {"prompt": prompt, "reward": bound.name, "scores": scores}
+        if len(parts) > 1:
+            lines = [[*line, f"sum  {score:.4g}"] for line, score in zip(lines, scores)]
+            table["parts"] = [{"name": name, "weight": w, "scores": values.tolist()} for w, name, values in parts]
+        return io.NodeOutput(scores, captioned(images[..., :3], lines), json.dumps(table, indent=2, ensure_ascii=False))
+
+
+def _scores(part: BoundModel, pictures: Tensor, framing: str) -> Tensor:
+    """`[B]`, in double precision on the CPU, so that weighted sums of them are exact to the last digit shown."""
+    chunks = []
+    for chunk in pictures.split(_CHUNK):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        chunks.append(part(letterbox(chunk, part.size) if framing == LETTERBOX else chunk).double())
+    return torch.cat(chunks)

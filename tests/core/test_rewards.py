@@ -1,0 +1,284 @@
+"""Rewards from published files: equal to the original code, differentiable, in every precision."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from maskunet_core.rewards.aesthetic import AestheticReward
+from maskunet_core.rewards.blip import ImageReward, ImageRewardModel
+from maskunet_core.rewards.clip import ClipReward, ImageTower, TextTower, to_openclip
+from maskunet_core.rewards.layers import fill
+from maskunet_core.rewards.preprocess import fit, letterbox, normalise
+from maskunet_core.rewards.reward import BoundModel, CombinedReward, value_and_gradient
+from maskunet_core.rewards.tokens import bert_tokens, clip_tokens
+from tests.reward_files import (
+    HPS_HEADS,
+    IMAGE_REWARD_HEADS,
+    PUBLISHED,
+    aesthetic_head,
+    clip_l_image_model,
+    clip_model,
+    hps_tensors,
+    image_reward_tensors,
+)
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
+def image_reward(dtype=torch.float32, checkpointing=False) -> ImageReward:
+    tensors = image_reward_tensors()
+    model = fill(ImageRewardModel(tensors, IMAGE_REWARD_HEADS), tensors, dtype)
+    model.mlp.float()
+    model.checkpointing = checkpointing
+    return ImageReward("ImageReward", model)
+
+
+def hps(dtype=torch.float32, scale=1.0, checkpointing=False) -> ClipReward:
+    tensors = hps_tensors()
+    own = {name.removeprefix("visual."): value for name, value in tensors.items() if name.startswith("visual.")}
+    image = fill(ImageTower(tensors, quick=False, heads=HPS_HEADS[0]), own, dtype)
+    image.checkpointing = checkpointing
+    text = fill(TextTower(tensors, quick=False, heads=HPS_HEADS[1]), tensors, torch.float32)
+    return ClipReward("HPSv2", image, text, scale)
+
+
+FAMILIES = {"image_reward": image_reward, "hps": hps}
+
+
+def golden(name):
+    """Pictures in [0, 1] (before normalisation), prompts, scores, gradients with respect to these pictures."""
+    path = PUBLISHED / f"{name}_tiny_golden.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        prompts = json.loads(file.metadata()["prompts"])
+    scores = tensors["reward" if name == "imagereward" else "score"].flatten()
+    return (tensors["image"] * STD + MEAN).float(), prompts, scores, tensors["grad"] / STD
+
+
+def relative(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def cosine(a, b):
+    return float(F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
+
+
+@pytest.mark.parametrize(("name", "make"), [("imagereward", image_reward), ("hpsv2", hps)])
+def test_scores_and_gradients_equal_the_original_codes(name, make):
+    """The pictures leave [0, 1] on purpose: a clamp would show."""
+    pictures, prompts, scores, gradients = golden(name)
+    assert pictures.min() < 0.0
+    assert pictures.max() > 1.0
+    reward = make()
+    for n, prompt in enumerate(prompts):
+        score, gradient = value_and_gradient(reward.bind(prompt), pictures[n : n + 1])
+        assert relative(score, scores[n : n + 1]) < 1e-5
+        assert relative(gradient[0], gradients[n]) < 1e-5
+
+
+def test_token_ids_equal_the_original_tokenisers():
+    expected = json.loads((PUBLISHED / "tokens_golden.json").read_text())
+    for n, prompt in enumerate(expected["prompts"]):
+        ids, mask = bert_tokens(prompt)
+        assert ids.tolist() == expected["bert"][n], prompt
+        assert mask.tolist() == expected["bm"][n], prompt
+        assert clip_tokens(prompt).tolist() == expected["clip"][n], prompt
+
+
+def test_a_prompt_that_is_too_long_keeps_its_end_token():
+    assert clip_tokens("red " * 200).tolist()[-1] == 49407
+    assert bert_tokens("red " * 200)[0].tolist()[-1] == 102
+
+
+def test_pickscore_equals_transformers():
+    """The names are mapped: towers, projections, pooling, logit scale."""
+    model = clip_model()
+    reward = ClipReward.from_tensors("PickScore", to_openclip(model.state_dict()), torch.float32, scaled=True)
+    torch.manual_seed(2)
+    pictures, prompt = torch.rand(3, 3, 28, 28), "a photo of an axolotl, in the style of Caravaggio"
+    leaf = pictures.clone().requires_grad_()
+    ids = clip_tokens(prompt)[None]
+    expected = model(input_ids=ids, pixel_values=normalise(leaf)).logits_per_image.flatten()
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), leaf)
+    scores, gradient = value_and_gradient(reward.bind(prompt), pictures)
+    assert reward.scale == pytest.approx(math.exp(model.logit_scale.item()))
+    assert relative(scores, expected) < 1e-5
+    assert relative(gradient, expected_gradient) < 1e-5
+
+
+def test_the_aesthetic_predictor_equals_transformers_with_the_head():
+    model, head = clip_l_image_model(), aesthetic_head()
+    reward = AestheticReward.from_tensors("aesthetic", head, to_openclip(model.state_dict()), torch.float32)
+    chain = nn.Sequential()
+    for index in (0, 2, 4, 6, 7):
+        weight, bias = head[f"layers.{index}.weight"], head[f"layers.{index}.bias"]
+        chain.append(nn.Linear(*reversed(weight.shape)))
+        chain[-1].load_state_dict({"weight": weight, "bias": bias})
+    pictures = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(3))
+    leaf = pictures.clone().requires_grad_()
+    expected = chain(F.normalize(model(pixel_values=normalise(leaf)).image_embeds, dim=-1)).flatten()
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), leaf)
+    scores, gradient = value_and_gradient(reward.bind("any prompt"), pictures)
+    assert relative(scores, expected) < 1e-5
+    assert relative(gradient, expected_gradient) < 1e-5
+    assert torch.equal(reward.bind("")(pictures), reward.bind("another")(pictures))
+
+
+@pytest.mark.parametrize(
+    "height_width", [(64, 64), (224, 224), (300, 200), (201, 503), (90, 40), (512, 768), (225, 224)]
+)
+def test_fitting_equals_torchvision_to_the_bit(height_width):
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    stock = Compose([Resize(224, InterpolationMode.BICUBIC, antialias=True), CenterCrop(224)])
+    images = torch.rand(1, 3, *height_width, generator=torch.Generator().manual_seed(0))
+    slope = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for function in (lambda x: fit(x, 224), stock):
+        leaf = images.clone().requires_grad_()
+        fitted = function(leaf)
+        assert torch.equal(fitted, stock(images))
+        gradients += torch.autograd.grad((slope * fitted).sum(), leaf)
+    assert torch.equal(*gradients)
+
+
+def test_letterboxed_pictures_are_whole_between_black_bars():
+    images = torch.full((1, 3, 100, 200), 0.5)
+    boxed = letterbox(images, 64)
+    assert boxed.shape == (1, 3, 64, 64)
+    torch.testing.assert_close(boxed[:, :, 16:48], torch.full((1, 3, 32, 64), 0.5))
+    assert not boxed[:, :, :16].any()
+    assert not boxed[:, :, 48:].any()
+    assert torch.equal(fit(boxed, 64), boxed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 0.995), (torch.float16, 0.9999)])
+def test_half_precision_keeps_scores_and_gradients(family, dtype, least):
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 40, 36)
+    scores, gradient = value_and_gradient(FAMILIES[family]().bind("a red dog"), images)
+    bound = FAMILIES[family](dtype=dtype).bind("a red dog")
+    half_scores, half_gradient = value_and_gradient(bound, images)
+    assert half_scores.dtype == torch.float32
+    torch.testing.assert_close(half_scores, scores, rtol=0.02, atol=0.01)
+    assert cosine(half_gradient, gradient) > least
+    assert relative(half_gradient, gradient) < 0.1
+
+
+def test_in_fp16_small_gradients_survive_because_the_loss_is_scaled():
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 28, 28)
+    _, exact = value_and_gradient(hps(scale=1e-5).bind("a red dog"), images)
+    bound = hps(torch.float16, scale=1e-5).bind("a red dog")
+    leaf = images.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(bound(leaf).sum(), leaf)
+    assert cosine(value_and_gradient(bound, images)[1], exact) > 0.999
+    assert cosine(plain, exact) < 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_images_of_any_dtype_get_gradients_of_their_dtype(dtype):
+    images = torch.rand(1, 3, 28, 28).to(dtype)
+    scores, gradient = value_and_gradient(hps().bind("a red dog"), images)
+    expected_scores, expected = value_and_gradient(hps().bind("a red dog"), images.float())
+    assert scores.dtype == torch.float32
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(scores, expected_scores)
+    torch.testing.assert_close(gradient, expected.to(dtype))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sample_scores_the_same_whoever_else_is_in_the_batch(family):
+    torch.manual_seed(0)
+    images, bound = torch.rand(3, 3, 32, 32), FAMILIES[family]().bind("a red dog")
+    scores, gradient = value_and_gradient(bound, images)
+    alone, its_gradient = value_and_gradient(bound, images[1:2])
+    torch.testing.assert_close(scores[1:2], alone)
+    torch.testing.assert_close(gradient[1:2], its_gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_keeps_less_and_changes_nothing(family):
+    torch.manual_seed(0)
+    images, found = torch.rand(2, 3, 32, 32), {}
+    for checkpointing in (False, True):
+        bound, kept = FAMILIES[family](checkpointing=checkpointing).bind("a red dog"), []
+        leaf = images.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):  # noqa: B023
+            score = bound(leaf)
+        found[checkpointing] = (score, *torch.autograd.grad(score.sum(), leaf), sum(kept))
+    torch.testing.assert_close(found[True][:2], found[False][:2])
+    assert found[True][2] < 0.6 * found[False][2]
+
+
+def test_rewards_work_inside_the_hosts_inference_mode():
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = value_and_gradient(hps().bind("a red dog"), images)
+    with torch.inference_mode(False):
+        reward = hps()
+    with torch.inference_mode():
+        scores, gradient = value_and_gradient(reward.bind("a red dog"), images.clone())
+    assert not scores.is_inference()
+    torch.testing.assert_close((scores, gradient), expected)
+
+
+def test_the_text_tower_runs_once_per_prompt():
+    reward, images = hps(), torch.rand(1, 3, 28, 28)
+    bound = reward.bind("a red dog")
+    expected = bound(images)
+    reward.text = None
+    assert torch.equal(bound(images), expected)
+    assert torch.equal(reward.bind("a red dog")(images), expected)
+    with pytest.raises(TypeError):
+        reward.bind("a blue dog")
+
+
+def test_a_combination_is_the_weighted_sum_of_scores_and_gradients():
+    torch.manual_seed(0)
+    images, prompt, members = torch.rand(2, 3, 40, 36), "a red dog", (image_reward(), hps(torch.float16))
+    (score_a, slope_a), (score_b, slope_b) = (value_and_gradient(r.bind(prompt), images) for r in members)
+    inner = CombinedReward([(2.0, members[1])])
+    combined = CombinedReward([(0.5, members[0]), (-3.0, inner)])
+    bound = combined.bind(prompt)
+    scores, gradient = value_and_gradient(bound, images)
+    torch.testing.assert_close(scores, 0.5 * score_a - 6.0 * score_b)
+    torch.testing.assert_close(gradient, 0.5 * slope_a - 6.0 * slope_b)
+    torch.testing.assert_close(bound(images), scores)
+    assert [(weight, part.name) for weight, part in bound.parts()] == [(0.5, "ImageReward"), (-6.0, "HPSv2")]
+    assert combined.modules() == [members[0].model, members[1].image]
+    assert hps().bind(prompt).parts()[0][0] == 1.0
+
+
+def test_parts_run_one_after_the_other():
+    """No part begins before the graph of the one before it is gone."""
+    alive, seen = [], []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(len(alive))
+            alive.append(1)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, slope):
+            alive.pop()
+            return slope
+
+    class WatchedReward(ClipReward):
+        def bind(self, prompt):
+            inner = super().bind(prompt)
+            return BoundModel(self.name, 28, self.image, lambda pictures: inner(Watched.apply(pictures)))
+
+    first = hps()
+    watched = WatchedReward("watched", first.image, first.text)
+    value_and_gradient(CombinedReward([(1.0, watched), (1.0, watched)]).bind("a red dog"), torch.rand(1, 3, 28, 28))
+    assert seen == [0, 0]

@@ -1,0 +1,232 @@
+"""The reward nodes: in the host's own process, and in a real server as a user meets them."""
+
+import importlib
+import io
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from maskunet_core.rewards.files import load
+from maskunet_core.rewards.reward import value_and_gradient
+from maskunet_core.rewards.toy import ToyReward
+from tests.host.server import ExecutionError
+from tests.reward_files import PUBLISHED, aesthetic_head, clip_l_image_model
+from trainer.host import PROJECT
+from trainer.toy.world import render, sample_scenes
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """The extension's nodes.rewards, imported as the host imports it: as part of a package with the folder's name."""
+    spec = importlib.util.spec_from_file_location(
+        "maskunet_extension", PROJECT / "__init__.py", submodule_search_locations=[str(PROJECT)]
+    )
+    extension = importlib.util.module_from_spec(spec)
+    sys.modules["maskunet_extension"] = extension
+    spec.loader.exec_module(extension)
+    importlib.import_module("maskunet_extension.nodes.folders").register()
+    yield importlib.import_module("maskunet_extension.nodes.rewards")
+    for name in [name for name in sys.modules if name.split(".")[0] == "maskunet_extension"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def reward_folder(nodes, tmp_path, monkeypatch):
+    """models/reward and models/clip_vision of this test alone."""
+    import folder_paths
+
+    for name in ("reward", "clip_vision"):
+        folder = tmp_path / name
+        folder.mkdir()
+        extensions = folder_paths.folder_names_and_paths[name][1]
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(folder)], extensions))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path / "reward"
+
+
+def pictures(count=3):
+    stream = torch.Generator().manual_seed(5)
+    return render(sample_scenes(count, stream), stream).movedim(1, -1)
+
+
+def run(node, **inputs):
+    """A node's outputs, computed as the host's executor does."""
+    with torch.inference_mode():
+        return node.execute(**inputs).result
+
+
+def loaded(nodes, name, dtype="fp32", checkpointing=False):
+    return run(nodes.MaskUNetRewardLoader, reward_name=name, dtype=dtype, checkpointing=checkpointing)[0]
+
+
+def scored(nodes, reward, images, prompt=PROMPT, framing="centre crop"):
+    return run(nodes.MaskUNetRewardScore, images=images, prompt=prompt, reward=reward, framing=framing)
+
+
+def test_the_toy_reward_scores_a_batch(nodes):
+    images = pictures()
+    scores, sheet, table = scored(nodes, loaded(nodes, nodes.TOY_REWARD), images)
+    expected = ToyReward().bind(PROMPT)(images.movedim(-1, 1))
+    assert scores == pytest.approx(expected.tolist(), rel=1e-5)
+    assert json.loads(table) == {"prompt": PROMPT, "reward": "toy reward", "scores": scores}
+    assert sheet.shape[0] == 3
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (512, 512), (300, 700)])
+def test_scores_stand_under_the_pictures(nodes, height, width):
+    images = torch.rand(2, height, width, 3, generator=torch.Generator().manual_seed(0))
+    reward = loaded(nodes, nodes.TOY_REWARD)
+    _, sheet, _ = scored(nodes, reward, images)
+    assert sheet.dtype == torch.float32
+    left = (sheet.shape[2] - width) // 2
+    assert torch.equal(sheet[:, :height, left : left + width], images)
+    strip = sheet[:, height:]
+    assert strip.shape[1] >= 20
+    ink = (strip > 0.8).all(-1)
+    assert 0.005 < ink.float().mean() < 0.3
+    edges = ink[:, [0, -1]].any() | ink[:, :, [0, -1]].any()
+    assert not edges, "the text touches the border"
+    combined = run(nodes.MaskUNetRewardCombine, reward_a=reward, weight_a=1.0, reward_b=reward, weight_b=2.0)[0]
+    _, taller, _ = scored(nodes, combined, images)
+    assert taller.shape[1] - height > 2 * (sheet.shape[1] - height)
+
+
+@pytest.mark.parametrize("file", ["ImageReward_tiny.pt", "HPS_tiny.pt"])
+@pytest.mark.parametrize("dtype", ["auto", "fp32", "fp16", "bf16"])
+def test_published_files_are_loaded_and_score(nodes, reward_folder, file, dtype):
+    shutil.copy(PUBLISHED / file, reward_folder / "renamed.bin")
+    images = torch.rand(2, 40, 36, 3, generator=torch.Generator().manual_seed(0))
+    scores, _, table = scored(nodes, loaded(nodes, "renamed.bin", dtype), images, "a red dog")
+    expected = load(PUBLISHED / file).bind("a red dog")(images.movedim(-1, 1))
+    assert scores == pytest.approx(expected.tolist(), rel=0.05, abs=0.02)
+    assert json.loads(table)["reward"] == "renamed"
+
+
+def test_the_aesthetic_predictor_finds_its_tower_in_clip_vision(nodes, reward_folder):
+    torch.save(aesthetic_head(), reward_folder / "head.pth")
+    tower = reward_folder.parent / "clip_vision" / "clip_l.safetensors"
+    with pytest.raises(
+        ValueError, match=r"Put model.safetensors of openai/clip-vit-large-patch14 into models/clip_vision"
+    ):
+        loaded(nodes, "head.pth")
+    save_file(clip_l_image_model().state_dict(), tower)
+    scores, _, _ = scored(nodes, loaded(nodes, "head.pth"), torch.rand(2, 64, 64, 3))
+    assert np.isfinite(scores).all()
+
+
+def test_combined_rewards_add_up_and_show_their_parts(nodes, reward_folder):
+    shutil.copy(PUBLISHED / "HPS_tiny.pt", reward_folder)
+    images, toy, hps = pictures(), loaded(nodes, nodes.TOY_REWARD), loaded(nodes, "HPS_tiny.pt")
+    combined = run(nodes.MaskUNetRewardCombine, reward_a=toy, weight_a=0.5, reward_b=hps, weight_b=-10.0)[0]
+    again = run(nodes.MaskUNetRewardCombine, reward_a=combined, weight_a=2.0, reward_b=toy, weight_b=1.0)[0]
+    a, b = (np.array(scored(nodes, reward, images)[0]) for reward in (toy, hps))
+    scores, _, table = scored(nodes, again, images)
+    assert scores == pytest.approx(2 * a - 20 * b, rel=1e-6)
+    parts = json.loads(table)["parts"]
+    assert [(part["name"], part["weight"]) for part in parts] == [
+        ("toy reward", 1),
+        ("HPS_tiny", -20),
+        ("toy reward", 1),
+    ]
+    assert len(again.patchers()) == 2
+
+
+def test_letterboxing_shows_the_reward_the_whole_picture(nodes):
+    """A circle near the end of a wide picture: the centre crop cuts it off."""
+    reward, wide = loaded(nodes, nodes.TOY_REWARD), torch.full((1, 3, 64, 128), 0.5)
+    rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(128.0), indexing="ij")
+    circle = torch.hypot(rows - 32, columns - 108) < 18
+    wide[0, :, circle] = torch.tensor([0.86, 0.12, 0.12])[:, None]
+    images = wide.movedim(1, -1)
+    (crop,), _, _ = scored(nodes, reward, images)
+    (boxed,), _, _ = scored(nodes, reward, images, framing="letterbox")
+    assert boxed > crop + 3
+
+
+def test_the_host_manages_the_weights(nodes, reward_folder):
+    import comfy.model_management
+
+    shutil.copy(PUBLISHED / "HPS_tiny.pt", reward_folder)
+    reward = loaded(nodes, "HPS_tiny.pt")
+    scored(nodes, reward, pictures())
+    (patcher,) = reward.patchers()
+    assert patcher.model is reward.reward.modules()[0]
+    assert patcher in [entry.model for entry in comfy.model_management.current_loaded_models]
+    comfy.model_management.unload_all_models()
+    assert patcher not in [entry.model for entry in comfy.model_management.current_loaded_models]
+
+
+def test_a_reward_that_was_loaded_and_moved_in_inference_mode_still_gives_gradients(nodes, reward_folder):
+    import comfy.model_management
+
+    shutil.copy(PUBLISHED / "HPS_tiny.pt", reward_folder)
+    reward = loaded(nodes, "HPS_tiny.pt")
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu(reward.patchers())
+        images = torch.rand(1, 3, 28, 28)
+        _, gradient = value_and_gradient(reward.reward.bind("a red dog"), images)
+    assert gradient.abs().sum() > 0
+
+
+def graph(reward_name, prompt=PROMPT):
+    """Toy picture -> reward -> captioned picture, in API format."""
+    toy = {"class_type": "MaskUNetToyModel", "inputs": {}}
+    text = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["toy", 1], "text": PROMPT}}
+    empty = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 2}}
+    sampler = {"seed": 1, "steps": 8, "cfg": 5.0, "sampler_name": "ddim", "scheduler": "ddim_uniform", "denoise": 1.0}
+    sampler |= {"model": ["toy", 0], "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["empty", 0]}
+    reward = {"reward_name": reward_name, "dtype": "auto", "checkpointing": False}
+    score = {"images": ["decode", 0], "prompt": prompt, "reward": ["sum", 0], "framing": "centre crop"}
+    return {
+        "toy": toy,
+        "text": text,
+        "empty": empty,
+        "sample": {"class_type": "KSampler", "inputs": sampler},
+        "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["toy", 2]}},
+        "reward": {"class_type": "MaskUNetRewardLoader", "inputs": reward},
+        "sum": {
+            "class_type": "MaskUNetRewardCombine",
+            "inputs": {"reward_a": ["reward", 0], "weight_a": 1.0, "reward_b": ["reward", 0], "weight_b": 1.0},
+        },
+        "score": {"class_type": "MaskUNetRewardScore", "inputs": score},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["score", 1], "filename_prefix": "scored"}},
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["score", 2]}},
+    }
+
+
+def test_a_server_scores_pictures_that_it_drew(server):
+    outputs = server.run(graph("toy reward (bundled)"))
+    saved = outputs["save"]["images"]
+    assert len(saved) == 2
+    picture = Image.open(io.BytesIO(server.view(saved[0])))
+    assert picture.height > 64 + 30
+    table = json.loads(outputs["show"]["text"][0])
+    assert len(table["scores"]) == 2
+    assert max(table["scores"]) <= 0.0
+    assert len(table["parts"]) == 2
+
+
+def test_a_server_takes_files_from_models_reward(server):
+    shutil.copy(PUBLISHED / "HPS_tiny.pt", server.base / "models" / "reward" / "hps.pt")
+    options = server.object_info()["MaskUNetRewardLoader"]["input"]["required"]["reward_name"]
+    assert "hps.pt" in json.dumps(options)
+    assert len(server.run(graph("hps.pt"))["save"]["images"]) == 2
+
+
+def test_a_server_tells_what_is_wrong_with_a_file_or_a_prompt(server):
+    (server.base / "models" / "reward" / "page.pt").write_text("<html>")
+    server.object_info()
+    with pytest.raises(ExecutionError, match=r"'page.pt' is neither a safetensors file") as caught:
+        server.run(graph("page.pt"))
+    assert caught.value.node_type == "MaskUNetRewardLoader"
+    with pytest.raises(ExecutionError, match='cannot read the prompt "a portrait"') as caught:
+        server.run(graph("toy reward (bundled)", "a portrait"))
+    assert caught.value.node_type == "MaskUNetRewardScore"
