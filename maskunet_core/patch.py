@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import MaskUNetError
 from .families import Structure, family_name, inspect_model
-from .masked_linear import linear_per_sample, masked_weight, shared_by_all_samples
+from .masked_linear import linear_per_sample, masked_weight
 from .sources import Call, MaskSource
 
 OPTION = "maskunet"
@@ -84,7 +84,9 @@ def _masked_linear(name: str, masks: Sequence[tuple[Any, float]]) -> Linear:
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         masked = weight
         for mask_of, strength in masks:
-            masked = masked_weight(masked, shared_by_all_samples(mask_of(name, weight)), strength)
+            mask = mask_of(name, weight)
+            if mask is not None:
+                masked = masked_weight(masked, mask, strength)
         return linear_per_sample(x, masked, bias)
 
     return linear
@@ -111,14 +113,18 @@ def _announcer(call: Call, block: str):
 
 @contextlib.contextmanager
 def installed(
-    diffusion_model: nn.Module, sources: Sequence[tuple[MaskSource, float]], sigma: float | None = None
+    diffusion_model: nn.Module,
+    sources: Sequence[tuple[MaskSource, float]],
+    sigma: float | None = None,
+    branches: int = 1,
 ) -> Iterator[None]:
     """Masks act on `diffusion_model` inside the block, and leave no trace after it, however it ends.
 
-    sources: (source, strength); several on one layer act as the product of their masks. Training keeps the block open
-    around forward and backward, because checkpointing runs layers again in the backward pass.
+    sources: (source, strength); several on one layer act as the product of their masks. sigma, branches: see `Call`.
+    Training keeps the block open around forward and backward, because checkpointing runs layers again in the backward
+    pass.
     """
-    call = Call(sigma)
+    call = Call(sigma, branches)
     masks: dict[str, list] = {}
     anchors: dict[str, str] = {}
     for source, strength in sources:
@@ -146,7 +152,8 @@ def _wrapper(executor, *args, **kwargs):
     active = [(a.source, a.strength) for a in options.get(OPTION, ()) if a.active_at(sigma)]
     if not active:
         return executor(*args, **kwargs)
-    with installed(executor.class_obj, active, sigma):
+    branches = len(options.get("cond_or_uncond", (0,)))
+    with installed(executor.class_obj, active, sigma, branches):
         return executor(*args, **kwargs)
 
 

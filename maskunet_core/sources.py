@@ -10,17 +10,20 @@ from torch import Tensor, nn
 
 from .families import Structure
 from .gumbel import straight_through
+from .masked_linear import shared_by_all_samples
 
 
 @dataclass
 class Call:
     """One call of the diffusion model.
 
-    sigma: of this step, None outside a sampler. on_block: whoever wants to know what enters a block; called with the
+    sigma: of this step, None outside a sampler. branches: of CFG that are computed together; the batch holds all images
+    of the first, then those of the next. on_block: whoever wants to know what enters a block; called with the
     block's name, the feature map [B, C, H, W] and t_emb [B, E], before the block's layers ask for masks.
     """
 
     sigma: float | None
+    branches: int = 1
     on_block: list[Callable[[str, Tensor, Tensor], None]] = field(default_factory=list)
 
     def enter(self, block: str, features: Tensor, t_emb: Tensor) -> None:
@@ -34,8 +37,9 @@ class MaskSource(Protocol):
     structure: Structure
     trainable: bool
 
-    def begin(self, call: Call) -> Callable[[str, Tensor], Tensor]:
-        """Returns `mask(layer, weight)`: [out, in] or [B, out, in], called when the layer's block was entered.
+    def begin(self, call: Call) -> Callable[[str, Tensor], Tensor | None]:
+        """Returns `mask(layer, weight)`, called when the layer's block was entered: [out, in] where all samples share
+        the mask, [B, out, in] where each has its own, None where everything is kept.
 
         Where the source is `trainable`, masks carry gradients, and the same call may ask for one again (with the
         global random state as it was) to compute it anew in the backward pass.
@@ -108,7 +112,7 @@ class GeneratorMasks:
                 result = self._trainable_mask(logits) if self.trainable else self._mask(layer, logits, call.sigma)
             if self.observe is not None:
                 self.observe(layer, result)
-            return result.to(weight.device)
+            return shared_by_all_samples(result).to(weight.device)
 
         call.on_block.append(enter)
         return mask
