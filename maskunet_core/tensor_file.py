@@ -1,4 +1,4 @@
-"""What all files of the project have in common: one `.safetensors`, metadata that tells what it is, checks before use."""
+"""What all files of the project have in common: one `.safetensors`, metadata that say what it is, checks before use."""
 
 import os
 import tempfile
