@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import folders
 from .generator import MaskUNetApply, MaskUNetLoader
+from .masks import MaskUNetApplyMasks, MaskUNetLoadMasks, MaskUNetSaveMasks
 from .random_mask import MaskUNetRandomMask
 from .toy import MaskUNetToyModel
 
@@ -13,7 +14,15 @@ class MaskUNetExtension(ComfyExtension):
         folders.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [MaskUNetLoader, MaskUNetApply, MaskUNetRandomMask, MaskUNetToyModel]
+        return [
+            MaskUNetLoader,
+            MaskUNetApply,
+            MaskUNetApplyMasks,
+            MaskUNetSaveMasks,
+            MaskUNetLoadMasks,
+            MaskUNetRandomMask,
+            MaskUNetToyModel,
+        ]
 
 
 async def comfy_entrypoint() -> MaskUNetExtension:
