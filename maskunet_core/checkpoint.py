@@ -7,15 +7,11 @@ byte) and `X.bias.step`.
 """
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import MaskUNetError
@@ -23,13 +19,25 @@ from .families import Structure
 from .generator import LowRankGenerator
 from .quantise import pack, packed_size, unpack
 from .reference import ReferenceGenerator
+from .tensor_file import Expected, FileKind
 
-FORMAT, FORMAT_VERSION = "maskunet", "1"
 ARCHITECTURES = {cls.architecture: cls for cls in (LowRankGenerator, ReferenceGenerator)}
 
 
 class BadCheckpoint(MaskUNetError):
     """A file that is no usable generator; the message names the file and says what to do."""
+
+
+KIND = FileKind(
+    format="maskunet",
+    version="1",
+    noun="MaskUNet generator",
+    error=BadCheckpoint,
+    place="Put generator files into models/maskunet.",
+    choose="Choose a file that `python -m trainer train` or `convert` wrote.",
+    unreadable="copy or download it again. The authors' .pth files are converted by `python -m trainer convert`.",
+    again="Download or export it again.",
+)
 
 
 class IncompatibleGenerator(MaskUNetError):
@@ -86,47 +94,18 @@ def file_size(generator: nn.Module) -> int:
 def save(path: Path, generator: nn.Module, targets: str, training: dict[str, Any]) -> None:
     """Write the file under a temporary name beside `path`, then rename it."""
     metadata = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
         "architecture": generator.architecture,
         "base_model": json.dumps(generator.structure.to_dict()),
         "targets": targets,
         "hyper_parameters": json.dumps(generator.hyper_parameters()),
         "training": json.dumps(training),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file(to_tensors(generator), temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    KIND.write(path, to_tensors(generator), metadata)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The file's metadata, after the checks that need no tensor. Raises BadCheckpoint."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except FileNotFoundError:
-        raise BadCheckpoint(f"'{path}' does not exist. Put generator files into models/maskunet.") from None
-    except (SafetensorError, OSError) as error:
-        raise BadCheckpoint(
-            f"'{path.name}' is not a readable safetensors file ({error}). It may be truncated or of another kind: "
-            "copy or download it again. The authors' .pth files are converted by `python -m trainer convert`."
-        ) from None
-    if metadata.get("format") != FORMAT:
-        raise BadCheckpoint(
-            f"'{path.name}' is a safetensors file, but not a MaskUNet generator (its metadata has no format "
-            f'"{FORMAT}"). Choose a file that `python -m trainer train` or `convert` wrote.'
-        )
-    version = metadata.get("format_version", "")
-    if version != FORMAT_VERSION:
-        raise BadCheckpoint(
-            f"'{path.name}' has format version {version or 'unknown'}; this extension reads version {FORMAT_VERSION}. "
-            "Update ComfyUI-MaskUNet."
-        )
+    metadata = KIND.read_metadata(path)
     if metadata.get("architecture") not in ARCHITECTURES:
         raise BadCheckpoint(
             f"'{path.name}' has the architecture '{metadata.get('architecture')}', which this extension does not know "
@@ -160,36 +139,17 @@ def _build(path: Path, metadata: dict[str, str]) -> tuple[nn.Module, dict[str, A
         with torch.device("meta"):
             generator = ARCHITECTURES[metadata["architecture"]].from_hyper_parameters(structure, values)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise BadCheckpoint(
-            f"'{path.name}' has damaged metadata ({type(error).__name__}: {error}). Download or export it again."
-        ) from None
+        raise KIND.damaged_metadata(path, error) from None
     return generator, training
 
 
-def _read_tensors(path: Path, expected: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]) -> dict[str, Tensor]:
-    """All tensors, after their names, shapes and kinds were held against `expected`."""
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        for what, wrong in (("lacks", set(expected) - names), ("holds the unknown", names - set(expected))):
-            if wrong:
-                first, more = min(wrong), f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-                raise BadCheckpoint(f"'{path.name}' {what} tensor {first}{more}. Download or export it again.")
-        for name, (dtype, shape) in expected.items():
-            found = file.get_slice(name)
-            kind = {torch.uint8: "U8"}.get(dtype)
-            if tuple(found.get_shape()) != shape or (found.get_dtype() == "U8") != (kind == "U8"):
-                raise BadCheckpoint(
-                    f"Tensor {name} of '{path.name}' is {found.get_dtype()} {tuple(found.get_shape())}, but should be "
-                    f"{kind or 'floating point'} {shape}. Download or export it again."
-                )
-        tensors = {name: file.get_tensor(name) for name in expected}
+def _require_finite(path: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise BadCheckpoint(
                 f"Tensor {name} of '{path.name}' holds values that are not finite: the training that made it diverged. "
                 "Train again with a lower learning rate, or choose an earlier checkpoint."
             )
-    return tensors
 
 
 def load(path: Path) -> GeneratorFile:
@@ -197,14 +157,15 @@ def load(path: Path) -> GeneratorFile:
     metadata = read_metadata(path)
     generator, training = _build(path, metadata)
     parameters = {key: tuple(value.shape) for key, value in generator.state_dict().items()}
-    expected = {}
+    expected: Expected = {}
     for key, shape in parameters.items():
         if _is_packed(key, generator):
             expected[f"{key}.packed"] = (torch.uint8, (packed_size(shape),))
             expected[f"{key}.step"] = (None, ())
         else:
             expected[key] = (None, shape)
-    tensors = _read_tensors(path, expected)
+    tensors = KIND.read_tensors(path, expected)
+    _require_finite(path, tensors)
     state = {
         key: unpack(tensors[f"{key}.packed"], tensors[f"{key}.step"], shape)
         if f"{key}.packed" in tensors

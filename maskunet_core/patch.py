@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import MaskUNetError
 from .families import Structure, family_name, inspect_model
-from .masked_linear import linear_per_sample, masked_weight, shared_by_all_samples
+from .masked_linear import linear_per_sample, masked_weight
 from .sources import Call, LearningSource, MaskSource
 
 OPTION = "maskunet"
@@ -87,7 +87,7 @@ def _masked_linear(name: str, masks: Sequence[tuple[Any, float]], learning: Any)
         for mask_of, strength in masks:
             mask = mask_of(name, weight)
             if mask is not None:
-                weight = masked_weight(weight, shared_by_all_samples(mask), strength)
+                weight = masked_weight(weight, mask, strength)
         if learning is None:
             return linear_per_sample(x, weight, bias)
         return learning(name, x, weight, bias)

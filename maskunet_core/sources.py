@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import Structure
-from .masked_linear import MaskLogits, thresholded_linear
+from .masked_linear import MaskLogits, shared_by_all_samples, thresholded_linear
 
 
 @dataclass
@@ -37,8 +37,10 @@ class MaskSource(Protocol):
     structure: Structure
     learning = False
 
-    def begin(self, call: Call) -> Callable[[str, Tensor], Tensor]:
-        """Returns `mask(layer, weight)`: [out, in] or [B, out, in], called when the layer's block was entered."""
+    def begin(self, call: Call) -> Callable[[str, Tensor], Tensor | None]:
+        """Returns `mask(layer, weight)`, called when the layer's block was entered: [out, in] where all samples share
+        the mask, [B, out, in] where each has its own, None where everything is kept.
+        """
 
 
 class LearningSource(Protocol):
@@ -119,7 +121,7 @@ class GeneratorMasks:
                 result = self._mask(layer, conditions.logits(layer).full(), call.sigma)
             if self.observe is not None:
                 self.observe(layer, result)
-            return result.to(weight.device)
+            return shared_by_all_samples(result).to(weight.device)
 
         return mask
 

@@ -4,7 +4,9 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import folders
 from .generator import MaskUNetApply, MaskUNetLoader
+from .masks import MaskUNetApplyMasks, MaskUNetLoadMasks, MaskUNetSaveMasks
 from .random_mask import MaskUNetRandomMask
+from .reward_sampler import MaskUNetRewardSampler
 from .rewards import MaskUNetRewardCombine, MaskUNetRewardLoader, MaskUNetRewardScore
 from .toy import MaskUNetToyModel
 
@@ -18,10 +20,14 @@ class MaskUNetExtension(ComfyExtension):
             MaskUNetLoader,
             MaskUNetApply,
             MaskUNetRandomMask,
-            MaskUNetToyModel,
+            MaskUNetRewardSampler,
             MaskUNetRewardLoader,
             MaskUNetRewardCombine,
             MaskUNetRewardScore,
+            MaskUNetApplyMasks,
+            MaskUNetSaveMasks,
+            MaskUNetLoadMasks,
+            MaskUNetToyModel,
         ]
 
 

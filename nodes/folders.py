@@ -1,24 +1,29 @@
-"""Where files lie: generators in `models/maskunet` (beside those that the extension brings along), rewards in
-`models/reward`."""
+"""Where files lie: `models/maskunet` for generators, `models/maskunet_masks` for recorded masks, `models/reward`."""
 
 from pathlib import Path
 
 import folder_paths
 
-MASKUNET, REWARD = "maskunet", "reward"
+MASKUNET = "maskunet"
+MASKS = "maskunet_masks"
+REWARD = "reward"
 BUNDLED = Path(__file__).resolve().parent.parent / "maskunet_core" / "toy" / "generators"
+SAVED_MASKS = "masks"
+"""Folder inside the output folder that MaskUNet Save Masks writes to unless told otherwise."""
 
 
 def register() -> None:
     """Adds the model folders; paths that extra_model_paths.yaml gave stay in front."""
-    _add(MASKUNET, {".safetensors"}, BUNDLED)
-    _add(REWARD, folder_paths.supported_pt_extensions)
+    _register(MASKUNET, {".safetensors"}, BUNDLED)
+    _register(MASKS, {".safetensors"}, Path(folder_paths.get_output_directory()) / SAVED_MASKS)
+    _register(REWARD, folder_paths.supported_pt_extensions)
 
 
-def _add(name: str, extensions: set[str], *more: Path) -> None:
+def _register(name: str, extensions: set[str], *others: Path) -> None:
+    """`models/{name}`, and other folders whose files are listed beside it."""
     own = Path(folder_paths.models_dir) / name
     own.mkdir(parents=True, exist_ok=True)
-    for folder in (own, *more):
+    for folder in (own, *others):
         folder_paths.add_model_folder_path(name, str(folder))
     paths, _ = folder_paths.folder_names_and_paths[name]
     folder_paths.folder_names_and_paths[name] = (paths, set(extensions))

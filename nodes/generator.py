@@ -14,7 +14,7 @@ from ..maskunet_core.checkpoint import GeneratorFile, load
 from ..maskunet_core.patch import attach, structure_of
 from ..maskunet_core.sources import GeneratorMasks
 from .folders import MASKUNET
-from .types import MaskUNetType, seed_input, window_inputs
+from .types import MaskUNetType, seed_input, strength_input, window_inputs
 
 
 class LoadedGenerator:
@@ -79,15 +79,7 @@ class MaskUNetApply(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with. LoRAs may come before or after this node."),
                 MaskUNetType.Input("maskunet", tooltip="The generator, from MaskUNet Loader."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    tooltip="How much of a masked weight is removed: 1 removes all of it, 0.5 half, 0 nothing (the "
-                    "stock model). Above 1 its sign turns.",
-                ),
+                strength_input(),
                 *window_inputs(),
                 io.Boolean.Input(
                     "stochastic",

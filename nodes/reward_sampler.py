@@ -12,8 +12,9 @@ from comfy_api.latest import io
 
 from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.families import TARGETS
+from ..maskunet_core.recorded import BRANCHES
 from ..maskunet_core.search.host import outside_inference_mode
-from ..maskunet_core.search.settings import BRANCHES, OPTIMISERS, PRESETS, SearchSettings
+from ..maskunet_core.search.settings import OPTIMISERS, PRESETS, SearchSettings
 from .reward_curve import reward_curve
 from .reward_run import RewardRun
 from .rewards import LoadedReward

@@ -4,6 +4,19 @@ from comfy_api.latest import io
 
 MaskUNetType = io.Custom("MASKUNET")
 RewardType = io.Custom("MASKUNET_REWARD")
+MasksType = io.Custom("MASKUNET_MASKS")
+
+
+def strength_input() -> io.Input:
+    return io.Float.Input(
+        "strength",
+        default=1.0,
+        min=0.0,
+        max=2.0,
+        step=0.01,
+        tooltip="How much of a masked weight is removed: 1 removes all of it, 0.5 half, 0 nothing (the stock model). "
+        "Above 1 its sign turns.",
+    )
 
 
 def window_inputs() -> list[io.Input]:

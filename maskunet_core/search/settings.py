@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from ..recorded import BRANCHES
+
 OPTIMISERS = ("normalised SGD", "AdamW")
-BRANCHES = ("both", "positive")
 
 
 @dataclass(frozen=True)

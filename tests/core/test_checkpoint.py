@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from maskunet_core import checkpoint
+from maskunet_core import checkpoint, tensor_file
 from maskunet_core.checkpoint import BadCheckpoint, IncompatibleGenerator
 from maskunet_core.families import inspect_model
 from tests.builders import make_generator, sd15_unet
@@ -87,7 +87,7 @@ def test_nothing_is_left_behind_when_saving_fails(tmp_path, toy_structure, monke
     def no_space(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    monkeypatch.setattr(tensor_file, "save_file", no_space)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(path, make_generator(toy_structure), "decoder attention", {})
     assert [p.name for p in tmp_path.iterdir()] == ["generator.safetensors"]

@@ -83,11 +83,19 @@ def test_masks_change_the_picture(toy, lively):
 def test_all_ones_equal_the_stock_model_bit_for_bit(toy, toy_structure):
     model, clip, _ = toy
     stock = sample(model, clip, texts=["a red circle", "a blue ring"], seeds=(1, 2))
-    shared = attach(model, ConstantMasks(toy_structure, ones), 1.0, 0.0, 1.0)
-    per_sample = ConstantMasks(toy_structure, lambda layer, weight: torch.ones(4, *weight.shape))
+    shared = ConstantMasks(toy_structure, ones)
+    none = ConstantMasks(toy_structure, lambda layer, weight: None)
     untrained = GeneratorMasks(make_generator(toy_structure))
-    for masked in (shared, attach(model, per_sample, 1.0, 0.0, 1.0), attach(model, untrained, 1.0, 0.0, 1.0)):
+    for source in (shared, none, untrained):
+        masked = attach(model, source, 1.0, 0.0, 1.0)
         assert torch.equal(sample(masked, clip, texts=["a red circle", "a blue ring"], seeds=(1, 2)), stock)
+
+
+def test_one_source_may_keep_a_layer_that_another_masks(toy, toy_structure):
+    model, clip, _ = toy
+    none = ConstantMasks(toy_structure, lambda layer, weight: None)
+    masked = attach(model, RandomMasks(toy_structure, 0.9, 1, per_step=False), 1.0, 0.0, 1.0)
+    assert torch.equal(sample(attach(masked, none, 1.0, 0.0, 1.0), clip), sample(masked, clip))
 
 
 def test_strength_zero_does_not_patch_at_all(toy, lively):

@@ -1,0 +1,200 @@
+"""Masks that were found for one sampling run: kept as bits, and replayed in other runs."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import MaskUNetError
+from .families import TARGETS, Layer, Structure
+from .sources import Call
+
+BRANCHES = ("both", "positive")
+"""Branches of classifier-free guidance that masks act on."""
+
+
+class IncompatibleMasks(MaskUNetError):
+    """Recorded masks that do not fit the connected model, or the batch that is sampled."""
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def packed_size(layer: Layer) -> int:
+    """Bytes of one image's mask of a layer."""
+    return (layer.out_features * layer.in_features + 7) // 8
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """[N, out, in] bool to [N, ceil(out * in / 8)] uint8: row by row, the first weight in the lowest bit."""
+    flat = mask.flatten(1).to(torch.uint8)
+    bytewise = F.pad(flat, (0, -flat.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (bytewise * (1 << _shifts(mask.device))).sum(dim=2, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, layer: Layer) -> Tensor:
+    """Inverse of `pack_bits`, on the device of `packed`."""
+    bits = ((packed[:, :, None] >> _shifts(packed.device)) & 1).flatten(1)
+    weights = bits[:, : layer.out_features * layer.in_features]
+    return weights.view(torch.bool).unflatten(1, (layer.out_features, layer.in_features))
+
+
+class RecordedMasks:
+    """Masks by sigma, layer and image, eight to a byte on the CPU.
+
+    structure, targets: what is masked, and the name of its target set. images: N, the batch they were found for.
+    branches: of guidance that share an image's mask, one of BRANCHES. record: how they were found (prompt, reward, seed,
+    settings), free JSON. steps: the packed masks [N, ceil(out * in / 8)] by sigma and layer; where a layer is missing,
+    all its weights are kept in all images.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        images: int,
+        record: dict[str, Any] | None = None,
+        targets: str = "decoder attention",
+        branches: str = "both",
+    ):
+        if images < 1:
+            raise ValueError(f"masks are recorded for 1 image or more, not for {images}")
+        if targets not in TARGETS:
+            raise ValueError(f"there is no target set '{targets}'")
+        if branches not in BRANCHES:
+            raise ValueError(f"branches are one of {', '.join(BRANCHES)}, not '{branches}'")
+        self.structure = structure
+        self.images = images
+        self.targets = targets
+        self.branches = branches
+        self.record = {} if record is None else record
+        self.layers = structure.layers
+        self.steps: dict[float, dict[str, Tensor]] = {}
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The recorded steps, the noisiest first."""
+        return sorted(self.steps, reverse=True)
+
+    @property
+    def bytes(self) -> int:
+        """What the masks take in memory."""
+        return sum(packed.numel() for step in self.steps.values() for packed in step.values())
+
+    def add(self, sigma: float, masks: dict[str, Tensor]) -> None:
+        """Record a step; what was recorded for this very sigma before is replaced.
+
+        masks: by layer, [N, out, in] bool (True keeps a weight) on any device. Raises ValueError where a sigma, layer
+        or shape is impossible.
+        """
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"a step's sigma is positive and finite, not {sigma}")
+        step = {}
+        for name, mask in masks.items():
+            layer = self.layers.get(name)
+            if layer is None:
+                raise ValueError(f"layer {name} is not in the structure")
+            shape = (self.images, layer.out_features, layer.in_features)
+            if tuple(mask.shape) != shape or mask.dtype != torch.bool:
+                raise ValueError(f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}, but should be bool {shape}")
+            if not bool(mask.all()):
+                step[name] = pack_bits(mask).cpu()
+        self.steps[sigma] = step
+
+    def keep_all(self, image: int) -> None:
+        """From now on nothing is removed in one of the images."""
+        for sigma in self.sigmas:
+            masks = self.at(sigma)
+            for mask in masks.values():
+                mask[image] = True
+            self.add(sigma, masks)
+
+    def nearest(self, sigma: float) -> dict[str, Tensor]:
+        """The packed masks of the recorded step that is nearest to `sigma`, by the ratio of the two.
+
+        Raises ValueError where nothing was recorded.
+        """
+        if sigma in self.steps:
+            return self.steps[sigma]
+        target = math.log(max(sigma, 1e-12))
+        return self.steps[min(self.sigmas, key=lambda recorded: abs(math.log(recorded) - target))]
+
+    def at(self, sigma: float) -> dict[str, Tensor]:
+        """The nearest step's masks [N, out, in] by layer; a layer that is missing keeps everything."""
+        return {name: unpack_bits(packed, self.layers[name]) for name, packed in self.nearest(sigma).items()}
+
+    def keep_ratio(self) -> list[float]:
+        """Share of the masked weights that is kept, for each of `sigmas`, over all images."""
+        ones = torch.tensor([bin(byte).count("1") for byte in range(256)])
+        total = self.images * self.structure.masked_weights
+        ratios = []
+        for sigma in self.sigmas:
+            removed = 0
+            for name, packed in self.steps[sigma].items():
+                layer = self.layers[name]
+                kept = int(torch.bincount(packed.flatten(), minlength=256) @ ones)
+                removed += self.images * layer.out_features * layer.in_features - kept
+            ratios.append(1 - removed / total)
+        return ratios
+
+    def require_fit(self, model: Structure) -> None:
+        """Raises IncompatibleMasks unless there is a step, and a model of this structure has all masked layers."""
+        if not self.steps:
+            raise IncompatibleMasks("The connected masks hold no step. Record them again with at least one step.")
+        difference = self.structure.difference(model)
+        if difference:
+            raise IncompatibleMasks(
+                f"The masks were recorded on {self.structure.family}, but the connected model is {model.family}: "
+                f"{difference}. Connect a model of the family they were recorded on, or choose other masks."
+            )
+
+
+class RecordedSource:
+    """Replays recorded masks at the nearest recorded sigma.
+
+    Masks of one image serve a batch of any size; masks of N images serve batches of N, or of a multiple that repeats
+    them. A run that records, and takes its own steps through this source, is repeated bit for bit.
+    """
+
+    learning = False
+
+    def __init__(self, masks: RecordedMasks):
+        self.masks = masks
+        self.structure = masks.structure
+
+    def _require_batch(self, call: Call, rows: int) -> None:
+        """Rows of a call: the images of one branch of CFG, then those of the next."""
+        branches = len(call.guidance)
+        if rows % (self.masks.images * branches):
+            raise IncompatibleMasks(
+                f"The masks were recorded for a batch of {self.masks.images} images, but the batch that is sampled has "
+                f"{rows // branches}. Set the batch size to {self.masks.images}, or use masks of one image, which "
+                "fit any batch."
+            )
+
+    def begin(self, call: Call) -> Callable[[str, Tensor], Tensor | None]:
+        step = self.masks.nearest(call.sigma)
+        images = self.masks.images
+        masked = [branch == 0 or self.masks.branches == "both" for branch in call.guidance]
+        rows = images
+
+        def enter(block: str, features: Tensor, t_emb: Tensor) -> None:
+            nonlocal rows
+            rows = len(features)
+            if images > 1:
+                self._require_batch(call, rows)
+
+        def mask(layer: str, weight: Tensor) -> Tensor | None:
+            if layer not in step or not any(masked):
+                return None
+            bits = unpack_bits(step[layer].to(weight.device), self.masks.layers[layer])
+            if not all(masked):
+                per_branch = bits.repeat(rows // len(masked) // images, 1, 1)
+                return torch.cat([per_branch if acts else torch.ones_like(per_branch) for acts in masked])
+            return bits[0] if images == 1 else bits.repeat(rows // images, 1, 1)
+
+        call.on_block.append(enter)
+        return mask

@@ -1,0 +1,101 @@
+"""What all files of the project have in common: one `.safetensors`, metadata that say what it is, checks before use."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import MaskUNetError
+
+_KNOWN = {
+    "maskunet": "is a mask generator: choose it in MaskUNet Loader",
+    "maskunet_masks": "holds recorded masks: choose it in MaskUNet Load Masks",
+}
+"""Formats of the project, for a file that was chosen in the wrong place."""
+
+Expected = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
+"""Kind and shape of each tensor by name: uint8, or None for floating point."""
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of file, and the sentences for a person whose file is not of this kind or was spoilt.
+
+    format, version: as its metadata say. noun: "MaskUNet generator". error: what is raised. place, choose, unreadable,
+    again: what to do about a file that is missing, of another format, no safetensors, or damaged.
+    """
+
+    format: str
+    version: str
+    noun: str
+    error: type[MaskUNetError]
+    place: str
+    choose: str
+    unreadable: str
+    again: str
+
+    def write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """Write the file under a temporary name beside `path`, then rename it."""
+        metadata = {"format": self.format, "format_version": self.version, **metadata}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(suffix=".tmp", prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def read_metadata(self, path: Path) -> dict[str, str]:
+        """The file's metadata, after the checks that need nothing else. Raises `error`."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except FileNotFoundError:
+            raise self.error(f"'{path}' does not exist. {self.place}") from None
+        except (SafetensorError, OSError) as error:
+            raise self.error(
+                f"'{path.name}' is not a readable safetensors file ({error}). It may be truncated or of another kind: "
+                f"{self.unreadable}"
+            ) from None
+        found = metadata.get("format")
+        if found != self.format and found in _KNOWN:
+            raise self.error(f"'{path.name}' {_KNOWN[found]}.")
+        if found != self.format:
+            raise self.error(
+                f"'{path.name}' is a safetensors file, but not a {self.noun} (its metadata has no format "
+                f'"{self.format}"). {self.choose}'
+            )
+        version = metadata.get("format_version", "")
+        if version != self.version:
+            raise self.error(
+                f"'{path.name}' has format version {version or 'unknown'}; this extension reads version "
+                f"{self.version}. Update ComfyUI-MaskUNet."
+            )
+        return metadata
+
+    def damaged_metadata(self, path: Path, error: Exception) -> MaskUNetError:
+        return self.error(f"'{path.name}' has damaged metadata ({type(error).__name__}: {error}). {self.again}")
+
+    def read_tensors(self, path: Path, expected: Expected) -> dict[str, Tensor]:
+        """All tensors, after their names, shapes and kinds were held against `expected`. Raises `error`."""
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for what, wrong in (("lacks", set(expected) - names), ("holds the unknown", names - set(expected))):
+                if wrong:
+                    first, more = min(wrong), f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+                    raise self.error(f"'{path.name}' {what} tensor {first}{more}. {self.again}")
+            for name, (dtype, shape) in expected.items():
+                found = file.get_slice(name)
+                kind = {torch.uint8: "U8"}.get(dtype)
+                if tuple(found.get_shape()) != shape or (found.get_dtype() == "U8") != (kind == "U8"):
+                    raise self.error(
+                        f"Tensor {name} of '{path.name}' is {found.get_dtype()} {tuple(found.get_shape())}, but should "
+                        f"be {kind or 'floating point'} {shape}. {self.again}"
+                    )
+            return {name: file.get_tensor(name) for name in expected}

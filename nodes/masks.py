@@ -1,0 +1,106 @@
+"""Recorded masks: apply them to a model, save them, load them."""
+
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..maskunet_core import mask_file
+from ..maskunet_core.patch import attach, structure_of
+from ..maskunet_core.recorded import RecordedMasks, RecordedSource
+from .folders import MASKS, SAVED_MASKS
+from .types import MasksType, strength_input
+
+
+class MaskUNetApplyMasks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MaskUNetApplyMasks",
+            display_name="MaskUNet Apply Masks",
+            category="MaskUNet",
+            description="Replays masks that were found for one run: each step takes those of the recorded step whose "
+            "noise level is nearest. The same settings and seed repeat the run; other samplers, step counts, prompts "
+            "and sizes work too. The model itself is never changed.",
+            search_aliases=["replay masks", "recorded masks", "reuse masks", "mask weights", "maskunet masks"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to sample with, of the family the masks were recorded on."),
+                MasksType.Input(
+                    "masks",
+                    tooltip="Recorded masks. Those of one image fit any batch; those of several images fit batches of "
+                    "the same size.",
+                ),
+                strength_input(),
+            ],
+            outputs=[io.Model.Output("MODEL", tooltip="The model with masks. The input model stays as it was.")],
+        )
+
+    @classmethod
+    def execute(cls, model, masks: RecordedMasks, strength: float) -> io.NodeOutput:
+        masks.require_fit(structure_of(model, masks.targets))
+        return io.NodeOutput(attach(model, RecordedSource(masks), strength, 0.0, 1.0))
+
+
+class MaskUNetSaveMasks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MaskUNetSaveMasks",
+            display_name="MaskUNet Save Masks",
+            category="MaskUNet",
+            description="Saves recorded masks to the output folder, together with how they were found. For SD 1.5 a "
+            "step takes up to 6 MB per image.",
+            search_aliases=["export masks", "store masks", "keep masks"],
+            is_output_node=True,
+            inputs=[
+                MasksType.Input("masks", tooltip="The masks to save, with the record of how they were found."),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{SAVED_MASKS}/maskunet",
+                    tooltip=f"Name of the file in the output folder; a number is added. Files in {SAVED_MASKS}/ are "
+                    "listed by MaskUNet Load Masks at once, others when they were moved to models/maskunet_masks.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, masks: RecordedMasks, filename_prefix: str) -> io.NodeOutput:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
+        file = f"{name}_{counter:05}_.safetensors"
+        mask_file.save(Path(folder) / file, masks)
+        saved = {"filename": file, "subfolder": subfolder, "type": "output"}
+        return io.NodeOutput(ui={"masks": [saved], "text": (f"Saved as {Path(subfolder, file).as_posix()}",)})
+
+
+class MaskUNetLoadMasks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MaskUNetLoadMasks",
+            display_name="MaskUNet Load Masks",
+            category="MaskUNet",
+            description="Loads recorded masks. The files lie in models/maskunet_masks, or where MaskUNet Save Masks "
+            f"puts them, in {SAVED_MASKS}/ of the output folder.",
+            search_aliases=["import masks", "open masks", "recorded masks"],
+            inputs=[
+                io.Combo.Input(
+                    "masks_name",
+                    options=folder_paths.get_filename_list(MASKS),
+                    tooltip=f"File in models/maskunet_masks or in {SAVED_MASKS}/ of the output folder. Press R to see "
+                    "new files.",
+                ),
+            ],
+            outputs=[MasksType.Output("MASKUNET_MASKS", tooltip="The masks, for MaskUNet Apply Masks.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, masks_name: str) -> float:
+        return os.path.getmtime(folder_paths.get_full_path_or_raise(MASKS, masks_name))
+
+    @classmethod
+    def execute(cls, masks_name: str) -> io.NodeOutput:
+        return io.NodeOutput(mask_file.load(Path(folder_paths.get_full_path_or_raise(MASKS, masks_name))))

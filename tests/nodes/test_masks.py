@@ -1,0 +1,160 @@
+"""Recorded masks in a real ComfyUI server: applied, saved, loaded, and refused."""
+
+import io
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskunet_core import checkpoint, mask_file
+from maskunet_core.recorded import RecordedMasks
+from tests.builders import make_generator
+from tests.damage import newer_version, no_safetensors, parts_of, truncated
+from tests.host.server import ExecutionError, Server, ServerError
+from tests.recording import random_masks
+
+
+def node(class_type: str, **inputs) -> dict:
+    return {"class_type": class_type, "inputs": inputs, "_meta": {"title": class_type}}
+
+
+def drawing(name: str | None, batch: int = 1, strength: float = 1.0, **settings) -> dict:
+    """The graph that draws with the masks of a file, or with the stock model."""
+    sampling = {"seed": 3, "steps": 4, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    graph = {
+        "toy": node("MaskUNetToyModel"),
+        "positive": node("CLIPTextEncode", clip=["toy", 1], text="a red circle"),
+        # Digits mean nothing to the toy's text encoder, but make the server sample again.
+        "negative": node("CLIPTextEncode", clip=["toy", 1], text=str(time.monotonic_ns())),
+        "latent": node("EmptyLatentImage", width=64, height=64, batch_size=batch),
+        "sampler": node(
+            "KSampler",
+            model=["apply" if name else "toy", 0],
+            positive=["positive", 0],
+            negative=["negative", 0],
+            latent_image=["latent", 0],
+            **sampling | settings,
+        ),
+        "decode": node("VAEDecode", samples=["sampler", 0], vae=["toy", 2]),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix="drawn"),
+    }
+    if name:
+        graph["load"] = node("MaskUNetLoadMasks", masks_name=name)
+        graph["apply"] = node("MaskUNetApplyMasks", model=["toy", 0], masks=["load", 0], strength=strength)
+    return graph
+
+
+def pictures(server: Server, graph: dict) -> np.ndarray:
+    images = server.run(graph)["save"]["images"]
+    return np.stack([np.asarray(Image.open(io.BytesIO(server.view(image)))) for image in images])
+
+
+def put(server: Server, name: str, masks: RecordedMasks) -> str:
+    mask_file.save(server.base / "models" / "maskunet_masks" / name, masks)
+    return name
+
+
+@pytest.fixture
+def one(server, toy_structure) -> str:
+    """Name of a file with masks of one image."""
+    return put(server, "one.safetensors", random_masks(toy_structure, record={"prompt": "a red circle"}))
+
+
+def choices(server: Server) -> list[str]:
+    info = server.get("/object_info/MaskUNetLoadMasks")["MaskUNetLoadMasks"]["input"]["required"]["masks_name"]
+    return info[1]["options"] if info[0] == "COMBO" else info[0]
+
+
+def test_masks_change_the_picture_and_strength_zero_does_not(server, one):
+    stock = pictures(server, drawing(None))
+    masked = pictures(server, drawing(one))
+    assert not np.array_equal(masked, stock)
+    assert np.array_equal(pictures(server, drawing(one)), masked)
+    assert np.array_equal(pictures(server, drawing(one, strength=0.0)), stock)
+    assert np.array_equal(pictures(server, drawing(None)), stock)
+
+
+def test_what_was_saved_can_be_loaded_at_once_and_draws_the_same(server, one):
+    graph = {
+        "load": node("MaskUNetLoadMasks", masks_name=one),
+        "save": node("MaskUNetSaveMasks", masks=["load", 0], filename_prefix="masks/again"),
+    }
+    output = server.run(graph)["save"]
+    assert output["masks"] == [{"filename": "again_00001_.safetensors", "subfolder": "masks", "type": "output"}]
+    assert output["text"] == ["Saved as masks/again_00001_.safetensors"]
+    saved = server.base / "output" / "masks" / "again_00001_.safetensors"
+    (tensors, metadata), original = parts_of(saved), parts_of(server.base / "models" / "maskunet_masks" / one)
+    assert metadata == original[1]
+    assert tensors.keys() == original[0].keys()
+    assert all(torch.equal(tensors[key], value) for key, value in original[0].items())
+    assert {one, saved.name} <= set(choices(server))
+    assert np.array_equal(pictures(server, drawing(saved.name)), pictures(server, drawing(one)))
+
+
+def test_saving_counts_on_and_stays_inside_the_output_folder(server, one):
+    def save(prefix):
+        graph = {"load": node("MaskUNetLoadMasks", masks_name=one)}
+        graph["save"] = node("MaskUNetSaveMasks", masks=["load", 0], filename_prefix=prefix)
+        return server.run(graph)["save"]["masks"][0]["filename"]
+
+    assert save("masks/counted") == "counted_00001_.safetensors"
+    assert save("masks/counted_b") == "counted_b_00001_.safetensors"
+    assert save("masks/./counted") == "counted_00002_.safetensors"
+    with pytest.raises(ExecutionError, match="outside the output folder"):
+        save("../counted")
+
+
+def test_masks_of_a_batch_fit_that_batch_alone(server, toy_structure):
+    name = put(server, "three.safetensors", random_masks(toy_structure, 3))
+    assert pictures(server, drawing(name, batch=3)).shape == (3, 64, 64, 3)
+    with pytest.raises(ExecutionError, match="for a batch of 3 images, but the batch that is sampled has 1") as caught:
+        server.run(drawing(name))
+    assert caught.value.node_type == "KSampler"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"steps": 7}, {"batch": 2}, {"sampler_name": "dpmpp_2m", "scheduler": "karras"}, {"denoise": 0.5}]
+)
+def test_other_settings_than_recorded_work(server, one, settings):
+    assert not np.array_equal(pictures(server, drawing(one, **settings)), pictures(server, drawing(None, **settings)))
+
+
+def test_masks_of_another_family_are_refused_before_sampling(server, sd15_structure):
+    foreign = RecordedMasks(sd15_structure, 1)
+    foreign.add(1.0, {})
+    with pytest.raises(ExecutionError, match=r"recorded on SD 1\.5, but the connected model is the Mask") as caught:
+        server.run(drawing(put(server, "sd15.safetensors", foreign)))
+    assert caught.value.node_type == "MaskUNetApplyMasks"
+
+
+@pytest.mark.parametrize("damage", [no_safetensors, truncated, newer_version])
+def test_a_bad_file_gets_its_sentence(server, toy_structure, damage):
+    name = put(server, f"{damage.__name__}.safetensors", random_masks(toy_structure))
+    damage(server.base / "models" / "maskunet_masks" / name)
+    with pytest.raises(ExecutionError) as caught:
+        server.run(drawing(name))
+    assert caught.value.node_type == "MaskUNetLoadMasks"
+    assert name in caught.value.exception_message
+
+
+def test_a_generator_among_the_masks_is_told_where_it_belongs(server, toy_structure):
+    path = server.base / "models" / "maskunet_masks" / "generator.safetensors"
+    checkpoint.save(path, make_generator(toy_structure), "decoder attention", {})
+    with pytest.raises(ExecutionError, match=r"'generator\.safetensors' is a mask generator: choose it in MaskUNet Lo"):
+        server.run(drawing(path.name))
+
+
+@pytest.mark.parametrize("name", ["none.safetensors", "../../output/drawn_00001_.png"])
+def test_a_name_that_is_not_listed_is_refused(server, name):
+    with pytest.raises(ServerError, match="Value not in list"):
+        server.run(drawing(name))
+
+
+def test_a_file_that_was_replaced_is_read_again(server, toy_structure):
+    name = put(server, "replaced.safetensors", random_masks(toy_structure))
+    before = pictures(server, drawing(name))
+    time.sleep(0.05)
+    put(server, name, random_masks(toy_structure, keep=0.9))
+    assert not np.array_equal(pictures(server, drawing(name)), before)
