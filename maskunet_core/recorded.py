@@ -47,9 +47,9 @@ class RecordedMasks:
     """Masks by sigma, layer and image, eight to a byte on the CPU.
 
     structure, targets: what is masked, and the name of its target set. images: N, the batch they were found for.
-    branches: of guidance that share an image's mask, one of BRANCHES. record: how they were found (prompt, reward, seed,
-    settings), free JSON. steps: the packed masks [N, ceil(out * in / 8)] by sigma and layer; where a layer is missing,
-    all its weights are kept in all images.
+    branches: of guidance that share an image's mask, one of BRANCHES. record: how they were found (prompt, reward,
+    seed, settings), free JSON. steps: the packed masks [N, ceil(out * in / 8)] by sigma and layer; where a layer is
+    missing, all its weights are kept in all images.
     """
 
     def __init__(

@@ -64,6 +64,8 @@ def noise_generator(device: torch.device, seed: int, layer: int, sigma: float | 
     state = 0
     for key in (seed, layer, step):
         state = (state * 6_364_136_223_846_793_005 + key + 1_442_695_040_888_963_407) % (1 << 63)
+        # On a CPU torch looks at the lower half alone, in which a float32's bits are nearly all zero.
+        state ^= state >> 32
     return torch.Generator(device).manual_seed(state)
 
 

@@ -8,7 +8,7 @@ import torch
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.families import NothingToMask, inspect_model
 from maskunet_core.patch import attach, installed, structure_of
-from maskunet_core.sources import Call, GeneratorMasks, RandomMasks
+from maskunet_core.sources import Call, GeneratorMasks, RandomMasks, noise_generator
 from tests.builders import make_generator
 
 
@@ -373,3 +373,9 @@ def test_structure_of_the_toy(toy):
     assert structure.family == "the MaskUNet toy model"
     assert structure.masked_weights == 524_288
     assert [block.name for block in structure.blocks] == ["up.0", "up.1"]
+
+
+def test_every_sigma_has_a_noise_of_its_own():
+    sigmas = torch.linspace(0.03, 14.6, 50).tolist()
+    first = {torch.rand(1, generator=noise_generator(torch.device("cpu"), 1, 2, sigma)).item() for sigma in sigmas}
+    assert len(first) == 50
