@@ -65,6 +65,26 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Prior:
+    """DreamBooth's prior preservation (Ruiz et al., arXiv 2208.12242): what the base draws of a class, it shall go on
+    to draw.
+
+    prompt: of the class, "" for none of this. pictures: how many of them the frozen base draws, with `steps` steps and
+    `cfg`, in the sizes of the pictures trained on; folder: where they are kept, below a name of all that they depend
+    on. share: of each batch that is class pictures, at least one and not all. weight: of their mean loss, which is
+    added to that of the others.
+    """
+
+    prompt: str = ""
+    pictures: int = 200
+    folder: str = "output/prior"
+    weight: float = 1.0
+    share: float = 0.5
+    steps: int = 25
+    cfg: float = 7.5
+
+
+@dataclass(frozen=True)
 class Generator(LowRankSettings):
     """The mask generator's hyper-parameters. noise: Gumbel noise while training."""
 
@@ -111,7 +131,7 @@ class Optimiser:
 
 @dataclass(frozen=True)
 class Loop:
-    """batch: pictures per step, over all processes and `accumulate` parts of a step.
+    """batch: pictures per step, over all processes and `accumulate` parts of a step, class pictures included.
 
     schedule: of the learning rates, after `warm_up` steps. min_snr: gamma of min-SNR weighting, 0 for none. ema: decay
     of the averaged weights, 0 for none. checkpointing: of the U-Net's blocks, less memory for more time. save_every:
@@ -160,6 +180,7 @@ class Config:
     seed: int = 0
     base: Base = field(default_factory=Base)
     data: Data = field(default_factory=Data)
+    prior: Prior = field(default_factory=Prior)
     generator: Generator = field(default_factory=Generator)
     lora: Lora = field(default_factory=Lora)
     optimiser: Optimiser = field(default_factory=Optimiser)
@@ -195,6 +216,10 @@ _RULES = {
     "data.broken_limit": _SHARE,
     "data.pictures": _AT_LEAST_1,
     "data.caption_noise": _SHARE,
+    "prior.pictures": _AT_LEAST_1,
+    "prior.weight": _NOT_NEGATIVE,
+    "prior.share": (lambda v: 0 < v < 1, "must lie between 0 and 1, both excluded"),
+    "prior.steps": _AT_LEAST_1,
     "generator.bias": _one_of(BIASES),
     "generator.codes": _one_of(CODES),
     "generator.rank": _NOT_NEGATIVE,
@@ -297,6 +322,8 @@ def _contradictions(config: Config) -> list[str]:
         find_optimiser(config.optimiser.name)
     except UnknownOptimiser as error:
         problems.append(str(error))
+    if config.prior.prompt and config.loop.batch < 2:
+        problems.append("prior.prompt: a batch holds class pictures and others, so loop.batch must be at least 2")
     if config.loop.batch % config.loop.accumulate:
         problems.append(f"loop.accumulate: must divide loop.batch ({config.loop.batch})")
     if config.validation.sample_every and not config.validation.prompts:
