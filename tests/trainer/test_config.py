@@ -37,11 +37,11 @@ def test_what_is_not_said_has_its_default():
 def test_all_problems_are_listed_at_once():
     wrong = {
         "sed": 1,
-        "method": "magic",
+        "method": "static_mask",
         "base": {"checkpoint": "nothing.safetensors", "lora": {"style.safetensors": 0.5}},
         "data": {"pictures": "many", "caption_noise": 2.0},
         "prior": {"prompt": "a dog", "pictures": 0, "share": 1.0, "weight": -1},
-        "generator": {"rank": -1},
+        "generator": {"rank": -1, "architecture": "reference"},
         "targets": "everything",
         "lora": 5,
         "optimiser": {"name": "Nothing"},
@@ -51,7 +51,6 @@ def test_all_problems_are_listed_at_once():
     lines = problems_of(wrong)
     assert [line.split(":")[0] for line in lines] == [
         "sed",
-        "method",
         "data.pictures",
         "data.caption_noise",
         "prior.pictures",
@@ -65,14 +64,31 @@ def test_all_problems_are_listed_at_once():
         "data.path",
         "base.lora",
         "optimiser.name",
+        "method",
         "prior.prompt",
         "loop.accumulate",
         "validation.prompts",
     ]
-    assert lines[2] == "data.pictures: must be of type int, not str"
-    assert lines[5] == "prior.share: is 1.0, but must lie between 0 and 1, both excluded"
-    assert "must be one of decoder attention, decoder attention and feed-forward, all attention" in lines[8]
+    assert lines[1] == "data.pictures: must be of type int, not str"
+    assert lines[4] == "prior.share: is 1.0, but must lie between 0 and 1, both excluded"
+    assert "must be one of decoder attention, decoder attention and feed-forward, all attention" in lines[7]
     assert lines[-3] == "prior.prompt: a batch holds class pictures and others, so loop.batch must be at least 2"
+
+
+def test_architecture_and_method_must_agree():
+    assert problems_of({"method": "magic", "generator": {"architecture": "mlp"}}) == [
+        "method: is 'magic', but must be one of maskunet, static_mask, lora, full",
+        "generator.architecture: is 'mlp', but must be one of low_rank, reference",
+    ]
+    assert problems_of({"generator": {"freed": True}}) == [
+        'generator.freed: only architecture = "reference" has gradients to free; low_rank has them from the first step'
+    ]
+    assert problems_of({"method": "static_mask", "generator": {"architecture": "reference"}}) == [
+        "method: static_mask is a low_rank generator of rank 0; with generator.architecture = "
+        '"reference" the method is maskunet'
+    ]
+    ignored = parse_config({"generator": {"architecture": "reference", "freed": True, "rank": 4, "use_time": False}})
+    assert warnings(ignored) == ["generator.rank, generator.use_time: without effect on the architecture reference."]
 
 
 def test_a_dynamic_mask_needs_an_input():
