@@ -1,0 +1,108 @@
+"""What the search is measured against: steering by particles, and gradients through the starting noise."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from maskunet_core.toy.captions import Caption
+
+from ..seeds import seeded
+from .stage import CFG, Stage
+
+KEY = "reward_compare"
+
+
+class Steering:
+    """Feynman-Kac steering (arXiv 2501.06848), potential "max": particles are resampled by exp(scale * reward).
+
+    Each image has `particles` neighbouring rows in the batch. At every `every`-th step the rewards of the estimates
+    choose who goes on; only a sampler that adds noise makes copies differ again.
+    """
+
+    def __init__(self, stage: Stage, captions: list[Caption], particles: int, scale: float, every: int, seed: int):
+        from comfy.patcher_extension import WrappersMP
+
+        self.particles, self.scale, self.every = particles, scale, every
+        self.judge = stage.judge([caption for caption in captions for _ in range(particles)])
+        self.stream = seeded(74, seed)
+        self.best: Tensor | None = None
+        self.model = stage.base.patcher.clone()
+        self.model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, self._predict_noise)
+
+    def _predict_noise(self, executor, x: Tensor, timestep: Tensor, model_options: dict, seed: int | None) -> Tensor:
+        estimate = executor(x, timestep, model_options, seed)
+        sigmas = model_options["transformer_options"]["sample_sigmas"]
+        step = int((sigmas[:-1] - timestep.max()).abs().argmin())
+        if step == 0 or step % self.every or step == len(sigmas) - 2:
+            return estimate
+        scores = self.judge.scores(estimate)
+        best = scores if self.best is None else torch.maximum(self.best, scores)
+        weights = (self.scale * best).unflatten(0, (-1, self.particles)).softmax(1)
+        chosen = torch.multinomial(weights, self.particles, replacement=True, generator=self.stream)
+        rows = (chosen + self.particles * torch.arange(len(chosen))[:, None]).flatten()
+        self.best = best[rows]
+        # In place: the sampler goes on from the chosen particles.
+        x.copy_(x[rows])
+        return estimate[rows]
+
+
+def steered(
+    stage: Stage, captions: list[Caption], particles: int, seed: int, scale: float = 2.0, every: int = 3
+) -> Tensor:
+    """Latents of the best particle of each prompt, by its final reward."""
+    steering = Steering(stage, captions, particles, scale, every, seed)
+    repeated = [caption for caption in captions for _ in range(particles)]
+    noise = torch.stack([stage.noise(captions, seed, number) for number in range(particles)], 1).flatten(0, 1)
+    latents = stage.sample(steering.model, repeated, noise, sampler="euler_ancestral", seed=seed)
+    best = stage.rewards(latents, repeated).unflatten(0, (-1, particles)).argmax(1)
+    return latents.unflatten(0, (-1, particles))[torch.arange(len(captions)), best]
+
+
+def _chain(stage: Stage, noise: Tensor, context: Tensor, steps: int) -> Tensor:
+    """The host's Euler sampler with guidance, differentiable in the starting noise. Latents inside the model."""
+    import comfy.samplers
+
+    sampling = stage.base.patcher.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
+    x = noise * torch.sqrt(1.0 + sigmas[0] ** 2)
+    both = torch.cat([context, stage.empty[0][0].expand(len(noise), -1, -1)])
+    for now, after in itertools.pairwise(sigmas):
+        positive, negative = stage.base.model.apply_model(
+            torch.cat([x, x]), now.expand(2 * len(x)), c_crossattn=both
+        ).chunk(2)
+        clean = negative + CFG * (positive - negative)
+        x = x + (x - clean) / now * (after - now)
+    return x
+
+
+def optimised_noise(
+    stage: Stage, captions: list[Caption], seed: int, iterations: int = 14, lr: float = 0.03, steps: int = 5
+) -> Tensor:
+    """ReNO's idea (arXiv 2406.04312) for a sampler of many steps: the starting noise follows the reward's gradient.
+
+    Gradients go through a chain of a few steps; the noise whose short chain had the best reward starts the full one.
+    The pull towards likely noises is ReNO's: the norm stays at its mode.
+    """
+    judge, context = stage.judge(captions), stage.conditioning(captions)[0][0]
+    noise = stage.noise(captions, seed).requires_grad_()
+    optimiser = torch.optim.Adam([noise], lr=lr)
+    best, best_scores = noise.detach().clone(), torch.full((len(captions),), -torch.inf)
+    for _ in range(iterations):
+        with torch.enable_grad():
+            clean = _chain(stage, noise, context, steps)
+        scores, gradient = judge.scores_and_gradient(clean.detach(), 0)
+        better = scores > best_scores
+        best = torch.where(better[:, None, None, None], noise.detach(), best)
+        best_scores = torch.maximum(scores, best_scores)
+        size = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
+        noise.grad = torch.autograd.grad(clean, noise, -gradient / size)[0]
+        optimiser.step()
+        with torch.no_grad():
+            norms = noise.flatten(1).norm(dim=1)[:, None, None, None]
+            noise.mul_((noise[0].numel() - 1) ** 0.5 / norms)
+    return stage.sample(stage.base.patcher, captions, best, seed=seed)
+
+
+def drawn_plainly(stage: Stage, captions: list[Caption], seed: int, number: int = 0, steps: int = 15) -> Tensor:
+    return stage.sample(stage.base.patcher, captions, stage.noise(captions, seed, number), steps=steps, seed=seed)

@@ -1,0 +1,131 @@
+"""What all methods draw with: the toy model, prompts, the reward that is optimised, and the judge that never is."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskunet_core.rewards.toy import log_probability
+from maskunet_core.search.host import latent_decoder
+from maskunet_core.search.judge import Judge
+from maskunet_core.toy import vocabulary
+from maskunet_core.toy.captions import Caption
+from maskunet_core.toy.model import load_reader
+from maskunet_core.toy.readers import Reading
+
+from ..base import BaseModel, load_toy_base
+from ..seeds import seeded
+from ..toy.judge import fully_right, read
+from ..toy.world import sample_captioned
+
+KINDS = ("two", "relation")
+STEPS, CFG = 15, 5.0
+TUNING, TABLE = 70, 71
+"""Streams of prompts: settings are chosen on other prompts than those of the table."""
+
+
+def held_out_prompts(count: int, stream: int) -> list[Caption]:
+    """`count` different prompts that no training saw, half of two objects, half of relations.
+
+    Those of TUNING and of TABLE are disjoint.
+    """
+    _, captions = sample_captioned(40 * count + 4000, seeded(stream), held_out=True)
+    parity = stream % 2
+    found = []
+    for kind in KINDS:
+        of_kind = dict.fromkeys(c for c in captions if c.kind == kind and _half(c) == parity)
+        found += list(of_kind)[: count // len(KINDS)]
+    return found
+
+
+def _half(caption: Caption) -> int:
+    return sum(str(caption).encode()) % 2
+
+
+def scores_of(reading: Reading, captions: list[Caption]) -> Tensor:
+    """`[N]`: the toy reward of picture n for caption n."""
+    single = [Reading(*(getattr(reading, f.name)[n : n + 1] for f in fields(Reading))) for n in range(len(captions))]
+    return torch.cat([log_probability(one, caption) for one, caption in zip(single, captions)])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the readers say of N finished pictures. right: fully right by the judge; right_by_reward: by reader A.
+
+    reward: the toy reward; features: the judge's, `[N, F]`.
+    """
+
+    right: Tensor
+    right_by_reward: Tensor
+    reward: Tensor
+    features: Tensor
+
+
+class Stage:
+    """The toy model and its readers, for batches of different prompts."""
+
+    def __init__(self):
+        self.base: BaseModel = load_toy_base()
+        self.reward, self.referee = load_reader("reader_a"), load_reader("reader_b")
+        self.format = self.base.patcher.get_model_object("latent_format")
+        self.decode = latent_decoder(self.base.vae, self.format)
+        self.empty = [[self.base.encode_tokens(torch.tensor([vocabulary.encode_padded("")])), {}]]
+
+    def noise(self, captions: list[Caption], seed: int, number: int = 0) -> Tensor:
+        """Starting noises `[N, 4, 8, 8]` of a candidate; that of a prompt does not depend on the others."""
+        keys = [sum(str(caption).encode()) for caption in captions]
+        return torch.cat(
+            [torch.randn(1, 4, 8, 8, generator=seeded(72, seed, number, n, key)) for n, key in enumerate(keys)]
+        )
+
+    def score(self, captions: list[Caption]):
+        """The optimised reward of a batch: pictures to scores and gradient."""
+
+        def score(pictures: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                leaf = pictures.detach().clone().requires_grad_()
+                scores = scores_of(self.reward(leaf), captions)
+                (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+            return scores.detach(), gradient
+
+        return score
+
+    def judge(self, captions: list[Caption], views: int = 0) -> Judge:
+        return Judge(self.decode, self.score(captions), views)
+
+    def conditioning(self, captions: list[Caption]) -> list:
+        tokens = torch.tensor([vocabulary.encode_padded(str(caption)) for caption in captions])
+        return [[self.base.encode_tokens(tokens), {}]]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Any,
+        captions: list[Caption],
+        noise: Tensor,
+        steps: int = STEPS,
+        sampler: str = "ddim",
+        seed: int = 0,
+    ) -> Tensor:
+        """Latents as the sampler gives them."""
+        import comfy.sample
+
+        parts = self.conditioning(captions), self.empty, torch.zeros_like(noise)
+        return comfy.sample.sample(model, noise, steps, CFG, sampler, "normal", *parts, disable_pbar=True, seed=seed)
+
+    @torch.no_grad()
+    def rewards(self, latents: Tensor, captions: list[Caption]) -> Tensor:
+        """`[N]` of finished latents."""
+        return scores_of(self.reward(self.decode(self.format.process_in(latents))), captions)
+
+    @torch.no_grad()
+    def verdict(self, latents: Tensor, captions: list[Caption]) -> Verdict:
+        pictures = self.decode(self.format.process_in(latents)).clamp(0, 1)
+        of_reward, of_judge = read(self.reward, pictures), read(self.referee, pictures)
+        return Verdict(
+            fully_right(of_judge, captions),
+            fully_right(of_reward, captions),
+            scores_of(of_reward, captions),
+            of_judge.features,
+        )
