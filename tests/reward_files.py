@@ -25,7 +25,7 @@ def redrawn(tensors: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if value.is_floating_point() and value.ndim:
             noise = torch.randn(value.shape, generator=stream)
-            value = value.mean() + max(float(value.std()), 0.02) * noise
+            value = value.mean() + max(float(value.std(correction=0)), 0.02) * noise
         fresh[name] = value
     return fresh
 

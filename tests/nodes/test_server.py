@@ -16,7 +16,15 @@ from tests.damage import missing_tensor, newer_version, no_safetensors, not_fini
 from tests.host.graph import WORKFLOWS, load_workflow, titled, to_prompt
 from tests.host.server import ExecutionError, Server, ServerError
 
-NODES = ("MaskUNetLoader", "MaskUNetApply", "MaskUNetRandomMask", "MaskUNetToyModel")
+NODES = (
+    "MaskUNetLoader",
+    "MaskUNetApply",
+    "MaskUNetRandomMask",
+    "MaskUNetToyModel",
+    "MaskUNetRewardLoader",
+    "MaskUNetRewardCombine",
+    "MaskUNetRewardScore",
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +94,16 @@ def test_contract_of_the_nodes(object_info):
             "end_percent",
         ],
         "MaskUNetToyModel": [],
+        "MaskUNetRewardLoader": ["reward_name", "dtype", "checkpointing"],
+        "MaskUNetRewardCombine": ["reward_a", "weight_a", "reward_b", "weight_b"],
+        "MaskUNetRewardScore": ["images", "prompt", "reward", "framing"],
     }
     outputs = {node: object_info[node]["output"] for node in NODES}
     assert outputs["MaskUNetLoader"] == ["MASKUNET"]
     assert outputs["MaskUNetApply"] == outputs["MaskUNetRandomMask"] == ["MODEL"]
     assert outputs["MaskUNetToyModel"] == ["MODEL", "CLIP", "VAE"]
+    assert outputs["MaskUNetRewardLoader"] == outputs["MaskUNetRewardCombine"] == ["MASKUNET_REWARD"]
+    assert outputs["MaskUNetRewardScore"] == ["FLOAT", "IMAGE", "STRING"]
     defaults = {k: v[1].get("default") for k, v in object_info["MaskUNetApply"]["input"]["required"].items()}
     assert (defaults["strength"], defaults["start_percent"], defaults["end_percent"]) == (1.0, 0.0, 1.0)
     assert (defaults["stochastic"], defaults["seed"]) == (False, 0)
