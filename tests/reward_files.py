@@ -7,6 +7,8 @@ from torch import Tensor
 
 PUBLISHED = Path(__file__).parent / "core" / "published"
 """Files and scores that the original packages' code made: see the metadata of the golden files."""
+WRONGLY_DECODED = "mojibake: cafÃ©"
+"""The one prompt of `tokens_golden.json` that the package `ftfy` is needed for."""
 IMAGE_REWARD_HEADS, HPS_HEADS = (4, 4), (4, 4)
 """Heads of the image and the text encoder in `ImageReward_tiny.pt` and `HPS_tiny.pt`; files do not tell."""
 

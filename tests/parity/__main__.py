@@ -19,6 +19,7 @@ from tests.reward_files import (
     HPS_HEADS,
     IMAGE_REWARD_HEADS,
     PUBLISHED,
+    WRONGLY_DECODED,
     clip_model,
     hps_tensors,
     image_reward_tensors,
@@ -46,7 +47,8 @@ MED_CONFIG = {
 
 
 def prompts() -> list[str]:
-    return json.loads((PUBLISHED / "tokens_golden.json").read_text(encoding="utf-8"))["prompts"]
+    found = json.loads((PUBLISHED / "tokens_golden.json").read_text(encoding="utf-8"))["prompts"]
+    return [prompt for prompt in found if prompt != WRONGLY_DECODED]
 
 
 def write_inputs(folder: Path) -> None:
@@ -82,18 +84,14 @@ def run_original(folder: Path) -> dict[str, Tensor]:
 
 def our_rewards(folder: Path) -> dict:
     """Ours, from the same files; the tiny models' numbers of heads do not follow from their widths."""
-    from maskunet_core.rewards.blip import ImageReward, ImageRewardModel
-    from maskunet_core.rewards.clip import ClipReward, ImageTower, TextTower
+    from maskunet_core.rewards.blip import ImageReward
+    from maskunet_core.rewards.clip import ClipReward
     from maskunet_core.rewards.files import load, read_tensors
-    from maskunet_core.rewards.layers import fill
 
     blip, clip = read_tensors(folder / "ImageReward.pt"), read_tensors(folder / "HPS_v2.1_compressed.pt")
-    visual = {name.removeprefix("visual."): value for name, value in clip.items() if name.startswith("visual.")}
-    image = fill(ImageTower(clip, quick=False, heads=HPS_HEADS[0]), visual, torch.float32)
-    text = fill(TextTower(clip, quick=False, heads=HPS_HEADS[1]), clip, torch.float32)
     return {
-        "ImageReward": ImageReward("", fill(ImageRewardModel(blip, IMAGE_REWARD_HEADS), blip, torch.float32)),
-        "HPSv2.1": ClipReward("", image, text),
+        "ImageReward": ImageReward.from_tensors("", blip, torch.float32, heads=IMAGE_REWARD_HEADS),
+        "HPSv2.1": ClipReward.from_tensors("", clip, torch.float32, scaled=False, heads=HPS_HEADS),
         "PickScore": load(folder / "PickScore.safetensors"),
     }
 

@@ -16,6 +16,8 @@ PACKAGES = (
     "tokenizers==0.20.3",
     "huggingface_hub==0.36.0",
     "timm==0.6.13",
+    "ftfy==6.3.1",
+    "wcwidth==0.2.13",
 )
 
 
