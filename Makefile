@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV_PYTHON = $(firstword $(wildcard .venv/bin/python .venv/Scripts/python.exe) .venv/bin/python)
 
-.PHONY: setup demo test bench clean
+.PHONY: setup demo test bench parity clean
 
 setup:
 	@$(PYTHON) tests/host/setup.py
@@ -15,5 +15,8 @@ test: setup
 bench: setup
 	@$(VENV_PYTHON) -m tests.bench $(BENCH_ARGS)
 
+parity: setup
+	@$(VENV_PYTHON) -m tests.parity
+
 clean:
-	rm -rf .venv .host output
+	rm -rf .venv .host .parity output

@@ -12,7 +12,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..maskunet_core.rewards.files import load
+from ..maskunet_core.rewards.files import KNOWN, load
 from ..maskunet_core.rewards.preprocess import letterbox
 from ..maskunet_core.rewards.reward import BoundModel, CombinedReward, Reward
 from ..maskunet_core.rewards.toy import ToyReward
@@ -95,6 +95,13 @@ class MaskUNetRewardLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, reward_name: str | None) -> bool | str:
+        """Replaces the host's own check of the list, which would not say where the file is to be had."""
+        if reward_name in (None, TOY_REWARD) or folder_paths.get_full_path(REWARD, reward_name):
+            return True
+        return f"'{reward_name}' is not in models/reward. These files can be put there: {KNOWN}."
+
+    @classmethod
     def fingerprint_inputs(cls, reward_name: str, **options) -> float:
         if reward_name == TOY_REWARD:
             return 0.0
@@ -145,7 +152,7 @@ class MaskUNetRewardCombine(io.ComfyNode):
             display_name="MaskUNet Reward Combine",
             category="MaskUNet",
             description="Adds two rewards, each with its weight. More than two: combine what was combined. They run "
-            "one after the other, so the memory that is needed is that of the larger one.",
+            "one after the other, so that only one of them at a time takes memory for its gradients.",
             search_aliases=["add rewards", "weighted reward", "mix rewards"],
             inputs=[
                 RewardType.Input("reward_a", tooltip="The first reward, from MaskUNet Reward Loader or Combine."),

@@ -7,6 +7,8 @@ from torch import Tensor
 
 PUBLISHED = Path(__file__).parent / "core" / "published"
 """Files and scores that the original packages' code made: see the metadata of the golden files."""
+WRONGLY_DECODED = "mojibake: cafÃ©"
+"""The one prompt of `tokens_golden.json` that the package `ftfy` is needed for."""
 IMAGE_REWARD_HEADS, HPS_HEADS = (4, 4), (4, 4)
 """Heads of the image and the text encoder in `ImageReward_tiny.pt` and `HPS_tiny.pt`; files do not tell."""
 
@@ -25,7 +27,7 @@ def redrawn(tensors: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if value.is_floating_point() and value.ndim:
             noise = torch.randn(value.shape, generator=stream)
-            value = value.mean() + max(float(value.std()), 0.02) * noise
+            value = value.mean() + max(float(value.std(correction=0)), 0.02) * noise
         fresh[name] = value
     return fresh
 

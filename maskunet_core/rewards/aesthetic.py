@@ -29,12 +29,14 @@ class AestheticReward(Reward):
         head: Mapping[str, Tensor],
         tower: Mapping[str, Tensor],
         dtype: torch.dtype,
+        *,
         checkpointing: bool = False,
-    ):
+    ) -> "AestheticReward":
         """head: tensors of the predictor's file; tower: of CLIP ViT-L/14 under OpenCLIP's names."""
         with torch.device("meta"):
             chain = LinearChain(head)
-        return cls(name, ImageTower.from_tensors(tower, dtype, checkpointing), fill(chain, head, torch.float32))
+        image = ImageTower.from_tensors(tower, dtype, checkpointing=checkpointing)
+        return cls(name, image, fill(chain, head, torch.float32))
 
     def bind(self, prompt: str) -> BoundReward:
         return BoundModel(self.name, self.model["tower"].size, self.model, self._score)

@@ -24,11 +24,20 @@ class ImageReward(Reward):
         self.name, self.model = name, model
 
     @classmethod
-    def from_tensors(cls, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, checkpointing: bool = False):
+    def from_tensors(
+        cls,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        *,
+        checkpointing: bool = False,
+        heads: tuple[int, int] | None = None,
+    ) -> "ImageReward":
+        """tensors: of the file. heads: of the image and the text encoder, where they do not follow from the widths."""
         with torch.device("meta"):
-            model = ImageRewardModel(tensors)
-        model = fill(model, tensors, dtype)
-        model.mlp.float()
+            model = ImageRewardModel(tensors, heads)
+        fill(model, tensors, dtype)
+        fill(model.mlp, tensors, torch.float32, "mlp.")
         model.checkpointing = checkpointing
         return cls(name, model)
 

@@ -30,12 +30,21 @@ class ClipReward(Reward):
 
     @classmethod
     def from_tensors(
-        cls, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, scaled: bool, checkpointing: bool = False
-    ):
-        """tensors: under OpenCLIP's names. scaled: whether the score is exp(logit_scale) times the cosine."""
-        image = ImageTower.from_tensors(tensors, dtype, checkpointing)
+        cls,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        *,
+        scaled: bool,
+        checkpointing: bool = False,
+        heads: tuple[int, int] | None = None,
+    ) -> "ClipReward":
+        """tensors: under OpenCLIP's names. scaled: whether the score is exp(logit_scale) times the cosine.
+        heads: of the image and the text tower, where they do not follow from the widths."""
+        image_heads, text_heads = heads or (None, None)
+        image = ImageTower.from_tensors(tensors, dtype, checkpointing=checkpointing, heads=image_heads)
         with torch.device("meta"):
-            text = TextTower(tensors, quick=_is_openai(tensors))
+            text = TextTower(tensors, quick=_is_openai(tensors), heads=text_heads)
         scale = math.exp(float(tensors["logit_scale"])) if scaled else 1.0
         return cls(name, image, fill(text, tensors, torch.float32), scale)
 
@@ -76,12 +85,18 @@ class ImageTower(nn.Module):
         self.checkpointing = False
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype, checkpointing: bool = False):
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        *,
+        checkpointing: bool = False,
+        heads: int | None = None,
+    ) -> "ImageTower":
         with torch.device("meta"):
-            tower = cls(tensors, quick=_is_openai(tensors))
-        own = {name.removeprefix("visual."): value for name, value in tensors.items() if name.startswith("visual.")}
+            tower = cls(tensors, quick=_is_openai(tensors), heads=heads)
         tower.checkpointing = checkpointing
-        return fill(tower, own, dtype)
+        return fill(tower, tensors, dtype, "visual.")
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.conv1(pixels.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)

@@ -44,14 +44,14 @@ def load(
     tensors = to_openclip(published)
     try:
         if "blip.visual_encoder.cls_token" in tensors:
-            return ImageReward.from_tensors(path.stem, tensors, dtype, checkpointing)
+            return ImageReward.from_tensors(path.stem, tensors, dtype, checkpointing=checkpointing)
         if _is_aesthetic(tensors):
             tower = _find_tower(path, tensors["layers.0.weight"].shape[1], others)
-            return AestheticReward.from_tensors(path.stem, tensors, tower, dtype, checkpointing)
+            return AestheticReward.from_tensors(path.stem, tensors, tower, dtype, checkpointing=checkpointing)
         if "visual.class_embedding" in tensors and "token_embedding.weight" in tensors:
             # HPSv2 comes under OpenCLIP's names and is a cosine; PickScore under transformers', and is CLIP's logit.
             scaled = "vision_model.embeddings.class_embedding" in published
-            return ClipReward.from_tensors(path.stem, tensors, dtype, scaled, checkpointing)
+            return ClipReward.from_tensors(path.stem, tensors, dtype, scaled=scaled, checkpointing=checkpointing)
     except BadTensors as error:
         raise BadRewardFile(f"'{path.name}' {error}: it is damaged. Download it again.") from None
     except KeyError as error:

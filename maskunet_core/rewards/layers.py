@@ -56,16 +56,19 @@ def depth_of(tensors: Mapping[str, Tensor], prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """The module (built on the meta device) with copies of its tensors in `dtype`, frozen. What it does not ask for
-    is left out. Raises BadTensors."""
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, prefix: str = "") -> nn.Module:
+    """The module with copies of its tensors in `dtype`, frozen; `tensors` may hold more than it needs.
+
+    prefix: what the names in `tensors` have before the module's. Raises BadTensors.
+    """
     state = {}
-    for name, wanted in module.state_dict().items():
+    for own, wanted in module.state_dict().items():
+        name = prefix + own
         if name not in tensors:
             raise BadTensors(f"lacks the tensor {name}")
         if tensors[name].shape != wanted.shape:
             found, expected = tuple(tensors[name].shape), tuple(wanted.shape)
             raise BadTensors(f"holds the tensor {name} in the shape {found}, where {expected} fits the others")
-        state[name] = tensors[name].to(dtype, copy=True).contiguous()
+        state[own] = tensors[name].to(dtype, copy=True).contiguous()
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)

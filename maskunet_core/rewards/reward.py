@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from .preprocess import fit
 
 HALF_SCALE = 1024.0
-"""By what the loss is multiplied for modules in fp16, whose small gradients would be rounded to zero."""
+"""gradient_scale of modules in fp16, which round small gradients to zero."""
 
 
 class BoundReward(ABC):
     """A reward for one prompt. `bound(images)` gives `[B]` scores in fp32, differentiable in the images."""
 
     name: str
+    gradient_scale: float = 1.0
+    """By what a loss is multiplied before the backward pass, for the sake of numbers in half precision."""
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor: ...
@@ -101,13 +103,22 @@ def value_and_gradient(bound: BoundReward, images: Tensor) -> tuple[Tensor, Tens
         scores = torch.zeros(len(images), device=images.device)
         gradient = torch.zeros(images.shape, device=images.device)
         for weight, part in bound.parts():
-            leaf = images.detach().to(torch.float32, copy=True).requires_grad_()
-            score = part(leaf)
-            scale = getattr(part, "gradient_scale", 1.0)
-            (slope,) = torch.autograd.grad(scale * score.sum(), leaf)
-            scores += weight * score.detach()
-            gradient += (weight / scale) * slope
+            score, slope = _of_part(part, images)
+            scores += weight * score
+            gradient += weight * slope
         return scores, gradient.to(images.dtype)
+
+
+def _of_part(part: BoundReward, images: Tensor) -> tuple[Tensor, Tensor]:
+    scale = part.gradient_scale
+    while True:
+        leaf = images.detach().to(torch.float32, copy=True).requires_grad_()
+        score = part(leaf)
+        (slope,) = torch.autograd.grad(scale * score.sum(), leaf)
+        if scale <= 1.0 or bool(slope.isfinite().all()):
+            return score.detach(), slope / scale
+        # Too much for half precision.
+        scale /= 32
 
 
 def _first(module: nn.Module) -> Tensor:

@@ -1,6 +1,7 @@
 """Token ids as the rewards were trained on them, from vocabularies on disk: the one shipped here and the host's."""
 
 import html
+import unicodedata
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,12 +33,22 @@ def _clip_tokenizer():
     return CLIPTokenizer.from_pretrained(Path(text_encoder).with_name("sd1_tokenizer"))
 
 
+@cache
+def _plain_characters() -> dict[int, str]:
+    """Curly quotes, ligatures and full-width characters, and what `ftfy` makes of them."""
+    compatible = [0x3000, *range(0xFB00, 0xFB07), *range(0xFF01, 0xFFF0)]
+    table = {code: unicodedata.normalize("NFKC", chr(code)) for code in compatible}
+    table |= dict.fromkeys([0x02BC, *range(0x2018, 0x201C)], "'")
+    return table | dict.fromkeys(range(0x201C, 0x2020), '"')
+
+
 def _repair(text: str) -> str:
-    """Mends wrongly decoded text as OpenAI's tokeniser does, where `ftfy` is there; plain text stays as it is."""
+    """Text as OpenAI's tokeniser mends it, by the package `ftfy`. Without that package, which the host does not bring,
+    only wrongly decoded text ("cafÃ©") stays as it is."""
     try:
         import ftfy
     except ImportError:
-        return text
+        return unicodedata.normalize("NFC", text.translate(_plain_characters()))
     return ftfy.fix_text(text)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from maskunet_core.rewards.aesthetic import AestheticReward
-from maskunet_core.rewards.blip import ImageReward, ImageRewardModel
-from maskunet_core.rewards.clip import ClipReward, ImageTower, TextTower, to_openclip
-from maskunet_core.rewards.layers import fill
+from maskunet_core.rewards.blip import ImageReward
+from maskunet_core.rewards.clip import ClipReward, to_openclip
+from maskunet_core.rewards.layers import heads_of
 from maskunet_core.rewards.preprocess import fit, letterbox, normalise
 from maskunet_core.rewards.reward import BoundModel, CombinedReward, value_and_gradient
 from maskunet_core.rewards.tokens import bert_tokens, clip_tokens
@@ -21,6 +22,7 @@ from tests.reward_files import (
     HPS_HEADS,
     IMAGE_REWARD_HEADS,
     PUBLISHED,
+    WRONGLY_DECODED,
     aesthetic_head,
     clip_l_image_model,
     clip_model,
@@ -34,19 +36,17 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 def image_reward(dtype=torch.float32, checkpointing=False) -> ImageReward:
     tensors = image_reward_tensors()
-    model = fill(ImageRewardModel(tensors, IMAGE_REWARD_HEADS), tensors, dtype)
-    model.mlp.float()
-    model.checkpointing = checkpointing
-    return ImageReward("ImageReward", model)
+    return ImageReward.from_tensors(
+        "ImageReward", tensors, dtype, checkpointing=checkpointing, heads=IMAGE_REWARD_HEADS
+    )
 
 
 def hps(dtype=torch.float32, scale=1.0, checkpointing=False) -> ClipReward:
-    tensors = hps_tensors()
-    own = {name.removeprefix("visual."): value for name, value in tensors.items() if name.startswith("visual.")}
-    image = fill(ImageTower(tensors, quick=False, heads=HPS_HEADS[0]), own, dtype)
-    image.checkpointing = checkpointing
-    text = fill(TextTower(tensors, quick=False, heads=HPS_HEADS[1]), tensors, torch.float32)
-    return ClipReward("HPSv2", image, text, scale)
+    reward = ClipReward.from_tensors(
+        "HPSv2", hps_tensors(), dtype, scaled=False, checkpointing=checkpointing, heads=HPS_HEADS
+    )
+    reward.scale = scale
+    return reward
 
 
 FAMILIES = {"image_reward": image_reward, "hps": hps}
@@ -63,7 +63,7 @@ def golden(name):
 
 
 def relative(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
+    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def cosine(a, b):
@@ -83,13 +83,26 @@ def test_scores_and_gradients_equal_the_original_codes(name, make):
         assert relative(gradient[0], gradients[n]) < 1e-5
 
 
-def test_token_ids_equal_the_original_tokenisers():
+@pytest.mark.parametrize(("width", "heads"), [(1280, 16), (1024, 16), (768, 12)])
+def test_numbers_of_heads_are_those_of_the_published_models(width, heads):
+    """ViT-H; ViT-L and the text tower of ViT-H; BERT and the text tower of ViT-L."""
+    assert heads_of(width) == heads
+
+
+@pytest.mark.parametrize("with_ftfy", [False, True])
+def test_token_ids_equal_the_original_tokenisers(monkeypatch, with_ftfy):
+    """All of them where `ftfy` is there; without it, all but those of wrongly decoded text."""
+    if with_ftfy:
+        pytest.importorskip("ftfy")
+    else:
+        monkeypatch.setitem(sys.modules, "ftfy", None)
     expected = json.loads((PUBLISHED / "tokens_golden.json").read_text())
     for n, prompt in enumerate(expected["prompts"]):
         ids, mask = bert_tokens(prompt)
         assert ids.tolist() == expected["bert"][n], prompt
         assert mask.tolist() == expected["bm"][n], prompt
-        assert clip_tokens(prompt).tolist() == expected["clip"][n], prompt
+        same = clip_tokens(prompt).tolist() == expected["clip"][n]
+        assert same == (with_ftfy or prompt != WRONGLY_DECODED), prompt
 
 
 def test_a_prompt_that_is_too_long_keeps_its_end_token():
@@ -182,6 +195,17 @@ def test_in_fp16_small_gradients_survive_because_the_loss_is_scaled():
     (plain,) = torch.autograd.grad(bound(leaf).sum(), leaf)
     assert cosine(value_and_gradient(bound, images)[1], exact) > 0.999
     assert cosine(plain, exact) < 0.9
+
+
+def test_in_fp16_large_gradients_survive_because_the_scale_gives_way():
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 28, 28)
+    bound = hps(torch.float16, scale=1e4).bind("a red dog")
+    leaf = images.clone().requires_grad_()
+    (overflown,) = torch.autograd.grad(1024 * bound(leaf).sum(), leaf)
+    assert not overflown.isfinite().all()
+    _, exact = value_and_gradient(hps(scale=1e4).bind("a red dog"), images)
+    assert cosine(value_and_gradient(bound, images)[1], exact) > 0.999
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

@@ -71,7 +71,7 @@ def test_hps_is_a_cosine_and_pickscore_a_logit(tmp_path):
     torch.save(hps_tensors(), tmp_path / "a.pt")
     torch.save(clip_model().state_dict(), tmp_path / "b.pt")
     assert load(tmp_path / "a.pt").scale == 1.0
-    assert load(tmp_path / "b.pt").scale == pytest.approx(float(clip_model().logit_scale.exp()))
+    assert load(tmp_path / "b.pt").scale == pytest.approx(clip_model().logit_scale.exp().item())
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
@@ -220,7 +220,7 @@ def program(path):
         (image_tower_alone, "image tower of CLIP without its text tower"),
         (lacking, "lacks the tensor blip.visual_encoder.norm.bias: it is damaged"),
         (lacking_a_shape, "lacks the tensor visual.conv1.weight: it is damaged"),
-        (misshapen, r"holds the tensor ln_post.bias in the shape \(3,\), where \(80,\) fits"),
+        (misshapen, r"holds the tensor visual.ln_post.bias in the shape \(3,\), where \(80,\) fits"),
         (harmful, "holds a program or objects besides tensors, and is not opened"),
         (harmful_legacy, "holds a program or objects besides tensors, and is not opened"),
         (training_state, "state of a training run .* Put HPS_v2_compressed.pt or HPS_v2.1_compressed.pt"),

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from maskunet_core.rewards.files import load
 from maskunet_core.rewards.reward import value_and_gradient
 from maskunet_core.rewards.toy import ToyReward
-from tests.host.server import ExecutionError
+from tests.host.server import ExecutionError, ServerError
 from tests.reward_files import PUBLISHED, aesthetic_head, clip_l_image_model
 from trainer.host import PROJECT
 from trainer.toy.world import render, sample_scenes
@@ -219,6 +219,11 @@ def test_a_server_takes_files_from_models_reward(server):
     options = server.object_info()["MaskUNetRewardLoader"]["input"]["required"]["reward_name"]
     assert "hps.pt" in json.dumps(options)
     assert len(server.run(graph("hps.pt"))["save"]["images"]) == 2
+
+
+def test_a_server_says_where_a_missing_file_is_to_be_had(server):
+    with pytest.raises(ServerError, match=r"'none.pt' is not in models/reward.*HPS_v2.1_compressed.pt .*xswu/HPSv2"):
+        server.run(graph("none.pt"))
 
 
 def test_a_server_tells_what_is_wrong_with_a_file_or_a_prompt(server):

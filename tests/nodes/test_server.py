@@ -27,6 +27,9 @@ NODES = (
     "MaskUNetLoadMasks",
     "MaskUNetRandomMask",
     "MaskUNetToyModel",
+    "MaskUNetRewardLoader",
+    "MaskUNetRewardCombine",
+    "MaskUNetRewardScore",
 )
 
 
@@ -100,6 +103,9 @@ def test_contract_of_the_nodes(object_info):
             "end_percent",
         ],
         "MaskUNetToyModel": [],
+        "MaskUNetRewardLoader": ["reward_name", "dtype", "checkpointing"],
+        "MaskUNetRewardCombine": ["reward_a", "weight_a", "reward_b", "weight_b"],
+        "MaskUNetRewardScore": ["images", "prompt", "reward", "framing"],
     }
     outputs = {node: object_info[node]["output"] for node in NODES}
     assert outputs["MaskUNetLoader"] == ["MASKUNET"]
@@ -108,6 +114,8 @@ def test_contract_of_the_nodes(object_info):
     for node in ("MaskUNetApply", "MaskUNetApplyMasks", "MaskUNetRandomMask"):
         assert outputs[node] == ["MODEL"]
     assert outputs["MaskUNetToyModel"] == ["MODEL", "CLIP", "VAE"]
+    assert outputs["MaskUNetRewardLoader"] == outputs["MaskUNetRewardCombine"] == ["MASKUNET_REWARD"]
+    assert outputs["MaskUNetRewardScore"] == ["FLOAT", "IMAGE", "STRING"]
     defaults = {k: v[1].get("default") for k, v in object_info["MaskUNetApply"]["input"]["required"].items()}
     assert (defaults["strength"], defaults["start_percent"], defaults["end_percent"]) == (1.0, 0.0, 1.0)
     assert (defaults["stochastic"], defaults["seed"]) == (False, 0)

@@ -1,0 +1,1 @@
+"""`make parity`: our rewards beside the original packages, on fresh random weights in the published layouts."""
