@@ -97,6 +97,8 @@ def _interrupts() -> Iterator[list[int]]:
 class Run:
     """A training run in `config.output`: state in `state/`, log and grids beside the file that it makes."""
 
+    tensorboard = True
+
     def __init__(self, config: Config, base: BaseModel, data, accelerator):
         self.config, self.base, self.accelerator = config, base, accelerator
         self.folder = Path(config.output)
@@ -117,7 +119,7 @@ class Run:
         self.seconds = 0.0
         self.best: dict[str, float] | None = None
         self.memory = PeakMemory(self.device)
-        self.log = Log(self.folder, enabled=accelerator.is_main_process)
+        self.log = Log(self.folder, enabled=accelerator.is_main_process, board=self.tensorboard)
 
     # One step ---------------------------------------------------------------------------------------------------
 
