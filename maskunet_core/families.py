@@ -159,6 +159,12 @@ def _require_maskable(name: str, module: nn.Module) -> None:
         )
 
 
+def anchor_channels(diffusion_model: nn.Module, block: Block) -> tuple[int, int]:
+    """(out, in) channels of the first convolution of a block's anchor, which diffusers calls `conv1`."""
+    convolution = diffusion_model.get_submodule(block.anchor).in_layers[2]
+    return convolution.out_channels, convolution.in_channels
+
+
 def inspect_model(diffusion_model: nn.Module, targets: str, family: str) -> Structure:
     """The masked part of `diffusion_model` (ComfyUI's UNetModel) for a target set of TARGETS.
 

@@ -140,6 +140,11 @@ class LowRankGenerator(nn.Module):
             {key_of(layer.name): _LayerLogits(layer, self.settings) for layer in structure.layers.values()}
         )
 
+    def static_parameters(self) -> list[nn.Parameter]:
+        """The static bias: what carries logits across the threshold, and learns faster than the rest."""
+        endings = (".bias", ".row", ".column")
+        return [p for name, p in self.logits.named_parameters() if name.endswith(endings)]
+
     def hyper_parameters(self) -> dict[str, Any]:
         return asdict(self.settings)
 

@@ -1,4 +1,4 @@
-"""The authors' generator and adapters, for files that were trained with their code.
+"""The authors' generator and adapters: for files that were trained with their code, and to train beside ours.
 
 A generator per up-block maps GAP(cat[h, skip]) + W_t t_emb through two convolutions, each followed by a ReLU, to a
 small map S; an adapter per layer widens S to the weight's shape, first over the rows, then over the columns.
@@ -10,9 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import Block, Layer, Structure
+from .families import Block, Layer, Structure, anchor_channels
 from .generator import key_of
 from .gumbel import gumbel_noise
+
+MAP_SHARE, MAP_HIDDEN = 4, 64
+
+
+def authors_maps(structure: Structure, diffusion_model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """(rows, columns, hidden channels) of S per block, as the authors size it: a quarter of the anchor's channels."""
+    maps = {}
+    for block in structure.blocks:
+        rows, columns = anchor_channels(diffusion_model, block)
+        maps[block.name] = (rows // MAP_SHARE, columns // MAP_SHARE, MAP_HIDDEN)
+    return maps
 
 
 class _Map(nn.Module):
@@ -65,6 +76,24 @@ class ReferenceGenerator(nn.Module):
             self.generators[key_of(block.name)] = _Map(block, structure.embedding, rows, columns, hidden)
             for layer in block.layers:
                 self.adapters[key_of(layer.name)] = _Adapter(layer, rows, columns)
+
+    def start_training(self, start: float, freed: bool) -> None:
+        """Set the initial values that differ from torch's default.
+
+        As released, the last convolution of a map is zero: in front of its ReLU, where no gradient passes, it stays
+        zero for ever. `freed` leaves it at torch's default, and the map learns. start: added to the columns' bias:
+        logits begin about there, as those of `LowRankGenerator` do, and not about 0.
+        """
+        with torch.no_grad():
+            for adapter in self.adapters.values():
+                adapter.columns.bias.add_(start)
+            for small in () if freed else self.generators.values():
+                small.second.weight.zero_()
+                small.second.bias.zero_()
+
+    def static_parameters(self) -> list[nn.Parameter]:
+        """The adapters' biases."""
+        return [p for name, p in self.adapters.named_parameters() if name.endswith(".bias")]
 
     def hyper_parameters(self) -> dict[str, Any]:
         return {"maps": self.maps}

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from maskunet_core.checkpoint import ARCHITECTURES
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.families import TARGETS
-from maskunet_core.generator import BIASES, CODES, LowRankSettings
+from maskunet_core.generator import BIASES, CODES, LowRankGenerator, LowRankSettings
+from maskunet_core.reference import ReferenceGenerator
 
 from .data.records import scan
 from .optimisers import UnknownOptimiser, find_optimiser
@@ -65,10 +67,37 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Prior:
+    """DreamBooth's prior preservation (Ruiz et al., arXiv 2208.12242): what the base draws of a class, it shall go on
+    to draw.
+
+    prompt: of the class, "" for none of this. pictures: how many of them the frozen base draws, with `steps` steps and
+    `cfg`, in the sizes of the pictures trained on; folder: where they are kept, below a name of all that they depend
+    on. share: of each batch that is class pictures, at least one and not all. weight: of their mean loss, which is
+    added to that of the others.
+    """
+
+    prompt: str = ""
+    pictures: int = 200
+    folder: str = "output/prior"
+    weight: float = 1.0
+    share: float = 0.5
+    steps: int = 25
+    cfg: float = 7.5
+
+
+@dataclass(frozen=True)
 class Generator(LowRankSettings):
-    """The mask generator's hyper-parameters. noise: Gumbel noise while training."""
+    """The mask generator's hyper-parameters. noise: Gumbel noise while training.
+
+    architecture: `low_rank`, or `reference`: the authors' networks in their sizes, which have `start`, `noise` and
+    `freed` alone. freed: their last convolution starts at torch's default instead of at zero, where no
+    gradient passes it and the masks stay the same for every step and sample.
+    """
 
     noise: bool = False
+    architecture: str = LowRankGenerator.architecture
+    freed: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +112,8 @@ class Lora:
 class Optimiser:
     """name: a class of torch.optim, or `package.Class` of an installed package; options: its further arguments.
 
-    lr: of the low-rank part, of a LoRA or of full weights; lr_bias: of the static bias of mask logits. A logit moves
+    lr: of the low-rank part, of a LoRA or of full weights; lr_bias: of the static bias of mask logits, which in the
+    architecture `reference` are the biases of the adapters (all else there has `lr`). A logit moves
     by about the learning rate per step, so that `lr_bias * steps` must exceed `start` several times for weights to
     cross the threshold. eps is far below the usual 1e-8, which would hide the gradients of logits. clip: of the
     gradient's norm, 0 for none.
@@ -111,7 +141,7 @@ class Optimiser:
 
 @dataclass(frozen=True)
 class Loop:
-    """batch: pictures per step, over all processes and `accumulate` parts of a step.
+    """batch: pictures per step, over all processes and `accumulate` parts of a step, class pictures included.
 
     schedule: of the learning rates, after `warm_up` steps. min_snr: gamma of min-SNR weighting, 0 for none. ema: decay
     of the averaged weights, 0 for none. checkpointing: of the U-Net's blocks, less memory for more time. save_every:
@@ -160,6 +190,7 @@ class Config:
     seed: int = 0
     base: Base = field(default_factory=Base)
     data: Data = field(default_factory=Data)
+    prior: Prior = field(default_factory=Prior)
     generator: Generator = field(default_factory=Generator)
     lora: Lora = field(default_factory=Lora)
     optimiser: Optimiser = field(default_factory=Optimiser)
@@ -195,6 +226,11 @@ _RULES = {
     "data.broken_limit": _SHARE,
     "data.pictures": _AT_LEAST_1,
     "data.caption_noise": _SHARE,
+    "prior.pictures": _AT_LEAST_1,
+    "prior.weight": _NOT_NEGATIVE,
+    "prior.share": (lambda v: 0 < v < 1, "must lie between 0 and 1, both excluded"),
+    "prior.steps": _AT_LEAST_1,
+    "generator.architecture": _one_of(ARCHITECTURES),
     "generator.bias": _one_of(BIASES),
     "generator.codes": _one_of(CODES),
     "generator.rank": _NOT_NEGATIVE,
@@ -278,6 +314,22 @@ def _read(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -
         return cls()
 
 
+def _contradicting_architecture(config: Config) -> list[str]:
+    problems, generator = [], config.generator
+    reference = generator.architecture == ReferenceGenerator.architecture
+    if generator.freed and not reference:
+        problems.append(
+            f'generator.freed: only architecture = "{ReferenceGenerator.architecture}" has gradients to free; '
+            f"{generator.architecture} has them from the first step"
+        )
+    if config.method == "static_mask" and reference:
+        problems.append(
+            f"method: static_mask is a {LowRankGenerator.architecture} generator of rank 0; with "
+            f'generator.architecture = "{ReferenceGenerator.architecture}" the method is maskunet'
+        )
+    return problems
+
+
 def _contradictions(config: Config) -> list[str]:
     """What is wrong between keys, and what they name that does not exist."""
     problems = []
@@ -297,6 +349,9 @@ def _contradictions(config: Config) -> list[str]:
         find_optimiser(config.optimiser.name)
     except UnknownOptimiser as error:
         problems.append(str(error))
+    problems += _contradicting_architecture(config)
+    if config.prior.prompt and config.loop.batch < 2:
+        problems.append("prior.prompt: a batch holds class pictures and others, so loop.batch must be at least 2")
     if config.loop.batch % config.loop.accumulate:
         problems.append(f"loop.accumulate: must divide loop.batch ({config.loop.batch})")
     if config.validation.sample_every and not config.validation.prompts:
@@ -317,6 +372,14 @@ def warnings(config: Config) -> list[str]:
             f"{config.loop.steps} steps a logit moves by {reach:.2g} at most, but starts at "
             f"{config.generator.start:g}. Every weight will be kept. Raise optimiser.lr_bias."
         )
+    if config.method == "maskunet" and config.generator.architecture == ReferenceGenerator.architecture:
+        unread = [
+            f"generator.{f.name}"
+            for f in dataclasses.fields(LowRankSettings)
+            if f.name != "start" and getattr(config.generator, f.name) != f.default
+        ]
+        if unread:
+            found.append(f"{', '.join(unread)}: without effect on the architecture reference.")
     return found
 
 

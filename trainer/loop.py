@@ -11,26 +11,23 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from maskunet_core.errors import MaskUNetError
 
 from .base import BaseModel, load_for_training
+from .batches import Batch, Batches
 from .config import Config, to_toml_values
 from .cost import PeakMemory
-from .data.buckets import Order
 from .files import replacing
 from .logs import Log
 from .methods import build_method
 from .optimisers import build_optimiser
 from .schedules import learning_rate_factor
-from .seeds import seeded
 from .validate import Validator
 
 
@@ -44,37 +41,6 @@ class CannotResume(MaskUNetError):
 
 class DiskFull(MaskUNetError):
     """No room for a checkpoint; the last one is as it was."""
-
-
-@dataclass
-class Batch:
-    """One process's part of a step: what is drawn for it, on the base's device."""
-
-    clean: Tensor
-    conditions: dict[str, Tensor]
-    timesteps: Tensor
-    noise: Tensor
-
-
-def draw(data, rows: Tensor, config: Config, timesteps: int, step: int) -> Batch:
-    """The whole batch of a step."""
-    stream = seeded(20, config.seed, step)
-    count = len(rows)
-    drawn = torch.randint(timesteps, (count,), generator=stream)
-    dropped = torch.rand(count, generator=stream) < config.data.caption_dropout
-    flips = torch.rand(count, generator=stream) < 0.5 if config.data.flip else None
-    clean = data.latents(rows, flips)
-    return Batch(clean, data.conditions(rows, dropped), drawn, torch.randn(clean.shape, generator=stream))
-
-
-def part_of(batch: Batch, index: int, parts: int, device: torch.device) -> Batch:
-    """Part `index` of `parts` equal ones, moved to `device`."""
-    size = len(batch.clean) // parts
-    rows = slice(index * size, (index + 1) * size)
-    conditions = {key: value[rows].to(device) for key, value in batch.conditions.items()}
-    return Batch(
-        batch.clean[rows].to(device), conditions, batch.timesteps[rows].to(device), batch.noise[rows].to(device)
-    )
 
 
 @contextlib.contextmanager
@@ -95,18 +61,22 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 class Run:
-    """A training run in `config.output`: state in `state/`, log and grids beside the file that it makes."""
+    """A training run in `config.output`: state in `state/`, log and grids beside the file that it makes.
+
+    data, prior: what is trained on and held out, and pictures of its class or None; anything with the methods of
+    `CachedData`. accelerator: accelerate's. tensorboard: whether it is written for, where it is installed.
+    """
 
     tensorboard = True
 
-    def __init__(self, config: Config, base: BaseModel, data, accelerator):
+    def __init__(self, config: Config, base: BaseModel, data: Any, accelerator: Any, prior: Any = None):
         self.config, self.base, self.accelerator = config, base, accelerator
         self.folder = Path(config.output)
         self.device = load_for_training(base)
         held = min(config.validation.pictures, len(data) // 2)
         training, held_out = data.split(held, config.seed)
         self.data = training
-        self.order = Order(training.buckets, config.loop.batch, config.seed)
+        self.batches = Batches(training, config, base.timesteps, prior)
         self.method = build_method(base, config)
         self.module = self.method.module.to(self.device)
         optimiser = build_optimiser(self.method.groups(), config.optimiser.name, config.optimiser.arguments)
@@ -129,14 +99,14 @@ class Run:
         total = 0.0
         for turn in range(self.config.loop.accumulate):
             index = self.accelerator.process_index * self.config.loop.accumulate + turn
-            part = part_of(batch, index, parts, self.device)
+            part = batch.part(index, parts, self.device)
             torch.manual_seed(self.step * parts + index)
             with self.method.acting():
                 with self.accelerator.autocast():
                     losses = self.base.diffusion_loss(
                         part.clean, part.conditions, part.timesteps, part.noise, self.config.loop.min_snr
                     )
-                loss = losses.mean() / self.config.loop.accumulate
+                loss = (part.weights * losses).mean() / self.config.loop.accumulate
                 self.accelerator.backward(loss)
             total += loss.item()
         return total
@@ -152,9 +122,7 @@ class Run:
 
     def train_step(self) -> float:
         """One update of the parameters; returns the loss over all processes."""
-        rows = self.order.rows(self.step)
-        batch = draw(self.data, rows, self.config, self.base.timesteps, self.step)
-        loss = self._forward_backward(batch)
+        loss = self._forward_backward(self.batches.draw(self.step))
         if self.accelerator.num_processes > 1:
             loss = self.accelerator.reduce(torch.tensor(loss, device=self.device), reduction="mean").item()
         if not math.isfinite(loss):

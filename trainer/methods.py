@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maskunet_core import checkpoint
+from maskunet_core.families import Structure
 from maskunet_core.generator import LowRankGenerator, LowRankSettings, key_of
 from maskunet_core.patch import attach, installed, replaced_linears, structure_of
+from maskunet_core.reference import ReferenceGenerator, authors_maps
 from maskunet_core.sources import GeneratorMasks
 
 from .base import BaseModel, checkpointed_decoder
@@ -73,24 +75,31 @@ class _Method:
         """Collect statistics from now on, or stop; nothing to see in most methods."""
 
 
+def _new_generator(structure: Structure, unet: nn.Module, config: Config) -> LowRankGenerator | ReferenceGenerator:
+    settings = config.generator
+    if settings.architecture == ReferenceGenerator.architecture:
+        generator = ReferenceGenerator(structure, authors_maps(structure, unet))
+        generator.start_training(settings.start, settings.freed)
+        return generator
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(LowRankSettings)}
+    if config.method == "static_mask":
+        values["rank"] = 0
+    return LowRankGenerator(structure, LowRankSettings(**values))
+
+
 class MaskMethod(_Method):
     """`maskunet`, and `static_mask`, which is a generator of rank 0. Its file is what MaskUNet Loader reads."""
 
     def __init__(self, base: BaseModel, config: Config):
         super().__init__(base, config)
-        names = {f.name for f in dataclasses.fields(LowRankSettings)}
-        settings = {k: v for k, v in dataclasses.asdict(config.generator).items() if k in names}
-        if config.method == "static_mask":
-            settings["rank"] = 0
         torch.manual_seed(config.seed)
-        self.module = LowRankGenerator(self.structure, LowRankSettings(**settings))
+        self.module = _new_generator(self.structure, base.unet, config)
         self.statistics = MaskStatistics()
         self.source = GeneratorMasks(self.module, trainable=True, training_noise=config.generator.noise)
 
     def groups(self) -> list[dict[str, Any]]:
-        """The static bias learns faster than the low-rank part: it has to carry logits across the threshold."""
-        endings = (".bias", ".row", ".column")
-        static = [p for name, p in self.module.logits.named_parameters() if name.endswith(endings)]
+        """The static bias learns faster than the rest: it has to carry logits across the threshold."""
+        static = self.module.static_parameters()
         chosen = {id(p) for p in static}
         dynamic = [p for p in self.module.parameters() if id(p) not in chosen]
         settings = self.config.optimiser

@@ -2,6 +2,7 @@
 
 import hashlib
 import mmap
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,35 @@ from safetensors import safe_open
 from maskunet_core.toy.model import WEIGHTS
 
 from .config import TOY, Base, Config
-from .data.buckets import bucket_sizes
+from .data.buckets import Size, bucket_sizes, nearest_bucket
 from .data.cache import CachedData, prepare
-from .data.decoding import Record
+from .data.decoding import BadPicture, Record, picture_size, read_bytes
 from .data.records import scan
 from .data.store import sha256
 
 U_NET = "model.diffusion_model."
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
+
+
+def _toy_digest(base: Base, *parts: str) -> str:
+    folder = Path(base.weights) if base.weights else WEIGHTS
+    return sha256(b"".join((folder / f"{part}.safetensors").read_bytes() for part in parts))
+
+
+def _merged(base: Base) -> str:
+    """Names the LoRAs in the base."""
+    return "".join(f" {sha256(Path(file).read_bytes())}*{s}" for file, s in sorted(base.lora.items()))
+
+
+def base_digest(base: Base) -> str:
+    """Names everything that decides what the base draws: the files of its parts, and LoRAs."""
+    if base.checkpoint == TOY:
+        return _toy_digest(base, "autoencoder", "text_encoder", "unet")
+    return _file_digest(Path(base.checkpoint)) + _merged(base)
 
 
 def encoders_digest(base: Base) -> str:
@@ -26,13 +49,10 @@ def encoders_digest(base: Base) -> str:
     Loaded modules would not do: the host leaves parameters that a checkpoint lacks as the memory was.
     """
     if base.checkpoint == TOY:
-        folder = Path(base.weights) if base.weights else WEIGHTS
-        parts = ("autoencoder", "text_encoder")
-        return sha256(b"".join((folder / f"{part}.safetensors").read_bytes() for part in parts))
+        return _toy_digest(base, "autoencoder", "text_encoder")
     path = Path(base.checkpoint)
     if path.suffix != ".safetensors":
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return hashlib.sha256(content).hexdigest()
+        return _file_digest(path)
     digest = hashlib.sha256()
     with safe_open(path, framework="pt") as file:
         for name in sorted(name for name in file.keys() if not name.startswith(U_NET)):  # noqa: SIM118 - no mapping
@@ -47,28 +67,43 @@ def read_records(config: Config) -> list[Record]:
     return scan(config.data.path, config.data.caption_column).require()
 
 
-def picture_sizes(config: Config) -> list[tuple[int, int]]:
+def picture_sizes(config: Config) -> list[Size]:
     """(width, height) of the buckets."""
     settings = config.data
     step = 64 if settings.resolution >= 256 else 8
     return bucket_sizes(settings.resolution, step, limit=2.0 if settings.buckets else 1.0)
 
 
+def sizes_in_use(config: Config) -> Counter[Size]:
+    """How many of the pictures at `data.path` fall into which bucket; broken ones into none. Raises BadData."""
+    sizes, found = picture_sizes(config), Counter()
+    for record in read_records(config):
+        try:
+            found[nearest_bucket(*picture_size(record.name, read_bytes(record)), sizes)] += 1
+        except BadPicture:
+            continue
+    return found
+
+
 def cached_pictures(config: Config, base: Any) -> CachedData:
-    """The configured data as latents and text embeddings; what is not in the cache yet is encoded.
+    """The configured data as latents and text embeddings. base: a BaseModel. Raises BadData."""
+    return encoded(read_records(config), picture_sizes(config), config, base)
+
+
+def encoded(records: list[Record], sizes: list[Size], config: Config, base: Any) -> CachedData:
+    """Records as latents of buckets of these sizes, and text embeddings; what is not in the cache yet is encoded.
 
     base: a BaseModel. Raises BadData.
     """
     settings = config.data
     encoders = encoders_digest(config.base)
-    merged = "".join(f" {sha256(Path(file).read_bytes())}*{s}" for file, s in sorted(config.base.lora.items()))
     return prepare(
-        read_records(config),
-        sizes=picture_sizes(config),
+        records,
+        sizes=sizes,
         encode_picture=base.encode_picture,
         picture_key=encoders,
         encode_text=base.encode_text,
-        text_key=encoders + merged,
+        text_key=encoders + _merged(config.base),
         folder=Path(settings.cache),
         flip=settings.flip,
         broken_limit=settings.broken_limit,

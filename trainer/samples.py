@@ -1,6 +1,6 @@
 """Pictures of prompts with a method off and on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +25,50 @@ def _conditioning(base: BaseModel, prompt: str) -> list:
 
 
 @torch.no_grad()
+def drawn(
+    base: BaseModel,
+    patcher: Any,
+    wanted: Sequence[tuple[str, int]],
+    *,
+    size: tuple[int, int],
+    steps: int,
+    cfg: float,
+) -> Iterator[Tensor]:
+    """A picture `[height, width, 3]` in [0, 1] for each (prompt, seed), by the host's DDIM sampler, one after another.
+
+    size: (width, height).
+    """
+    import comfy.sample
+
+    width, height = size
+    # All texts first: text encoder and U-Net need not lie in memory together.
+    conditionings = {prompt: _conditioning(base, prompt) for prompt in {"", *(prompt for prompt, _ in wanted)}}
+    for prompt, seed in wanted:
+        latent = torch.zeros(1, base.model.latent_format.latent_channels, height // 8, width // 8)
+        noise = torch.randn(latent.shape, generator=seeded(41, seed))
+        both = conditionings[prompt], conditionings[""]
+        options = {"disable_pbar": True, "seed": seed}
+        found = comfy.sample.sample(patcher, noise, steps, cfg, "ddim", "normal", *both, latent, **options)
+        yield base.vae.decode(found)[0, ..., :3].clamp(0, 1).cpu()
+
+
 def draw_prompts(
     base: BaseModel, patcher: Any, prompts: Sequence[str], *, size: int, seed: int, steps: int, cfg: float
 ) -> Tensor:
     """Pictures `[N, size, size, 3]` in [0, 1] by the host's DDIM sampler; picture n has the seed `seed + n`."""
-    import comfy.sample
+    wanted = [(prompt, seed + number) for number, prompt in enumerate(prompts)]
+    return torch.stack(list(drawn(base, patcher, wanted, size=(size, size), steps=steps, cfg=cfg)))
 
-    pictures = []
-    for number, prompt in enumerate(prompts):
-        latent = torch.zeros(1, base.model.latent_format.latent_channels, size // 8, size // 8)
-        noise = torch.randn(latent.shape, generator=seeded(41, seed + number))
-        conditioning = _conditioning(base, prompt), _conditioning(base, "")
-        options = {"disable_pbar": True, "seed": seed + number}
-        found = comfy.sample.sample(patcher, noise, steps, cfg, "ddim", "normal", *conditioning, latent, **options)
-        pictures.append(base.vae.decode(found)[..., :3].clamp(0, 1).cpu())
-    return torch.cat(pictures)
+
+def to_image(picture: Tensor) -> Image.Image:
+    """Of a picture `[H, W, 3]` in [0, 1]."""
+    return Image.fromarray((picture * 255).round().byte().numpy())
 
 
 def side_by_side(left: Tensor, right: Tensor) -> Image.Image:
     """A row per prompt of two sets of pictures `[N, H, W, 3]`."""
     sheet = torch.cat([torch.cat([a, b], dim=1) for a, b in zip(left, right)])
-    return Image.fromarray((sheet * 255).round().byte().numpy())
+    return to_image(sheet)
 
 
 def sample(settings: Base, generator: Path, prompts: Sequence[str], output: Path, seed: int, steps: int) -> Path:

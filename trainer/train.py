@@ -55,6 +55,15 @@ def load_data(config: Config, base: bases.BaseModel) -> Any:
     return cached_pictures(config, base)
 
 
+def load_prior(config: Config, base: bases.BaseModel) -> Any:
+    """The pictures of `prior.prompt` as data, drawn where they are missing; None where no prior is configured."""
+    if not config.prior.prompt:
+        return None
+    from .prior import prior_data
+
+    return prior_data(config, base)
+
+
 def check(config: Config) -> list[str]:
     """What the configuration will do, a sentence each; nothing is trained, and no picture is encoded."""
     from .cost import MB, estimate
@@ -68,6 +77,11 @@ def check(config: Config) -> list[str]:
 
         pictures = len(read_records(config))
         size = max(picture_sizes(config), key=lambda pair: pair[0] * pair[1])
+    prior = []
+    if config.prior.prompt:
+        from .prior import plan
+
+        prior = [plan(config)]
     base = load(config, accelerator)
     cost = estimate(base, build_method(base, config), config, accelerator, size)
     whole = cost.seconds * config.loop.steps / 3600
@@ -75,6 +89,7 @@ def check(config: Config) -> list[str]:
         *told,
         f"Base: {base.name}. Data: {pictures:,} pictures, up to {size[0]}x{size[1]}. "
         f"Method: {config.method}, {cost.parameters:,} parameters.",
+        *prior,
         f"Estimated peak memory: {cost.peak / MB:,.0f} MB.",
         f"Estimated time: {cost.seconds:.2f} s a step, {whole:.1f} h for {config.loop.steps:,} steps.",
     ]
@@ -93,15 +108,16 @@ def start(config: Config, *, resume: bool = False) -> Path:
         accelerator.print(f"Warning: {sentence}")
     base = load(config, accelerator)
     with accelerator.main_process_first():
-        data = load_data(config, base)
-    run = Run(config, base, data, accelerator)
+        data, prior = load_data(config, base), load_prior(config, base)
+    run = Run(config, base, data, accelerator, prior)
     if resume:
         run.load_state()
     elif accelerator.is_main_process:
         with replacing(Path(config.output) / "config.json") as temporary:
             temporary.write_text(json.dumps(to_toml_values(config), indent=2), encoding="utf-8")
     trained = sum(p.numel() for p in run.module.parameters())
-    accelerator.print(f"{config.method}: {trained:,} parameters, {len(run.data):,} pictures, on {run.device}")
+    pictures = f"{len(run.data):,} pictures" + (f", {len(prior):,} of the class" if prior else "")
+    accelerator.print(f"{config.method}: {trained:,} parameters, {pictures}, on {run.device}")
     return run.run()
 
 

@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from maskunet_core.families import Structure
 from maskunet_core.patch import installed
-from maskunet_core.reference import ReferenceGenerator
 from maskunet_core.sources import GeneratorMasks
 from tests.bench.models import random_sd15
 from trainer.base import BaseModel, load_toy_base
@@ -20,8 +18,6 @@ from trainer.config import parse_config
 from trainer.cost import MB, PeakMemory
 from trainer.methods import build_method
 from trainer.optimisers import build_optimiser
-
-AUTHORS_HIDDEN = 64
 
 
 class _Kept:
@@ -34,15 +30,6 @@ class _Kept:
         self.begin = source.begin
 
 
-def authors_generator(structure: Structure, unet: torch.nn.Module) -> ReferenceGenerator:
-    """The released architecture in the released sizes; its last map does not start at zero, so that gradients flow."""
-    maps = {}
-    for block in structure.blocks:
-        convolution = unet.get_submodule(block.anchor).in_layers[2]
-        maps[block.name] = (convolution.out_channels // 4, convolution.in_channels // 4, AUTHORS_HIDDEN)
-    return ReferenceGenerator(structure, maps)
-
-
 @contextlib.contextmanager
 def _acting(base: BaseModel, source: Any) -> Iterator[None]:
     with installed(base.unet, [(source, 1.0)]):
@@ -51,16 +38,14 @@ def _acting(base: BaseModel, source: Any) -> Iterator[None]:
 
 LORA, KEPT, AUTHORS = "LoRA rank 8", "MaskUNet, masks kept", "authors' generator"
 METHODS = (LORA, "MaskUNet", KEPT, AUTHORS)
+SETTINGS = {LORA: {"method": "lora"}, AUTHORS: {"generator": {"architecture": "reference", "freed": True}}}
 
 
 def _build(name: str, base: BaseModel) -> tuple[torch.nn.Module, Any]:
     """(trained module, context manager around a call and its backward pass)."""
-    method = build_method(base, parse_config({"method": "lora" if name == LORA else "maskunet"}))
+    method = build_method(base, parse_config(SETTINGS.get(name, {})))
     if name == KEPT:
         return method.module, lambda: _acting(base, _Kept(method.source))
-    if name == AUTHORS:
-        authors = authors_generator(method.structure, base.unet)
-        return authors, lambda: _acting(base, GeneratorMasks(authors, trainable=True))
     return method.module, method.acting
 
 

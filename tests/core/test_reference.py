@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from maskunet_core import checkpoint
 from maskunet_core.families import inspect_model
+from maskunet_core.reference import ReferenceGenerator, authors_maps
 from maskunet_core.sources import Call, GeneratorMasks
 from tests.builders import sd15_unet
 from trainer.convert import BadReference, convert
@@ -46,17 +47,32 @@ def test_logits_equal_those_of_the_authors_code(converted, golden):
         torch.testing.assert_close(logits, golden[key].float(), rtol=1e-5, atol=1e-5)
 
 
-def test_converted_names_and_shapes_are_those_of_the_host(converted):
+def authors_unet():
     """The fixture's U-Net: two levels of 320 channels, one ResBlock each, attention in the outer level."""
-    unet = sd15_unet(
+    return sd15_unet(
         channel_mult=[1, 1],
         num_res_blocks=[1, 1],
         transformer_depth=[1, 0],
         transformer_depth_output=[1, 1, 0, 0],
         transformer_depth_middle=1,
     )
-    structure = inspect_model(unet, "decoder attention", "SD 1.5")
+
+
+def test_converted_names_and_shapes_are_those_of_the_host(converted):
+    structure = inspect_model(authors_unet(), "decoder attention", "SD 1.5")
     assert checkpoint.load(converted).structure.difference(structure) is None
+
+
+def test_maps_have_the_sizes_that_the_authors_files_have(converted, sd15_structure):
+    unet = authors_unet()
+    assert (
+        authors_maps(inspect_model(unet, "decoder attention", "SD 1.5"), unet)
+        == checkpoint.load(converted).generator.maps
+    )
+    with torch.device("meta"):
+        full_size = ReferenceGenerator(sd15_structure, authors_maps(sd15_structure, sd15_unet()))
+    # Measured on the authors' code: 40.9 M parameters in the adapters.
+    assert sum(p.numel() for p in full_size.adapters.parameters()) == pytest.approx(40.9e6, rel=2e-3)
 
 
 def masks_of(generator, golden, seed=None):

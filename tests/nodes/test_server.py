@@ -7,10 +7,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from maskunet_core import checkpoint
 from maskunet_core.families import inspect_model
+from maskunet_core.patch import structure_of
+from maskunet_core.reference import ReferenceGenerator, authors_maps
 from tests.builders import make_generator, sd15_unet
 from tests.damage import missing_tensor, newer_version, no_safetensors, not_finite, truncated
 from tests.host.graph import WORKFLOWS, load_workflow, titled, to_prompt
@@ -123,6 +126,16 @@ def test_an_untrained_generator_equals_the_stock_model_bit_for_bit(server, graph
     )
     off, on = both(server, graph)
     assert np.array_equal(off, on)
+
+
+def test_a_generator_of_the_authors_architecture_is_read_and_applied(server, graph, toy):
+    structure = structure_of(toy[0], "decoder attention")
+    torch.manual_seed(0)
+    generator = ReferenceGenerator(structure, authors_maps(structure, toy[0].model.diffusion_model))
+    generator.start_training(start=0.0, freed=True)
+    titled(graph, "Generator")["maskunet_name"] = put_generator(server, "authors.safetensors", generator)
+    off, on = both(server, graph)
+    assert not np.array_equal(off, on)
 
 
 def test_same_seed_gives_the_same_image_in_one_process_and_after_a_restart(graph):

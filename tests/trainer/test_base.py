@@ -1,6 +1,7 @@
 """Any checkpoint that the host loads is a base: a user's pictures to a generator file."""
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_a_users_pictures_become_a_generator(tiny, pictures, tmp_path):
     assert len(files) == 2 * 6 + 7
     start(config_of(tiny, pictures, tmp_path, seed=1))
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")} == files
+
+
+def test_class_pictures_come_in_the_sizes_of_a_users_pictures(tiny, pictures, tmp_path):
+    """Five of the subject's six pictures are upright, and so are five of the six class pictures."""
+    for n in (3, 5):
+        Image.new("RGB", (120, 160), (90, 40 * n, 10)).save(pictures / f"{n}.png")
+    prior = {"prompt": "a flat picture", "pictures": 6, "folder": str(tmp_path / "prior"), "steps": 1}
+    config = config_of(tiny, pictures, tmp_path, prior=prior, validation={"every": 0, "pictures": 0})
+    assert "Prior: 6 pictures of 'a flat picture', of which 6 are yet to be drawn" in "\n".join(check(config))
+    assert not (tmp_path / "prior").exists()
+    path = start(config)
+    sizes = Counter(Image.open(path).size for path in (tmp_path / "prior").rglob("*.png"))
+    assert sizes == {(144, 112): 1, (112, 144): 5}
+    assert checkpoint.load(path).training["config"]["prior"]["prompt"] == "a flat picture"
 
 
 def test_a_lora_is_merged_into_the_base(tiny, tmp_path):

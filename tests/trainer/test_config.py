@@ -11,7 +11,7 @@ def problems_of(values) -> list[str]:
 
 def test_every_preset_is_valid_but_for_the_files_that_a_user_brings():
     names = {path.stem for path in PRESETS.glob("*.toml")}
-    assert names == {"toy", "sd15", "paper"}
+    assert names == {"toy", "sd15", "paper", "dreambooth"}
     for name in names - {"toy"}:
         with pytest.raises(BadConfig) as caught:
             load_config(name)
@@ -37,22 +37,25 @@ def test_what_is_not_said_has_its_default():
 def test_all_problems_are_listed_at_once():
     wrong = {
         "sed": 1,
-        "method": "magic",
+        "method": "static_mask",
         "base": {"checkpoint": "nothing.safetensors", "lora": {"style.safetensors": 0.5}},
         "data": {"pictures": "many", "caption_noise": 2.0},
-        "generator": {"rank": -1},
+        "prior": {"prompt": "a dog", "pictures": 0, "share": 1.0, "weight": -1},
+        "generator": {"rank": -1, "architecture": "reference"},
         "targets": "everything",
         "lora": 5,
         "optimiser": {"name": "Nothing"},
-        "loop": {"batch": 6, "accumulate": 4},
+        "loop": {"batch": 1, "accumulate": 4},
         "validation": {"prompts": "a red circle", "sample_every": 5},
     }
     lines = problems_of(wrong)
     assert [line.split(":")[0] for line in lines] == [
         "sed",
-        "method",
         "data.pictures",
         "data.caption_noise",
+        "prior.pictures",
+        "prior.share",
+        "prior.weight",
         "generator.rank",
         "targets",
         "lora",
@@ -61,11 +64,31 @@ def test_all_problems_are_listed_at_once():
         "data.path",
         "base.lora",
         "optimiser.name",
+        "method",
+        "prior.prompt",
         "loop.accumulate",
         "validation.prompts",
     ]
-    assert lines[2] == "data.pictures: must be of type int, not str"
-    assert "must be one of decoder attention, decoder attention and feed-forward, all attention" in lines[5]
+    assert lines[1] == "data.pictures: must be of type int, not str"
+    assert lines[4] == "prior.share: is 1.0, but must lie between 0 and 1, both excluded"
+    assert "must be one of decoder attention, decoder attention and feed-forward, all attention" in lines[7]
+    assert lines[-3] == "prior.prompt: a batch holds class pictures and others, so loop.batch must be at least 2"
+
+
+def test_architecture_and_method_must_agree():
+    assert problems_of({"method": "magic", "generator": {"architecture": "mlp"}}) == [
+        "method: is 'magic', but must be one of maskunet, static_mask, lora, full",
+        "generator.architecture: is 'mlp', but must be one of low_rank, reference",
+    ]
+    assert problems_of({"generator": {"freed": True}}) == [
+        'generator.freed: only architecture = "reference" has gradients to free; low_rank has them from the first step'
+    ]
+    assert problems_of({"method": "static_mask", "generator": {"architecture": "reference"}}) == [
+        "method: static_mask is a low_rank generator of rank 0; with generator.architecture = "
+        '"reference" the method is maskunet'
+    ]
+    ignored = parse_config({"generator": {"architecture": "reference", "freed": True, "rank": 4, "use_time": False}})
+    assert warnings(ignored) == ["generator.rank, generator.use_time: without effect on the architecture reference."]
 
 
 def test_a_dynamic_mask_needs_an_input():
@@ -90,7 +113,9 @@ def test_a_configuration_survives_being_written_down():
 
 
 def test_a_file_that_is_missing_or_no_toml_gets_a_sentence(tmp_path):
-    with pytest.raises(BadConfig, match=r"does not exist. Name a TOML file or a preset \(paper, sd15, toy\)"):
+    with pytest.raises(
+        BadConfig, match=r"does not exist. Name a TOML file or a preset \(dreambooth, paper, sd15, toy\)"
+    ):
         load_config("nothing")
     path = tmp_path / "run.toml"
     path.write_text("steps = = 3")

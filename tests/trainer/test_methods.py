@@ -8,8 +8,9 @@ from maskunet_core.patch import attach
 from maskunet_core.sources import GeneratorMasks
 from trainer.base import load_toy_base
 from trainer.config import parse_config
+from trainer.loop import Run
 from trainer.methods import MaskStatistics, build_method
-from trainer.train import start
+from trainer.train import load_data, make_accelerator, start
 
 
 def config_of(method: str, tmp_path, **changes):
@@ -89,6 +90,87 @@ def test_a_generator_with_a_network_per_layer_is_saved_and_loaded(tmp_path):
     generator = checkpoint.load(path).generator
     assert len(generator.codes) == 32
     assert generator.settings.codes == "layer"
+
+
+def masks_seen(generator, base) -> dict[str, list[torch.Tensor]]:
+    """The masks [B, out, in] of a sampler's steps, by layer: two samples, each with both branches of CFG."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    source = GeneratorMasks(generator, observe=lambda layer, mask: seen.setdefault(layer, []).append(mask))
+    predict(base, attach(base.patcher, source, 1.0, 0.0, 1.0))
+    assert len(seen) == 32
+    assert all(len(masks) >= 2 for masks in seen.values())
+    return seen
+
+
+def outputs_of_maps(generator) -> torch.Tensor:
+    """S of all blocks for random conditions, flat."""
+    block_inputs = [(b, torch.randn(3, b.channels, 8, 8), torch.randn(3, 512)) for b in generator.structure.blocks]
+    with torch.no_grad():
+        found = [generator.condition(*inputs)[inputs[0].layers[0].name] for inputs in block_inputs]
+    return torch.cat([small.flatten() for small in found])
+
+
+def reference_run(tmp_path, freed: bool) -> Run:
+    generator = {"architecture": "reference", "freed": freed}
+    # The schedule warms up: the first step has no learning rate.
+    loop = {"steps": 31, "batch": 8, "precision": "fp32", "schedule": "constant", "warm_up": 0}
+    config = config_of("maskunet", tmp_path, generator=generator, loop=loop, optimiser={"lr": 1e-2, "lr_bias": 0.1})
+    base = load_toy_base()
+    return Run(config, base, load_data(config, base), make_accelerator(config))
+
+
+def test_the_authors_generator_as_released_never_learns(tmp_path):
+    run = reference_run(tmp_path, freed=False)
+    for _ in range(30):
+        run.train_step()
+    run._forward_backward(run.batches.draw(30))
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in run.module.generators.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in run.module.adapters.parameters())
+    outputs = outputs_of_maps(run.module)
+    assert torch.equal(outputs, torch.zeros_like(outputs))
+    seen = masks_seen(run.module, run.base)
+    assert all(torch.equal(mask, masks[0][:1].expand_as(mask)) for masks in seen.values() for mask in masks)
+    kept = sum(masks[0].sum().item() for masks in seen.values()) / sum(m[0].numel() for m in seen.values())
+    assert 0.1 < kept < 0.999
+
+
+def test_the_authors_generator_freed_learns_from_the_first_step(tmp_path):
+    run = reference_run(tmp_path, freed=True)
+    run._forward_backward(run.batches.draw(0))
+    for name, parameter in run.module.generators.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+    run.optimiser.zero_grad()
+    for _ in range(30):
+        run.train_step()
+    assert outputs_of_maps(run.module).max() > 0
+    seen = masks_seen(run.module, run.base)
+    assert any(not torch.equal(mask[:1], mask[1:2]) for masks in seen.values() for mask in masks)
+    assert any(not torch.equal(masks[0][:1], mask[:1]) for masks in seen.values() for mask in masks)
+
+
+@pytest.mark.parametrize("freed", [False, True])
+def test_the_authors_generator_begins_as_the_base_and_goes_through_a_file(freed, tmp_path):
+    generator = {"architecture": "reference", "freed": freed, "start": 2.0}
+    config = config_of("maskunet", tmp_path, generator=generator)
+    base = load_toy_base()
+    method = build_method(base, config)
+    assert all(bool(mask.all()) for masks in masks_seen(method.module, base).values() for mask in masks)
+    small = torch.zeros(1, *method.module.maps["up.0"][:2])
+    logits = method.module.layer_logits(next(iter(method.structure.layers)), small)
+    assert logits.mean().item() == pytest.approx(2.0, abs=0.05)
+    biases, others = method.groups()
+    assert (biases["lr"], others["lr"]) == (config.optimiser.lr_bias, config.optimiser.lr)
+    assert sum(p.numel() for p in biases["params"]) == sum(
+        n.out_features + n.in_features for n in method.structure.layers.values()
+    )
+
+    path = start(config)
+    loaded = checkpoint.load(path)
+    assert loaded.generator.architecture == "reference"
+    assert loaded.generator.maps == method.module.maps
+    trained = torch.load(path.with_name("state") / "last.pt", weights_only=True)["module"]
+    for name, value in loaded.generator.state_dict().items():
+        torch.testing.assert_close(value, trained[name], rtol=1e-3, atol=1e-6)
 
 
 def test_statistics_count_what_is_kept_and_what_differs():

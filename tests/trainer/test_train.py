@@ -20,7 +20,7 @@ from trainer import loop
 from trainer.base import load_toy_base
 from trainer.config import load_config, parse_config
 from trainer.host import PROJECT
-from trainer.loop import CannotResume, DiskFull, Diverged, Run, draw
+from trainer.loop import CannotResume, DiskFull, Diverged, Run
 from trainer.methods import build_method
 from trainer.train import load_data, make_accelerator, start
 
@@ -31,9 +31,10 @@ def base():
 
 
 def small(tmp_path: Path | None = None, **changes):
+    folder = tmp_path or Path("output")
     values = {
-        "output": str((tmp_path or Path("output")) / "run"),
-        "data": {"pictures": 64},
+        "output": str(folder / "run"),
+        "data": {"pictures": 64, "cache": str(folder / "cache")},
         "loop": {"steps": 4, "batch": 8, "save_every": 2},
         "validation": {"pictures": 8, "every": 2},
     }
@@ -77,7 +78,7 @@ def rows_of(path: Path) -> list[dict]:
 
 def test_every_parameter_has_a_gradient_at_the_first_step(base, tmp_path):
     run = make_run(small(tmp_path), base)
-    run._forward_backward(draw(run.data, run.order.rows(0), run.config, 1000, 0))
+    run._forward_backward(run.batches.draw(0))
     for name, parameter in run.module.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
@@ -115,7 +116,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(base, tmp_path, part
     for accumulate in (1, parts):
         config = small(tmp_path, loop={"accumulate": accumulate, "precision": "fp32"})
         run = make_run(config, base)
-        run._forward_backward(draw(run.data, run.order.rows(0), config, 1000, 0))
+        run._forward_backward(run.batches.draw(0))
         gradients.append(torch.cat([p.grad.flatten() for p in run.module.parameters()]))
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
 
@@ -125,7 +126,7 @@ def test_checkpointing_changes_no_gradient(base, tmp_path):
     for checkpointing in (False, True):
         config = small(tmp_path, loop={"checkpointing": checkpointing, "precision": "fp32"})
         run = make_run(config, base)
-        run._forward_backward(draw(run.data, run.order.rows(0), config, 1000, 0))
+        run._forward_backward(run.batches.draw(0))
         gradients.append(torch.cat([p.grad.flatten() for p in run.module.parameters()]))
     torch.testing.assert_close(*gradients)
 
@@ -254,6 +255,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_state(base, tmp_path, monk
 
 # Going on -------------------------------------------------------------------------------------------------------
 
+PLAIN, WITH_PRIOR = {}, {"prior": {"prompt": "a red circle", "pictures": 5, "steps": 2}}
 MANY = {"loop": {"steps": 40, "batch": 4, "save_every": 3, "ema": 0.9}, "data": {"pictures": 48}}
 
 
@@ -287,10 +289,16 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
-    whole = small(tmp_path / "whole", **MANY)
+def prior_in(folder: Path, changes: dict) -> dict:
+    """The changes, with class pictures of their own in `folder`."""
+    return {key: value | {"folder": str(folder / "prior")} for key, value in changes.items()}
+
+
+@pytest.mark.parametrize("changes", [PLAIN, WITH_PRIOR], ids=["plain", "prior"])
+def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, changes):
+    whole = small(tmp_path / "whole", **MANY, **prior_in(tmp_path / "whole", changes))
     spawn("train", write_config(whole, tmp_path / "whole.toml")).communicate()
-    killed = small(tmp_path / "killed", **MANY)
+    killed = small(tmp_path / "killed", **MANY, **prior_in(tmp_path / "killed", changes))
     command = ("train", write_config(killed, tmp_path / "killed.toml"))
     chance = random.Random(0)
     for at in (chance.randint(4, 12), chance.randint(14, 24), chance.randint(26, 38)):
@@ -331,9 +339,11 @@ def test_a_state_of_another_configuration_is_refused(base, tmp_path):
         make_run(small(tmp_path, seed=5), base).load_state()
 
 
-def test_two_processes_learn_what_one_does(tmp_path):
+@pytest.mark.parametrize("changes", [PLAIN, WITH_PRIOR], ids=["plain", "prior"])
+def test_two_processes_learn_what_one_does(tmp_path, changes):
     """The same global batch, shared by two processes: the same result but for float sums."""
-    changes = {"loop": {"steps": 6, "batch": 8, "precision": "fp32"}, "validation": {"every": 0}}
+    changes = prior_in(tmp_path, changes) | {"loop": {"steps": 6, "batch": 8, "precision": "fp32"}}
+    changes |= {"validation": {"every": 0}}
     one, two = small(tmp_path / "one", **changes), small(tmp_path / "two", **changes)
     assert trainer_command("train", write_config(one, tmp_path / "one.toml")).returncode == 0
     launch = [

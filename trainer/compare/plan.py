@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, parse_config
+from .worlds import CLASS
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,11 @@ def arm_values(arm: str, factor: float, steps: int) -> dict[str, Any]:
     if arm == "full":
         return {"method": "full", "optimiser": {"lr": 5e-4 * factor}}
     lr_bias = REACH / steps * factor
+    optimiser = {"lr": lr_bias / 30, "lr_bias": lr_bias}
     if arm.startswith("reference"):
         generator = {"architecture": "reference", "freed": arm == "reference_freed"}
-        return {"method": "maskunet", "generator": generator, "optimiser": {"lr": 1e-3 * factor}}
-    return {"method": arm, "optimiser": {"lr": lr_bias / 30, "lr_bias": lr_bias}}
+        return {"method": "maskunet", "generator": generator, "optimiser": optimiser}
+    return {"method": arm, "optimiser": optimiser}
 
 
 def configuration(
@@ -136,7 +138,7 @@ def configuration(
         "validation": {"pictures": 128, "every": max(1, task.steps // 5)},
     }
     if task.prior:
-        values["prior"] = {"share": 0.5, "weight": 1.0}
+        values["prior"] = {"prompt": CLASS, "share": 0.5, "weight": 1.0}
     return parse_config(values)
 
 

@@ -1,0 +1,105 @@
+"""What a step of training sees: a function of seed and step number alone, whoever computes which part of it."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskunet_core.errors import MaskUNetError
+
+from .config import Config
+from .data.buckets import Order
+from .seeds import seeded
+
+
+class UnfitPrior(MaskUNetError):
+    """Class pictures that cannot share batches with the pictures trained on."""
+
+
+@dataclass
+class Batch:
+    """Samples of a step, or a part of them.
+
+    clean, noise: [B, C, h, w]; conditions: each [B, ...]; timesteps: [B]. weights: [B], of the samples' losses, so that
+    the mean of the weighted losses over the whole batch is what is minimised.
+    """
+
+    clean: Tensor
+    conditions: dict[str, Tensor]
+    timesteps: Tensor
+    noise: Tensor
+    weights: Tensor
+
+    def part(self, index: int, parts: int, device: torch.device) -> "Batch":
+        """Part `index` of `parts` equal ones, moved to `device`."""
+        size = len(self.clean) // parts
+        rows = slice(index * size, (index + 1) * size)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: moved(item) for key, item in value.items()}
+            return value[rows].to(device)
+
+        return Batch(*(moved(getattr(self, field.name)) for field in fields(self)))
+
+
+class Batches:
+    """The batches of a run, on the CPU.
+
+    data: what is trained on. prior: pictures of the class (DreamBooth's prior preservation), with a bucket for each
+    shape of latents in `data`; None for none. Raises UnfitPrior.
+    """
+
+    def __init__(self, data: Any, config: Config, timesteps: int, prior: Any = None):
+        self.data, self.prior, self.config, self.timesteps = data, prior, config, timesteps
+        batch = config.loop.batch
+        self._of_class = 0
+        self._class_orders: dict[torch.Size, Order] = {}
+        if prior is not None:
+            if batch < 2:
+                raise UnfitPrior("A batch holds class pictures and others: raise loop.batch to 2 or more.")
+            self._of_class = min(max(1, round(config.prior.share * batch)), batch - 1)
+            self._class_orders = {
+                _shape(prior, rows): Order([rows], self._of_class, config.seed) for rows in prior.buckets
+            }
+            missing = {_shape(data, rows) for rows in data.buckets} - set(self._class_orders)
+            if missing:
+                raise UnfitPrior(
+                    f"The class pictures lack latents of the shape {tuple(min(missing))}, which is among those trained "
+                    "on: make them in the same sizes."
+                )
+        self._order = Order(data.buckets, batch - self._of_class, config.seed)
+
+    def draw(self, step: int) -> Batch:
+        """The whole batch of a step, counted from 0: class pictures come last."""
+        rows = self._order.rows(step)
+        count = len(rows) + self._of_class
+        stream = seeded(20, self.config.seed, step)
+        drawn = torch.randint(self.timesteps, (count,), generator=stream)
+        dropped = torch.rand(count, generator=stream) < self.config.data.caption_dropout
+        flips = torch.rand(count, generator=stream) < 0.5 if self.config.data.flip else None
+        clean, conditions = _read(self.data, rows, dropped[: len(rows)], flips)
+        if self.prior is not None:
+            of_class = self._class_orders[clean.shape[1:]].rows(step)
+            others = _read(self.prior, of_class, dropped[len(rows) :], flips if flips is None else flips[len(rows) :])
+            clean = torch.cat([clean, others[0]])
+            conditions = {key: torch.cat([value, others[1][key]]) for key, value in conditions.items()}
+        noise = torch.randn(clean.shape, generator=stream)
+        return Batch(clean, conditions, drawn, noise, self._weights(len(rows)))
+
+    def _weights(self, count: int) -> Tensor:
+        """The loss is the mean over `count` pictures, plus prior.weight times the mean over class pictures."""
+        whole = count + self._of_class
+        weights = torch.full((whole,), whole / count)
+        if self._of_class:
+            weights[count:] = self.config.prior.weight * whole / self._of_class
+        return weights
+
+
+def _shape(data: Any, rows: Tensor) -> torch.Size:
+    return data.latents(rows[:1]).shape[1:]
+
+
+def _read(data: Any, rows: Tensor, dropped: Tensor, flips: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    return data.latents(rows, None if flips is None else flips[: len(rows)]), data.conditions(rows, dropped)
