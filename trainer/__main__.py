@@ -125,9 +125,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command = commands.add_parser("compare", help="masks beside what else could be trained, at equal data and steps")
     command.add_argument("--output", type=Path, default=Path("output/compare"), help="folder for tables and figures")
     command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once, a thread each")
-    command.add_argument(
-        "--task", action="append", choices=("noise", "style", "subject"), help="only this (again: these)"
-    )
+    command.add_argument("--task", action="append", choices=("noise", "style", "subject"), help="only this one")
     command.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     command.set_defaults(run=compare)
 

@@ -12,7 +12,7 @@ from .plan import ARMS, Scale
 
 
 def write_figures(output: Path, rows: list[dict[str, Any]], scale: Scale) -> None:
-    """`figures/gain_and_forgetting.png`, and `masks_<task>.png` and `pca_<task>.png` where seed 0 of maskunet is done."""
+    """`figures/gain_and_forgetting.png`; `masks_<task>.png`, `pca_<task>.png` once seed 0 of maskunet is done."""
     try:
         import matplotlib
     except ImportError:

@@ -25,7 +25,7 @@ from ..seeds import seeded
 from ..toy.data import ToyData, latent_set
 from .data import OLD_NOISE, FixedSplit, Sets, load_sets, make_sets, save_sets
 from .measure import change, losses, mask_grid, mask_map, mask_scores, picture_scores
-from .plan import ABLATIONS, Job, Scale, configuration, make_plan, scale_from_values, trial_seed
+from .plan import ABLATIONS, TRIAL_SEED, Job, Scale, configuration, make_plan, scale_from_values
 
 NEW, OLD = "new", "old"
 
@@ -148,9 +148,8 @@ def trained(config: Config, base: BaseModel, sets: Sets, prior: bool) -> _Run:
 
 def trial(job: Job, scale: Scale, output: Path, folder: Path) -> dict[str, Any]:
     """The score of one setting on the validation sets, which no table uses: the lower, the better."""
-    config = configuration(
-        job.task, job.arm, scale.factors[job.number], trial_seed(), folder / "run", weights_of(output, job.world), {}
-    )
+    weights = weights_of(output, job.world)
+    config = configuration(job.task, job.arm, scale.factors[job.number], TRIAL_SEED, folder / "run", weights)
     base, sets, of_base = _loaded(job, output)
     result = {"factor": scale.factors[job.number], "optimiser": asdict(config.optimiser)}
     try:
@@ -185,7 +184,8 @@ def final(job: Job, scale: Scale, output: Path, folder: Path) -> dict[str, Any]:
     factor = chosen_factor(job, scale, output)
     changes = ABLATIONS[job.ablation] if job.ablation else {}
     weights = weights_of(output, job.world)
-    config = configuration(job.task, job.arm, factor, job.number, folder / "run", weights, changes)
+    validated = not job.ablation
+    config = configuration(job.task, job.arm, factor, job.number, folder / "run", weights, changes, validated)
     base, sets, of_base = _loaded(job, output)
     run = trained(config, base, sets, job.task.prior)
     result: dict[str, Any] = {"factor": factor, "config": to_toml_values(config)}

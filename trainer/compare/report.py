@@ -29,12 +29,13 @@ PICTURE_COLUMNS = (
     "stars",
 )
 MASK_COLUMNS = ("keep_ratio", "between_timesteps", "between_samples")
-LEGEND = """Changes are of the held-out loss against the base's, x 1e-4, on the same pictures, noises and timesteps: below zero is
-better. `new`: the domain that is tuned to, `old`: the base's own, where a change above zero is forgetting. ±: the standard
-error over seeds. `best`: at each run's best validation instead of its last step. `one`, `two`, `relation`: share of
-pictures of held-out prompts that a judge finds fully right. `frechet`: distance of the judge's features to real pictures.
-`diversity`: distance between two pictures of one prompt. `between_timesteps`, `between_samples`: share of masked weights
-whose bit is not the same over 8 timesteps of a picture, or over 8 pictures at a timestep. `s/step`: CPU seconds, one thread."""
+LEGEND = """Changes are of the held-out loss against the base's, x 1e-4, on the same pictures, noises, timesteps: below
+zero is better. `new`: the domain that is tuned to. `old`: the base's own, where above zero is forgetting. ±: the
+standard error over seeds. `best`: at each run's best validation instead of its last step. `one`, `two`, `relation`:
+share of pictures of held-out prompts that a judge finds fully right. `frechet`: distance of the judge's features to
+real pictures. `diversity`: distance between two pictures of one prompt. `keep_ratio`: share of masked weights that are
+kept. `between_timesteps`, `between_samples`: share of them whose bit is not the same over 8 timesteps of a picture, or
+over 8 pictures at a timestep. `s/step`: CPU seconds, one thread."""
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
