@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -77,6 +78,18 @@ def toy(arguments: argparse.Namespace) -> None:
     train_toy(recipe, arguments.output, protocol)
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    enter_host()
+    from .compare.plan import WORLDS, Scale
+    from .compare.runner import compare
+
+    scale = Scale.quick() if arguments.quick else Scale()
+    compare(arguments.output, scale, arguments.jobs, tuple(arguments.task or WORLDS))
+
+
 def _add_configuration(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", help="a TOML file, or the name of a preset (toy, sd15, dreambooth, paper)")
     command.add_argument(
@@ -108,6 +121,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--output", type=Path, default=Path("output/evaluate"), help="folder for the table")
     command.add_argument("--quick", action="store_true", help="few pictures, to see that it works")
     command.set_defaults(run=evaluate)
+
+    command = commands.add_parser("compare", help="masks beside what else could be trained, at equal data and steps")
+    command.add_argument("--output", type=Path, default=Path("output/compare"), help="folder for tables and figures")
+    command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once, a thread each")
+    command.add_argument("--task", action="append", choices=("noise", "style", "subject"), help="only this one")
+    command.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
+    command.set_defaults(run=compare)
 
     command = commands.add_parser("sample", help="draw prompts without and with a generator")
     command.add_argument("generator", type=Path, help="generator file")

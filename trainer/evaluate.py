@@ -1,7 +1,10 @@
 """Judges a generator on prompts, pictures and noises that no training saw."""
 
+import contextlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from maskunet_core import checkpoint
 from maskunet_core.patch import attach, installed, structure_of
 from maskunet_core.sources import GeneratorMasks
 from maskunet_core.toy.model import load_reader
+from maskunet_core.toy.readers import Reading
 
 from .base import BaseModel, load_toy_base, sample_pictures
 from .seeds import seeded
@@ -49,15 +53,23 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def held_out_losses(base: BaseModel, data: LatentSet, seed: int, source: GeneratorMasks | None) -> Tensor:
-    """`[N]` losses of Eq. 2, each sample with a fixed noise and a timestep of its own stratum."""
+def held_out_losses(
+    base: BaseModel,
+    data: LatentSet,
+    seed: int,
+    acting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Tensor:
+    """`[N]` losses of Eq. 2, each sample with a fixed noise and a timestep of its own stratum.
+
+    acting: gives a context in which a method acts on the U-Net, for one call of it.
+    """
     stream = seeded(30, seed)
     timesteps = stratified_timesteps(len(data), base.timesteps, stream)
     noise = torch.randn(data.latents.shape, generator=stream)
     losses = []
     for rows in tqdm(torch.arange(len(data)).split(64), desc="held-out loss", mininterval=1):
         conditions = {"cross_attn": base.encode_tokens(data.tokens[rows])}
-        with installed(base.unet, [(source, 1.0)] if source else []):
+        with acting():
             losses.append(base.diffusion_loss(data.latents[rows], conditions, timesteps[rows], noise[rows]))
     return torch.cat(losses)
 
@@ -74,15 +86,17 @@ def held_out_prompts(protocol: Protocol) -> tuple[list[Caption], Tensor]:
     return prompts, render(scenes[torch.tensor(rows)], stream)
 
 
+def accuracy_by_kind(reading: Reading, prompts: list[Caption]) -> dict[str, tuple[float, float]]:
+    """Share of pictures that are fully right, with its standard error, by the kind of their prompts."""
+    right = fully_right(reading, prompts).float()
+    return {kind: mean_and_error(right[torch.tensor([prompt.kind == kind for prompt in prompts])]) for kind in KINDS}
+
+
 def judge_pictures(pictures: Tensor, prompts: list[Caption], real: Tensor, judge) -> dict[str, Any]:
     """Accuracy by kind with its standard error, and the Frechet distance to the real pictures."""
     reading = read(judge, pictures)
-    right = fully_right(reading, prompts).float()
-    scores = {}
-    for kind in KINDS:
-        values = right[torch.tensor([prompt.kind == kind for prompt in prompts])]
-        mean, error = mean_and_error(values)
-        scores[kind] = f"{mean:.3f} ± {error:.3f}"
+    accuracy = accuracy_by_kind(reading, prompts)
+    scores: dict[str, Any] = {kind: f"{mean:.3f} ± {error:.3f}" for kind, (mean, error) in accuracy.items()}
     scores["frechet"] = round(frechet_distance(reading.features, read(judge, real).features), 3)
     return scores
 
@@ -106,7 +120,8 @@ def evaluate(generator_file: Path | None, protocol: Protocol, output: Path, weig
 
     rows, base_losses = [], None
     for name, patcher, source in models:
-        losses = held_out_losses(base, data, protocol.seed, source)
+        sources = [(source, 1.0)] if source else []
+        losses = held_out_losses(base, data, protocol.seed, partial(installed, base.unet, sources))
         base_losses = losses if base_losses is None else base_losses
         mean, error = mean_and_error(losses - base_losses)
         with tqdm(total=len(texts), desc=name, mininterval=1) as bar:

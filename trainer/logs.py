@@ -17,14 +17,17 @@ COLUMNS = {
 
 
 class Log:
-    """Writes into `folder`; does nothing where it is not `enabled` (all processes but the first)."""
+    """Writes into `folder`; does nothing where it is not `enabled` (all processes but the first).
 
-    def __init__(self, folder: Path, enabled: bool = True):
+    board: for TensorBoard too, where it is installed.
+    """
+
+    def __init__(self, folder: Path, enabled: bool = True, board: bool = True):
         self.folder, self.enabled = folder, enabled
         self.postfix: dict[str, str] = {}
         self._recent: list[float] = []
         self._base_pictures: torch.Tensor | None = None
-        self._board = _tensorboard(folder) if enabled else None
+        self._board = _tensorboard(folder) if enabled and board else None
 
     def truncate(self, step: int) -> None:
         """Drop what lies after `step`: a resumed run writes it again."""

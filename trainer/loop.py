@@ -64,8 +64,10 @@ class Run:
     """A training run in `config.output`: state in `state/`, log and grids beside the file that it makes.
 
     data, prior: what is trained on and held out, and pictures of its class or None; anything with the methods of
-    `CachedData`. accelerator: accelerate's.
+    `CachedData`. accelerator: accelerate's. tensorboard: whether it is written for, where it is installed.
     """
+
+    tensorboard = True
 
     def __init__(self, config: Config, base: BaseModel, data: Any, accelerator: Any, prior: Any = None):
         self.config, self.base, self.accelerator = config, base, accelerator
@@ -87,7 +89,7 @@ class Run:
         self.seconds = 0.0
         self.best: dict[str, float] | None = None
         self.memory = PeakMemory(self.device)
-        self.log = Log(self.folder, enabled=accelerator.is_main_process)
+        self.log = Log(self.folder, enabled=accelerator.is_main_process, board=self.tensorboard)
 
     # One step ---------------------------------------------------------------------------------------------------
 

@@ -15,11 +15,11 @@ from .world import Caption, render, sample_captioned
 
 @dataclass
 class LatentSet:
-    """latents: [N, 4, 8, 8]; tokens: [N, 16]; captions: N, as they were told (some of them wrong on purpose)."""
+    """latents: [N, 4, 8, 8]; tokens: [N, 16]; captions: N, as they were told (some wrong on purpose)."""
 
     latents: Tensor
     tokens: Tensor
-    captions: list[Caption]
+    captions: list[Caption] | list[str]
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -28,7 +28,7 @@ from ..evaluate import Protocol, evaluate
 from ..files import replacing
 from ..schedules import learning_rate_factor
 from ..seeds import seeded
-from .data import latent_set
+from .data import LatentSet, latent_set
 from .world import Scenes, render, sample_scenes
 
 
@@ -261,18 +261,10 @@ def trainable_text_model() -> nn.Module:
     return model
 
 
-def train_unet(recipe: Recipe, output: Path) -> None:
+def denoising_loss(unet: nn.Module, text: nn.Module, data: LatentSet, recipe: Recipe) -> Callable[[int], Tensor]:
+    """The loss of a step, from its number, for U-Net and text encoder (a frozen one gets no gradient)."""
     import comfy.model_sampling
-    import comfy.ops
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    torch.manual_seed(recipe.seed)
-    unet = UNetModel(**UNET_CONFIG, device="cpu", operations=comfy.ops.manual_cast)
-    text = trainable_text_model()
-    for module in (unet, text):
-        initialise(module)
-    autoencoder = load_autoencoder(output)
-    data = latent_set(recipe.pictures, seeded(6, recipe.seed), autoencoder, recipe.caption_noise)
     sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
     alphas = (1 / (1 + sigmas**2)).float()
     empty = torch.tensor(vocabulary.encode_padded(""))
@@ -292,10 +284,24 @@ def train_unet(recipe: Recipe, output: Path) -> None:
             predicted = unet(noisy, timesteps.float(), context=context, transformer_options={})
         return F.mse_loss(predicted.float(), noise)
 
+    return step_loss
+
+
+def train_unet(recipe: Recipe, output: Path) -> None:
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    torch.manual_seed(recipe.seed)
+    unet = UNetModel(**UNET_CONFIG, device="cpu", operations=comfy.ops.manual_cast)
+    text = trainable_text_model()
+    for module in (unet, text):
+        initialise(module)
+    autoencoder = load_autoencoder(output)
+    data = latent_set(recipe.pictures, seeded(6, recipe.seed), autoencoder, recipe.caption_noise)
     log = fit(
         "u-net",
         nn.ModuleDict({"unet": unet, "text": text}),
-        step_loss,
+        denoising_loss(unet, text, data, recipe),
         recipe.unet_steps,
         recipe.unet_lr,
         output / "state" / "unet.pt",

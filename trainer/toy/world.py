@@ -126,15 +126,21 @@ _DISTANCES = (_circle, _square, _triangle, _star, _ring, _cross)
 """Signed distance to the outline (pixels, negative inside), in the order of SHAPES."""
 
 
-def render(scenes: Scenes, generator: torch.Generator) -> Tensor:
-    """Pictures `[N, 3, 64, 64]` in [0, 1]: tinted grey background with a slight ramp, flat shapes."""
-    count = len(scenes)
+def ordinary_background(count: int, generator: torch.Generator) -> Tensor:
+    """`[N, 3, 64, 64]`: tinted grey with a slight ramp."""
     axis = torch.arange(PIXELS) + 0.5
     grey = 0.42 + 0.22 * torch.rand(count, 1, generator=generator)
     tint = 0.06 * (torch.rand(count, 3, generator=generator) - 0.5)
     shade = 0.08 * (torch.rand(count, 2, generator=generator) - 0.5)
     ramp = shade[:, 0, None, None] * (axis / PIXELS - 0.5) + shade[:, 1, None, None] * (axis / PIXELS - 0.5)[:, None]
-    pictures = (grey + tint)[:, :, None, None] + ramp[:, None]
+    return (grey + tint)[:, :, None, None] + ramp[:, None]
+
+
+def render(scenes: Scenes, generator: torch.Generator, background: Tensor | None = None) -> Tensor:
+    """Pictures `[N, 3, 64, 64]` in [0, 1]: flat shapes before a background (None: the ordinary one)."""
+    count = len(scenes)
+    axis = torch.arange(PIXELS) + 0.5
+    pictures = ordinary_background(count, generator) if background is None else background
     palette = torch.tensor(list(COLOURS.values()))
     for k in range(2):
         cos, sin = scenes.angle[:, k].cos()[:, None, None], scenes.angle[:, k].sin()[:, None, None]

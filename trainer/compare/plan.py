@@ -1,0 +1,217 @@
+"""What is compared: tasks, arms, trials, and the jobs that they come to, in the order in which they are done.
+
+Core-seconds of the whole plan, from 0.2 s (LoRA, full, static), 0.45 s (MaskUNet) and 0.6 s (the authors' networks) for
+a step of 32, 140 losses and 4.5 pictures a second, and 10 s to start a job:
+
+    base and data                                   900
+    noise     18 trials x 113, 18 finals x 214    5,900     ablations  33 x 158   5,200
+    style     18 trials x  68, 18 finals x 169    4,300
+    subject   36 trials x  36, 36 finals x 137    6,200     together             22,500
+
+A final measures 4,096 losses for its last state, as many for its best one where that is another, and 192 pictures.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, parse_config
+from .worlds import CLASS
+
+
+@dataclass(frozen=True)
+class Task:
+    """world: what is tuned to, and from which base; two tasks may share one. steps, batch: of every arm alike.
+
+    weighs_forgetting: settings are chosen by gain plus forgetting, not by gain alone. prior: the base's own pictures
+    of the class make half of every batch.
+    """
+
+    name: str
+    world: str
+    steps: int
+    batch: int
+    weighs_forgetting: bool = True
+    prior: bool = False
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything. factors: of the central learning rates, a tuning trial each.
+
+    pairs: (picture, noise, timestep) of a test loss; prompts: distinct ones of each kind, drawn twice.
+    """
+
+    seeds: int = 3
+    factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
+    base_steps: int = 800
+    base_pictures: int = 20_000
+    noise_steps: int = 250
+    style_steps: int = 250
+    subject_steps: int = 150
+    noise_pictures: int = 6000
+    style_pictures: int = 300
+    subject_pictures: int = 12
+    prior_pictures: int = 100
+    validation_pairs: int = 512
+    pairs: int = 2048
+    prompts: int = 32
+    real_pictures: int = 1000
+    sampling_steps: int = 15
+    cfg: float = 5.0
+
+    @classmethod
+    def quick(cls) -> "Scale":
+        """A few steps of everything: shows that the path works, not which arm is better."""
+        return cls(
+            seeds=1,
+            factors=(1.0, 3.0),
+            base_steps=10,
+            base_pictures=256,
+            noise_steps=3,
+            style_steps=3,
+            subject_steps=3,
+            noise_pictures=64,
+            style_pictures=48,
+            prior_pictures=8,
+            validation_pairs=16,
+            pairs=64,
+            prompts=2,
+            real_pictures=64,
+            sampling_steps=3,
+        )
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return (
+            Task("noise", "noise", self.noise_steps, 32, weighs_forgetting=False),
+            Task("style", "style", self.style_steps, 16),
+            Task("subject", "subject", self.subject_steps, 8),
+            Task("subject, prior", "subject", self.subject_steps, 8, prior=True),
+        )
+
+
+WORLDS = ("noise", "style", "subject")
+ARMS = ("static_mask", "maskunet", "reference_released", "reference_freed", "lora", "full")
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "no t_emb": {"generator": {"use_time": False}},
+    "no sample": {"generator": {"use_sample": False}},
+    "codes per layer": {"generator": {"codes": "layer"}},
+    "Gumbel noise": {"generator": {"noise": True}},
+    "with feed-forward": {"targets": "decoder attention and feed-forward"},
+    "rank 2": {"generator": {"rank": 2}},
+    "rank 32": {"generator": {"rank": 32}},
+    "tau 0.2": {"generator": {"tau": 0.2}},
+    "tau 5": {"generator": {"tau": 5.0}},
+    "start 0.3": {"generator": {"start": 0.3}},
+    "bias per row and column": {"generator": {"bias": "row_column"}},
+}
+"""Changes of `maskunet`, on the noise task, at the learning rates that were chosen for it."""
+
+TRIAL_SEED = 1000
+"""Of all trials: no run of the tables has it."""
+
+REACH = 12.0
+"""Centre of the masks' learning rates: lr_bias * steps, in units of the logits' start."""
+
+
+def arm_values(arm: str, factor: float, steps: int) -> dict[str, Any]:
+    """Method and learning rates of an arm, as tables of a configuration; `factor` scales the central rates."""
+    if arm == "lora":
+        return {"method": "lora", "lora": {"rank": 8, "alpha": 8.0}, "optimiser": {"lr": 2e-3 * factor}}
+    if arm == "full":
+        return {"method": "full", "optimiser": {"lr": 5e-4 * factor}}
+    lr_bias = REACH / steps * factor
+    optimiser = {"lr": lr_bias / 30, "lr_bias": lr_bias}
+    if arm.startswith("reference"):
+        generator = {"architecture": "reference", "freed": arm == "reference_freed"}
+        return {"method": "maskunet", "generator": generator, "optimiser": optimiser}
+    return {"method": arm, "optimiser": optimiser}
+
+
+def configuration(
+    task: Task,
+    arm: str,
+    factor: float,
+    seed: int,
+    output: Path,
+    weights: Path | None = None,
+    changes: dict[str, Any] | None = None,
+    validated: bool = False,
+) -> Config:
+    """The configuration of one run. weights: folder of the base, None for the shipped one; changes: of an ablation.
+
+    validated: five times on the way, so that the best state is known.
+    """
+    values = arm_values(arm, factor, task.steps)
+    for key, value in (changes or {}).items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    values |= {
+        "output": str(output),
+        "seed": seed,
+        "base": {"weights": str(weights) if weights else ""},
+        "loop": {"steps": task.steps, "batch": task.batch, "save_every": 100},
+        "validation": {"pictures": 64, "every": max(1, task.steps // 5) if validated else 0},
+    }
+    if task.prior:
+        values["prior"] = {"prompt": CLASS, "share": 0.5, "weight": 1.0}
+    return parse_config(values)
+
+
+@dataclass(frozen=True)
+class Job:
+    """name: also its folder. kind: `base`, `data`, `trial` or `final`. needs: names of jobs that come before.
+
+    number: of the trial, or the seed. ablation: of ABLATIONS, "" for none.
+    """
+
+    name: str
+    kind: str
+    world: str
+    needs: tuple[str, ...] = ()
+    task: Task | None = None
+    arm: str = ""
+    number: int = 0
+    ablation: str = ""
+
+
+def _trials(task: Task, arm: str, scale: Scale) -> list[Job]:
+    needs = (f"{task.world}/data",)
+    return [
+        Job(f"{task.name}/{arm}/trial-{n}", "trial", task.world, needs, task, arm, n) for n in range(len(scale.factors))
+    ]
+
+
+def _final(task: Task, arm: str, seed: int, scale: Scale, ablation: str = "") -> Job:
+    needs = (f"{task.world}/data", *(trial.name for trial in _trials(task, arm, scale)))
+    name = f"{task.name}/{ablation or arm}/seed-{seed}"
+    return Job(name, "final", task.world, needs, task, arm, seed, ablation)
+
+
+def make_plan(scale: Scale, worlds: tuple[str, ...] = WORLDS) -> list[Job]:
+    """All jobs. Stopped at any time, what is done makes the fullest table that this time allows."""
+    jobs = []
+    tasks = [task for task in scale.tasks if task.world in worlds]
+    for task in tasks:
+        if task.world == "noise":
+            jobs.append(Job("noise/base", "base", "noise"))
+        if not task.prior:
+            needs = ("noise/base",) if task.world == "noise" else ()
+            jobs.append(Job(f"{task.world}/data", "data", task.world, needs))
+        for arm in ARMS:
+            jobs += _trials(task, arm, scale)
+        jobs += [_final(task, arm, 0, scale) for arm in ARMS]
+    for seed in range(1, scale.seeds):
+        jobs += [_final(task, arm, seed, scale) for task in tasks for arm in ARMS]
+    for task in tasks:
+        if task.name == "noise":
+            jobs += [_final(task, "maskunet", seed, scale, name) for seed in range(scale.seeds) for name in ABLATIONS]
+    return jobs
+
+
+def scale_to_values(scale: Scale) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(scale).items()}
+
+
+def scale_from_values(values: dict[str, Any]) -> Scale:
+    return Scale(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
