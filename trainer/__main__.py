@@ -12,7 +12,7 @@ from .host import enter_host
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from .config import load_config
+    from .config_file import load_config
 
     config = load_config(arguments.config, arguments.set)
     enter_host()
@@ -29,7 +29,7 @@ def resume(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    from .config import load_config
+    from .config_file import load_config
 
     config = load_config(arguments.config, arguments.set)
     enter_host()

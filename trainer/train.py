@@ -9,7 +9,8 @@ import torch
 from maskunet_core.errors import MaskUNetError
 
 from . import base as bases
-from .config import Config, parse_config, to_toml_values, warnings
+from .config import Config, to_toml_values
+from .config_file import parse_config, warnings
 from .files import replacing
 from .loop import CannotResume, Run
 from .seeds import seeded

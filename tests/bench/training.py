@@ -15,7 +15,7 @@ from maskunet_core.patch import installed
 from maskunet_core.sources import Call, LearningGenerator
 from tests.bench.models import random_sd15
 from trainer.base import BaseModel, load_toy_base
-from trainer.config import parse_config
+from trainer.config_file import parse_config
 from trainer.cost import MB, PeakMemory
 from trainer.methods import build_method
 from trainer.optimisers import build_optimiser

@@ -12,7 +12,8 @@ from maskunet_core import checkpoint
 from maskunet_core.patch import structure_of
 from tests.builders import write_tiny_checkpoint
 from trainer.base import BadBase, load_base, load_for_training, load_toy_base
-from trainer.config import Base, parse_config
+from trainer.config import Base
+from trainer.config_file import parse_config
 from trainer.cost import PeakMemory
 from trainer.pictures import encoders_digest
 from trainer.train import check, start

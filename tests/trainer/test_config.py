@@ -1,6 +1,7 @@
 import pytest
 
-from trainer.config import PRESETS, BadConfig, load_config, parse_config, to_toml_values, warnings
+from trainer.config import to_toml_values
+from trainer.config_file import PRESETS, BadConfig, load_config, parse_config, warnings
 
 
 def problems_of(values) -> list[str]:

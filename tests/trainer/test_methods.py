@@ -7,7 +7,7 @@ from maskunet_core import checkpoint
 from maskunet_core.patch import attach
 from maskunet_core.sources import GeneratorMasks
 from trainer.base import load_toy_base
-from trainer.config import parse_config
+from trainer.config_file import parse_config
 from trainer.loop import Run
 from trainer.methods import MaskStatistics, build_method
 from trainer.train import load_data, make_accelerator, start

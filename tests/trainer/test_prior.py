@@ -9,7 +9,8 @@ from PIL import Image
 
 from trainer.base import load_toy_base
 from trainer.batches import Batches, UnfitPrior
-from trainer.config import Config, parse_config
+from trainer.config import Config
+from trainer.config_file import parse_config
 from trainer.loop import Run
 from trainer.prior import class_pictures, plan, prior_data
 from trainer.samples import draw_prompts

@@ -18,7 +18,7 @@ from maskunet_core import checkpoint
 from tests.builders import trainer_command
 from trainer import loop
 from trainer.base import load_toy_base
-from trainer.config import load_config, parse_config
+from trainer.config_file import load_config, parse_config
 from trainer.host import PROJECT
 from trainer.loop import CannotResume, DiskFull, Diverged, Run
 from trainer.methods import build_method

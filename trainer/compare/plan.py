@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, parse_config
+from ..config import Config
+from ..config_file import parse_config
 from .worlds import CLASS
 
 
