@@ -84,10 +84,18 @@ def compare(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     enter_host()
     from .compare.plan import WORLDS, Scale
-    from .compare.runner import compare
+    from .compare.run import compare
 
     scale = Scale.quick() if arguments.quick else Scale()
     compare(arguments.output, scale, arguments.jobs, tuple(arguments.task or WORLDS))
+
+
+def reward_compare(arguments: argparse.Namespace) -> None:
+    enter_host()
+    from .reward_compare.plan import Scale
+    from .reward_compare.run import reward_compare
+
+    reward_compare(arguments.output, Scale.quick() if arguments.quick else Scale(), arguments.jobs)
 
 
 def _add_configuration(command: argparse.ArgumentParser) -> None:
@@ -128,6 +136,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--task", action="append", choices=("noise", "style", "subject"), help="only this one")
     command.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     command.set_defaults(run=compare)
+
+    command = commands.add_parser("reward-compare", help="the search for masks beside best-of-N and other rivals")
+    command.add_argument("--output", type=Path, default=Path("output/reward-compare"), help="folder for table and plot")
+    command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once, a thread each")
+    command.add_argument("--quick", action="store_true", help="few prompts, to see that it works")
+    command.set_defaults(run=reward_compare)
 
     command = commands.add_parser("sample", help="draw prompts without and with a generator")
     command.add_argument("generator", type=Path, help="generator file")

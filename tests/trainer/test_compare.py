@@ -12,12 +12,14 @@ from itertools import pairwise
 import pytest
 import torch
 
+from maskunet_core.errors import MaskUNetError
 from maskunet_core.toy.model import load_autoencoder, load_reader
 from tests.builders import trainer_command
+from trainer import job_board
 from trainer.base import load_toy_base
-from trainer.compare import jobs, measure, report, runner
+from trainer.compare import jobs, measure, report
 from trainer.compare.data import load_sets, make_sets, new_pictures, save_sets
-from trainer.compare.jobs import chosen_factor, do, folder_of, result_of
+from trainer.compare.jobs import chosen_factor, do
 from trainer.compare.plan import (
     ABLATIONS,
     ARMS,
@@ -31,11 +33,13 @@ from trainer.compare.plan import (
 )
 from trainer.compare.worlds import render_style, render_subject, sample_subject, shows_subject
 from trainer.files import replacing
+from trainer.job_board import folder_of, result_of
 from trainer.methods import build_method
 from trainer.seeds import seeded
 from trainer.toy.judge import fully_right, read
 from trainer.toy.world import render, sample_captioned
 
+JOBS = "trainer.compare.jobs"
 TINY = dataclasses.replace(Scale.quick(), factors=(1.0,), style_steps=2, style_pictures=16, pairs=16, sampling_steps=2)
 
 
@@ -246,18 +250,18 @@ def test_a_finished_job_is_not_done_again(tmp_path, base):
 
 
 def test_a_folder_of_another_size_is_refused(tmp_path):
-    runner.claim(tmp_path, TINY)
-    runner.claim(tmp_path, TINY)
-    with pytest.raises(runner.OtherScale, match="another size"):
-        runner.claim(tmp_path, Scale())
+    job_board.claim(tmp_path, scale_to_values(TINY))
+    job_board.claim(tmp_path, scale_to_values(TINY))
+    with pytest.raises(job_board.OtherScale, match="another size"):
+        job_board.claim(tmp_path, scale_to_values(Scale()))
 
 
 def test_a_failed_job_leaves_its_traceback_and_the_others_go_on(tmp_path, capsys):
-    runner.claim(tmp_path, TINY)
+    job_board.claim(tmp_path, scale_to_values(TINY))
     lost = Job("style/nonesuch", "data", "style")
     needing = Job("style/later", "trial", "style", ("style/nonesuch",))
-    failed = runner.run_jobs([lost, needing], tmp_path, 1, lambda figures: None)
-    assert failed == {"style/nonesuch", "style/later"}
+    with pytest.raises(MaskUNetError, match="2 of 2 jobs failed"):
+        job_board.run_jobs([lost, needing], tmp_path, JOBS, 1, lambda finished: None)
     assert "Traceback" in (folder_of(tmp_path, lost.name) / "log.txt").read_text()
     told = capsys.readouterr().out
     assert "failed: style/nonesuch" in told
@@ -268,10 +272,9 @@ def test_a_failed_job_leaves_its_traceback_and_the_others_go_on(tmp_path, capsys
 def done(tmp_path_factory):
     """A comparison of the style task with two steps, two arms done in processes by the runner."""
     output = tmp_path_factory.mktemp("compare")
-    runner.claim(output, TINY)
+    job_board.claim(output, scale_to_values(TINY))
     plan = [job for job in make_plan(TINY, ("style",)) if job.arm in ("", "static_mask", "maskunet")]
-    failed = runner.run_jobs(plan, output, 1, lambda figures: report.write_report(output, TINY, figures))
-    assert not failed, [(folder_of(output, name) / "log.txt").read_text() for name in failed]
+    job_board.run_jobs(plan, output, JOBS, 1, lambda finished: report.write_report(output, TINY, bool(finished)))
     return output
 
 
@@ -301,7 +304,7 @@ def test_a_comparison_writes_its_figures(done):
 def test_a_killed_job_goes_on_from_its_state_and_ends_the_same(done, tmp_path):
     """Killed after its first saved state, it does the rest alone; the result has the same numbers."""
     scale = dataclasses.replace(TINY, style_steps=120)
-    runner.claim(tmp_path, scale)
+    job_board.claim(tmp_path, scale_to_values(scale))
     plan = {job.name: job for job in make_plan(scale, ("style",))}
     data = folder_of(tmp_path, "style/data")
     data.parent.mkdir(parents=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..files import replacing
-from .jobs import folder_of
+from ..job_board import folder_of
 from .plan import ARMS, Scale
 
 

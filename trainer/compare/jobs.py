@@ -20,6 +20,7 @@ from ..base import BaseModel, load_toy_base
 from ..config import Config, to_toml_values
 from ..files import replacing
 from ..host import enter_host
+from ..job_board import folder_of, result_of, write_result
 from ..loop import Diverged, Run
 from ..seeds import seeded
 from ..toy.data import ToyData, latent_set
@@ -32,18 +33,6 @@ NEW, OLD = "new", "old"
 
 class NoSettings(MaskUNetError):
     """No tuning trial of an arm came to an end."""
-
-
-def folder_of(output: Path, name: str) -> Path:
-    return output / "jobs" / name.replace(", ", "_").replace(" ", "_")
-
-
-def result_of(output: Path, name: str) -> dict[str, Any] | None:
-    """What a finished job found, or None."""
-    try:
-        return json.loads((folder_of(output, name) / "result.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
 
 
 def weights_of(output: Path, world: str) -> Path | None:
@@ -226,9 +215,7 @@ def do(job: Job, scale: Scale, output: Path) -> dict[str, Any]:
         result = trial(job, scale, output, folder)
     else:
         result = final(job, scale, output, folder)
-    result["job_seconds"] = round(time.monotonic() - began, 1)
-    with replacing(folder / "result.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write_result(output, job.name, result, began)
     shutil.rmtree(folder / "run" / "state", ignore_errors=True)
     return result
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replacing
+from ..job_board import result_of
 from ..tables import machine, to_markdown
 from .figures import write_figures
-from .jobs import NEW, OLD, result_of
+from .jobs import NEW, OLD
 from .plan import ABLATIONS, ARMS, Scale, Task, make_plan, scale_to_values
 
 TITLES = {

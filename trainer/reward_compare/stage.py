@@ -26,17 +26,14 @@ TUNING, TABLE = 70, 71
 
 
 def held_out_prompts(count: int, stream: int) -> list[Caption]:
-    """`count` different prompts that no training saw, half of two objects, half of relations.
+    """`count` different prompts that no training saw, of two objects and of relations in turn.
 
     Those of TUNING and of TABLE are disjoint.
     """
     _, captions = sample_captioned(40 * count + 4000, seeded(stream), held_out=True)
-    parity = stream % 2
-    found = []
-    for kind in KINDS:
-        of_kind = dict.fromkeys(c for c in captions if c.kind == kind and _half(c) == parity)
-        found += list(of_kind)[: count // len(KINDS)]
-    return found
+    mine = [caption for caption in dict.fromkeys(captions) if _half(caption) == stream % 2]
+    of_kinds = zip(*([caption for caption in mine if caption.kind == kind] for kind in KINDS))
+    return [caption for pair in of_kinds for caption in pair][:count]
 
 
 def _half(caption: Caption) -> int:

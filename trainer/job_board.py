@@ -1,29 +1,36 @@
-"""Runs the plan: a process per job, several at once, in order; what is done stays done."""
+"""Runs a list of jobs, a process for each, several at once, in order; what is done stays done.
+
+A job has a `name`, which is also its folder, and `needs`, the names of jobs that come before it. Its process is
+`python -m MODULE OUTPUT NAME` and writes `result.json` into its folder when it is done.
+"""
 
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from maskunet_core.errors import MaskUNetError
 
-from ..files import replacing
-from ..host import PROJECT
-from .jobs import folder_of, result_of
-from .plan import WORLDS, Job, Scale, make_plan, scale_to_values
-from .report import write_report
+from .files import replacing
+from .host import PROJECT
+
+
+class Job(Protocol):
+    name: str
+    needs: tuple[str, ...]
 
 
 class OtherScale(MaskUNetError):
     """The folder holds a comparison of another size."""
 
 
-def claim(output: Path, scale: Scale) -> None:
+def claim(output: Path, values: dict[str, Any]) -> None:
     """Write the scale into the folder. Raises OtherScale where the folder has another one."""
-    path, values = output / "scale.json", scale_to_values(scale)
+    path = output / "scale.json"
     if path.exists():
         if json.loads(path.read_text(encoding="utf-8")) != values:
             raise OtherScale(
@@ -35,13 +42,33 @@ def claim(output: Path, scale: Scale) -> None:
         temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
-def _start(job: Job, output: Path) -> subprocess.Popen:
+def folder_of(output: Path, name: str) -> Path:
+    return output / "jobs" / name.replace(", ", "_").replace(" ", "_")
+
+
+def result_of(output: Path, name: str) -> dict[str, Any] | None:
+    """What a finished job found, or None."""
+    try:
+        return json.loads((folder_of(output, name) / "result.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def write_result(output: Path, name: str, result: dict[str, Any], began: float) -> None:
+    """began: `time.monotonic()` when the job began."""
+    with replacing(folder_of(output, name) / "result.json") as temporary:
+        temporary.write_text(
+            json.dumps(result | {"job_seconds": round(time.monotonic() - began, 1)}, indent=1), encoding="utf-8"
+        )
+
+
+def _start(job: Job, output: Path, module: str) -> subprocess.Popen:
     folder = folder_of(output, job.name)
     folder.mkdir(parents=True, exist_ok=True)
     # One thread each: several jobs use the cores better than one job with several threads.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "trainer.compare.jobs", str(output), job.name]
+        command = [sys.executable, "-m", module, str(output), job.name]
         return subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -52,8 +79,8 @@ def _tell(text: str, done: int, total: int) -> None:
 class _Board:
     """Which jobs wait, run, are done and have failed."""
 
-    def __init__(self, jobs: list[Job], output: Path):
-        self.output = output
+    def __init__(self, jobs: Sequence[Job], output: Path, module: str):
+        self.output, self.module = output, module
         self.done = {job.name for job in jobs if result_of(output, job.name) is not None}
         self.waiting = [job for job in jobs if job.name not in self.done]
         self.running: dict[str, tuple[Job, subprocess.Popen]] = {}
@@ -77,7 +104,7 @@ class _Board:
 
     def start(self, job: Job) -> None:
         self.waiting.remove(job)
-        self.running[job.name] = (job, _start(job, self.output))
+        self.running[job.name] = (job, _start(job, self.output, self.module))
 
     def collect(self) -> list[Job]:
         """Jobs that have just been finished."""
@@ -98,33 +125,26 @@ class _Board:
         return finished
 
 
-def run_jobs(jobs: list[Job], output: Path, at_once: int, report: Callable[[bool], None]) -> set[str]:
-    """Do all jobs, `at_once` at a time. report(figures): called after each. Returns the names of failed ones."""
-    board = _Board(jobs, output)
+def run_jobs(jobs: Sequence[Job], output: Path, module: str, at_once: int, report: Callable[[list[Job]], None]) -> None:
+    """Do all jobs, `at_once` at a time. report: called with those that have just been finished.
+
+    Raises MaskUNetError at the end where jobs failed; the others are done.
+    """
+    board = _Board(jobs, output, module)
     try:
         while board.waiting or board.running:
             while len(board.running) < at_once and (job := board.next_job()) is not None:
                 board.start(job)
             finished = board.collect()
             if finished:
-                report(any(job.kind == "final" for job in finished))
+                report(finished)
             time.sleep(0.2)
     finally:
         for _, process in board.running.values():
             process.terminate()
             process.wait()
-    return board.failed
-
-
-def compare(output: Path, scale: Scale, at_once: int, worlds: tuple[str, ...] = WORLDS) -> None:
-    """The whole comparison. Raises MaskUNetError where jobs failed; the others are done and in the tables."""
-    claim(output, scale)
-    jobs = make_plan(scale, worlds)
-    failed = run_jobs(jobs, output.resolve(), at_once, lambda figures: write_report(output, scale, figures))
-    write_report(output, scale, figures=True)
-    print(f"wrote {output / 'table.md'}, {output / 'table.json'} and {output / 'figures'}")
-    if failed:
+    if board.failed:
         raise MaskUNetError(
-            f"{len(failed)} of {len(jobs)} jobs failed, the first by name is {min(failed)}. The same command tries "
-            "them again."
+            f"{len(board.failed)} of {len(jobs)} jobs failed, the first by name is {min(board.failed)}. The same "
+            "command tries them again."
         )

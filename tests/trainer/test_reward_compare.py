@@ -1,0 +1,98 @@
+"""The comparison of searches, on few prompts."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from maskunet_core.rewards.toy import ToyReward
+from trainer import job_board
+from trainer.reward_compare import jobs, plan, report
+from trainer.reward_compare.costs import Operations
+from trainer.reward_compare.rivals import Steering, optimised_noise, steered
+from trainer.reward_compare.stage import TABLE, TUNING, Stage, held_out_prompts
+
+
+@pytest.fixture(scope="module")
+def stage():
+    return Stage()
+
+
+@pytest.fixture(scope="module")
+def captions():
+    return held_out_prompts(4, TABLE)
+
+
+def test_settings_are_chosen_on_other_prompts_than_the_tables():
+    table, tuning = (held_out_prompts(200, stream) for stream in (TABLE, TUNING))
+    assert len(set(map(str, table))) == 200
+    assert not set(map(str, table)) & set(map(str, tuning))
+    assert all(caption.held_out for caption in table + tuning)
+    assert Counter(caption.kind for caption in table) == {"two": 100, "relation": 100}
+    assert Counter(caption.kind for caption in table[:50]) == {"two": 25, "relation": 25}
+
+
+def test_scores_of_a_mixed_batch_are_those_of_the_nodes_reward(stage, captions):
+    pictures = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    scores, gradient = stage.score(captions)(pictures)
+    alone = torch.cat([ToyReward().bind(str(c))(picture[None]) for c, picture in zip(captions, pictures)])
+    torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-4)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_a_prompts_noise_does_not_depend_on_the_others(stage, captions):
+    assert torch.equal(stage.noise(captions, 1)[2:], stage.noise(captions[2:], 1))
+    assert not torch.equal(stage.noise(captions, 1), stage.noise(captions, 2))
+    assert not torch.equal(stage.noise(captions, 1), stage.noise(captions, 1, number=1))
+
+
+def test_operations_of_a_product_are_counted_forward_and_backward():
+    a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    with Operations() as counted:
+        (a @ b).sum().backward()
+    assert counted.total == 3 * (2 * 3 * 4 * 5)
+
+
+def test_particles_follow_the_reward(stage, captions):
+    steering = Steering(stage, captions[:2], particles=3, scale=1e6, every=1, seed=0)
+    rewards = torch.tensor([0.0, 5.0, 1.0, 7.0, 2.0, 3.0])
+    steering.judge.scores = lambda estimate: rewards
+    x = torch.arange(6.0).view(6, 1, 1, 1).clone()
+    options = {"transformer_options": {"sample_sigmas": torch.tensor([9.0, 5.0, 2.0, 1.0, 0.0])}}
+    found = steering._predict_noise(lambda x, *_: x.clone(), x, torch.full((6,), 5.0), options, 0)
+    assert x.flatten().tolist() == found.flatten().tolist() == [1, 1, 1, 3, 3, 3]
+
+
+def test_rivals_draw_better_than_the_base_by_the_reward(stage, captions):
+    base = stage.rewards(plan.METHODS["base"](stage, captions, 0), captions).mean()
+    for rival in (steered(stage, captions, 3, 0), optimised_noise(stage, captions, 0, iterations=4)):
+        assert rival.shape == (4, 4, 8, 8)
+        assert stage.rewards(rival, captions).mean() > base
+
+
+def test_prompts_are_sorted_by_how_often_the_base_succeeds():
+    assert report.classes_of([0, 1, 4, 5, 16], 16) == ["never", "up to 1 in 4", "up to 1 in 4", "more", "more"]
+
+
+def test_errors_are_over_prompts_not_over_pictures():
+    right = torch.tensor([[1, 0, 1, 0], [1, 0, 1, 0]])
+    assert report.share(right) == "0.500 ± 0.289"
+
+
+def test_a_method_is_measured_once_and_stands_in_the_table(tmp_path, monkeypatch):
+    scale = plan.Scale(prompts=2, slow_prompts=2, seeds=1, batch=2, draws=2)
+    few = {name: plan.METHODS[name] for name in ("base", "best of 2")}
+    monkeypatch.setattr(plan, "METHODS", few)
+    monkeypatch.setattr(report, "METHODS", few)
+    job_board.claim(tmp_path, vars(scale))
+    module = "trainer.reward_compare.jobs"
+    for _ in range(2):
+        job_board.run_jobs(
+            plan.make_plan(scale), tmp_path, module, 1, lambda done: report.write_report(tmp_path, scale)
+        )
+    rows = {row["method"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    assert rows["base"]["operations"] == 1.0
+    assert rows["best of 2"]["operations"] == pytest.approx(2.0, abs=0.2)
+    assert (tmp_path / "accuracy_over_compute.png").stat().st_size > 5000
+    assert jobs.result_of(tmp_path, plan.DIFFICULTY)["draws"] == 2

@@ -1,0 +1,110 @@
+"""The methods, their settings, and the jobs that they come to.
+
+Every method has the cost of 16 plain images at most, but for the schedules of the paper and its authors. Settings were
+chosen on the prompts of TUNING, the table is made on those of TABLE.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from maskunet_core.search.run import search_images
+from maskunet_core.search.settings import PRESETS, SearchSettings
+from maskunet_core.toy.captions import Caption
+
+from .rivals import drawn_plainly, optimised_noise, steered
+from .stage import STEPS, Stage
+
+Draw = Callable[[Stage, list[Caption], int], Tensor]
+"""Latents `[N, ...]` of a batch of prompts, from a stage and a seed."""
+
+DRAWS = 16
+"""Starting noises of the widest search; another set of as many tells how hard a prompt is."""
+
+
+def searched(settings: SearchSettings) -> Draw:
+    """The reward sampler with these settings."""
+
+    def draw(stage: Stage, captions: list[Caption], seed: int) -> Tensor:
+        found = search_images(
+            model=stage.base.patcher,
+            sample=lambda model, noise, number: stage.sample(model, captions, noise, seed=seed),
+            noise=lambda number: stage.noise(captions, seed, number),
+            settings=settings,
+            judge=stage.judge(captions, settings.views),
+            score=lambda latents: stage.rewards(latents, captions),
+            steps=STEPS,
+            seed=seed,
+        )
+        return found.latents
+
+    return draw
+
+
+def best_of(count: int) -> Draw:
+    return searched(SearchSettings(masks=False, candidates=count))
+
+
+_QUALITY, _FAST = PRESETS["quality"], PRESETS["fast"]
+_LATENT = SearchSettings(masks=False, latent_lr=0.1, iterations=5, start_percent=0.2, end_percent=0.9)
+
+METHODS: dict[str, Draw] = {
+    "base": drawn_plainly,
+    "base, 60 steps": lambda stage, captions, seed: drawn_plainly(stage, captions, seed, steps=4 * STEPS),
+    "best of 2": best_of(2),
+    "best of 4": best_of(4),
+    "best of 8": best_of(8),
+    "best of 16": best_of(16),
+    "FK steering, 4 particles": lambda stage, captions, seed: steered(stage, captions, 4, seed),
+    "FK steering, 16 particles": lambda stage, captions, seed: steered(stage, captions, 16, seed),
+    "paper": searched(PRESETS["paper"]),
+    "reference": searched(PRESETS["reference"]),
+    "fast": searched(_FAST),
+    "quality": searched(_QUALITY),
+    "quality, one candidate": searched(replace(_QUALITY, candidates=1)),
+    "starting noise": optimised_noise,
+    "noisy latents": searched(_LATENT),
+    "best of 4, then noisy latents": searched(replace(_LATENT, candidates=4, iterations=4)),
+    "masks and noisy latents": searched(replace(_QUALITY, latent_lr=0.1, iterations=5)),
+}
+SLOW = ("paper", "reference")
+"""Far above the budget of the others: measured on the first prompts alone."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """prompts: of two objects and of relations, in turn; slow_prompts: for SLOW. batch: prompts drawn at once."""
+
+    prompts: int = 200
+    slow_prompts: int = 50
+    seeds: int = 3
+    batch: int = 25
+    draws: int = DRAWS
+
+    @classmethod
+    def quick(cls) -> "Scale":
+        return cls(prompts=8, slow_prompts=2, seeds=1, batch=4, draws=4)
+
+    def prompts_of(self, method: str) -> int:
+        return self.slow_prompts if method in SLOW else self.prompts
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method with one seed; `method` "difficulty" draws how often the base succeeds on each prompt."""
+
+    name: str
+    method: str
+    seed: int = 0
+    needs: tuple[str, ...] = ()
+
+
+DIFFICULTY = "difficulty"
+
+
+def make_plan(scale: Scale) -> list[Job]:
+    """All jobs, seed by seed, so that what is done at any time makes a whole table."""
+    jobs = [Job(f"{method}/seed-{seed}", method, seed) for seed in range(scale.seeds) for method in METHODS]
+    jobs.insert(len(METHODS), Job(DIFFICULTY, DIFFICULTY))
+    return jobs

@@ -1,0 +1,19 @@
+"""The whole comparison of searches."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from ..job_board import claim, run_jobs
+from .plan import Scale, make_plan
+from .report import write_report
+
+
+def reward_compare(output: Path, scale: Scale, at_once: int) -> None:
+    """Do what is not done yet, and write the table. Raises MaskUNetError where jobs failed."""
+    claim(output, asdict(scale))
+    try:
+        module = "trainer.reward_compare.jobs"
+        run_jobs(make_plan(scale), output.resolve(), module, at_once, lambda finished: write_report(output, scale))
+    finally:
+        write_report(output, scale)
+    print(f"wrote {output / 'table.md'}, {output / 'table.json'} and {output / 'accuracy_over_compute.png'}")
