@@ -36,9 +36,7 @@ from trainer.seeds import seeded
 from trainer.toy.judge import fully_right, read
 from trainer.toy.world import render, sample_captioned
 
-TINY = dataclasses.replace(
-    Scale.quick(), factors=(1.0,), style_steps=2, style_pictures=16, pairs=16, sampling_steps=2
-)
+TINY = dataclasses.replace(Scale.quick(), factors=(1.0,), style_steps=2, style_pictures=16, pairs=16, sampling_steps=2)
 
 
 @pytest.fixture(scope="module")
