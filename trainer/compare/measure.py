@@ -42,8 +42,10 @@ def diversity(features: Tensor) -> float:
 def ordinary_prompts(world: str, scale: Scale) -> list[Caption]:
     """Held-out captions of all kinds, the whole list twice; fewer where other pictures are asked for too."""
     distinct = max(1, scale.prompts // 2) if world == "subject" else scale.prompts
-    prompts, _ = held_out_prompts(Protocol(prompts=distinct, pictures=distinct, seed=1))
-    return prompts * 2
+    # Too few pictures would not hold a prompt of every kind.
+    pool = max(8, distinct)
+    prompts, _ = held_out_prompts(Protocol(prompts=distinct, pictures=pool, seed=1))
+    return [prompt for start in range(0, len(prompts), pool) for prompt in prompts[start : start + distinct]] * 2
 
 
 def star_prompts() -> list[Caption]:
