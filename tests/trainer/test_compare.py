@@ -31,7 +31,7 @@ from trainer.compare.plan import (
     scale_from_values,
     scale_to_values,
 )
-from trainer.compare.worlds import render_style, render_subject, sample_subject, shows_subject
+from trainer.compare.worlds import render_style, render_subject, sample_subject, shows_style, shows_subject
 from trainer.files import replacing
 from trainer.job_board import folder_of, result_of
 from trainer.methods import build_method
@@ -172,6 +172,14 @@ def test_the_judge_reads_the_new_style_also_through_the_autoencoder():
     assert (decoded - pictures).square().mean().sqrt() < 0.03
     for shown in (pictures, decoded):
         assert fully_right(read(load_reader("reader_b"), shown), captions).float().mean() > 0.95
+
+
+def test_the_style_is_seen_where_it_is_and_nowhere_else():
+    scenes, _ = sample_captioned(500, seeded(1))
+    style = render_style(scenes, seeded(2))
+    assert shows_style(style).float().mean() > 0.9
+    assert shows_style(through_autoencoder(style)).float().mean() > 0.9
+    assert shows_style(render(scenes, seeded(3))).float().mean() < 0.01
 
 
 def test_the_subject_is_seen_where_it_is_and_nowhere_else():

@@ -14,7 +14,7 @@ from ..toy.judge import frechet_distance, fully_right, read
 from ..toy.world import Caption, Phrase
 from .data import Sets
 from .plan import Scale
-from .worlds import STAR, SUBJECT, shows_subject
+from .worlds import STAR, SUBJECT, shows_style, shows_subject
 
 LOSS_SEEDS = {"validation_new": 70, "validation_old": 71, "test_new": 72, "test_old": 73}
 PICTURE_SEED = 7
@@ -55,20 +55,22 @@ def star_prompts() -> list[Caption]:
 def picture_scores(base: BaseModel, patcher: Any, world: str, sets: Sets, scale: Scale, judge) -> dict[str, float]:
     """Scores of drawn pictures: `one`, `two`, `relation` (accuracy), `frechet_old`, `frechet_new`, `diversity`.
 
-    For the subject also `subject` (share of pictures of its prompt that show it), `subject_diversity` and `stars`
-    (accuracy of "a red star" and the like).
+    For the style also `style` (share of pictures that show it). For the subject `subject` (share of pictures of its
+    prompt that show it), `subject_diversity` and `stars` (accuracy of "a red star" and the like).
     """
 
     def draw(texts: list[str]) -> Tensor:
         return sample_pictures(base, patcher, texts, PICTURE_SEED, scale.sampling_steps, scale.cfg)
 
     prompts = ordinary_prompts(world, scale)
-    reading = read(judge, draw([str(prompt) for prompt in prompts]))
+    pictures = draw([str(prompt) for prompt in prompts])
+    reading = read(judge, pictures)
     scores = {kind: mean for kind, (mean, _) in accuracy_by_kind(reading, prompts).items()}
     scores["frechet_old"] = frechet_distance(reading.features, sets.real_old)
     scores["diversity"] = diversity(reading.features)
     if world == "style":
         scores["frechet_new"] = frechet_distance(reading.features, sets.real_new)
+        scores["style"] = shows_style(pictures).float().mean().item()
     if world == "subject":
         alone = draw([SUBJECT] * scale.prompts)
         beside = [text for text in sets["test_new"].captions if text.split().count("a") == 2]

@@ -31,6 +31,15 @@ def render_style(scenes: Scenes, generator: torch.Generator) -> Tensor:
     return render(tilted, generator, background)
 
 
+def shows_style(pictures: Tensor) -> Tensor:
+    """`[N]` bool: reddish at the upper edge, and darker at the lower one. The judge's features hardly see backgrounds.
+
+    pictures: [N, 3, 64, 64] in [0, 1]. Medians along the edges pass over objects that reach there.
+    """
+    upper, lower = (band.flatten(2).median(2).values for band in (pictures[:, :, :4], pictures[:, :, -4:]))
+    return (upper[:, 0] - upper[:, 1] > 0.06) & (upper.mean(1) - lower.mean(1) > 0.1)
+
+
 def sample_subject(count: int, generator: torch.Generator, beside: float) -> tuple[Scenes, list[str]]:
     """Scenes whose object 0 is the subject, with captions; a share of `beside` shows an ordinary object too."""
     scenes = sample_scenes(count, generator, two_objects=beside)
