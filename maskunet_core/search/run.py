@@ -32,43 +32,49 @@ def search_images(
     *,
     model: Any,
     sample: Callable[[Any, Tensor, int], Tensor],
+    peek: Callable[[Tensor, int, int], Tensor],
     noise: Callable[[int], Tensor],
     settings: SearchSettings,
     judge: Judge,
     score: Callable[[Tensor], Tensor],
     steps: int,
-    candidate_done: Callable[[int, Tensor, Tensor], None] | None = None,
+    candidate_done: Callable[[int, Tensor], None] | None = None,
     **options: Any,
 ) -> Found:
     """Algorithm 1, with a search over starting noises before it.
 
-    sample: runs the host's sampler on (MODEL, noise `[N, ...]`, number of the candidate). noise: of a candidate; the
-    first is the one that a plain sampler would have. score: `[N]` of finished latents. steps: of the sampler.
-    candidate_done: told (number, latents, scores). options: for RewardSearch. A masked image whose reward is below its
-    plain candidate's gives way to it, where `keep_best`.
+    sample: runs the host's sampler on (MODEL, noise `[N, ...]`, number of the candidate). peek: runs it on (noise,
+    number, steps) for the first few steps, unmasked, and returns the last estimate of the clean latent, as the model
+    sees latents. noise: of a candidate; the first is the one that a plain sampler would have. score: `[N]` of finished
+    latents. steps: of the sampler. candidate_done: told (number, scores). options: for RewardSearch. Where candidates
+    were drawn to the end and `keep_best` is set, an image whose reward the masks have lowered gives way to its plain
+    candidate.
     """
     first = noise(0)
     images = len(first)
     search = RewardSearch(model, settings, judge, images, **options)
     updates = (settings.masks or settings.latent_lr > 0) and settings.total_iterations(steps) > 0
+    looks = settings.candidate_steps(steps) if updates else steps
     best = Best()
-    if settings.candidates > 1:
-        for number in range(settings.candidates):
-            start = first if number == 0 else noise(number)
-            latents = sample(model, start, number)
-            scores = score(latents)
-            items = {"latents": latents, "noise": start, "number": torch.full((images,), number)}
-            best.offer(scores, lambda items=items: items, always=False)
-            if candidate_done is not None:
-                candidate_done(number, latents, scores)
-        if not updates:
-            return Found(best.items["latents"], best.scores, best.items["number"], search.recorded, [])
+    for number in range(settings.candidates if settings.candidates > 1 else 0):
+        start = first if number == 0 else noise(number)
+        items = {"noise": start, "number": torch.full((images,), number)}
+        if looks < steps:
+            scores = judge.scores(peek(start, number, looks))
+        else:
+            items["latents"] = sample(model, start, number)
+            scores = score(items["latents"])
+        best.offer(scores, lambda items=items: items, always=False)
+        if candidate_done is not None:
+            candidate_done(number, scores)
     numbers = best.items.get("number", torch.zeros(images, dtype=torch.long))
+    plain = best.items.get("latents")
+    if plain is not None and not updates:
+        return Found(plain, best.scores, numbers, search.recorded, [])
     latents = sample(search.model, best.items.get("noise", first), int(numbers[0]) if images == 1 else 0)
     scores = score(latents) if updates else None
-    if best.scores is not None and scores is not None and settings.keep_best:
-        worse = (scores < best.scores).tolist()
-        for image in (n for n, is_worse in enumerate(worse) if is_worse):
-            latents[image], scores[image] = best.items["latents"][image], best.scores[image]
+    if plain is not None and settings.keep_best:
+        for image in torch.nonzero(scores < best.scores).flatten().tolist():
+            latents[image], scores[image] = plain[image], best.scores[image]
             search.recorded.keep_all(image)
     return Found(latents, scores, numbers, search.recorded, search.history)

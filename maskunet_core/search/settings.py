@@ -21,8 +21,9 @@ class SearchSettings:
     hacking. branches: of classifier-free guidance that are masked; with the positive one alone an iteration costs half.
     small_decode: the reward looks at a picture no larger than it needs. latent_lr: of the noisy latent itself, which is
     then changed along with the masks (Adam); 0 leaves it alone. masks: off searches by `latent_lr` and candidates
-    alone. candidates: starting noises that are drawn and judged first. seconds: after which no iteration begins, 0 for
-    no limit.
+    alone. candidates: starting noises that are drawn and judged first; candidate_percent: share of the steps after
+    which they are judged by their estimates, 1 to draw them to the end (where there are no updates, they always are).
+    seconds: after which no iteration begins, 0 for no limit.
     """
 
     iterations: int = 10
@@ -45,6 +46,7 @@ class SearchSettings:
     latent_lr: float = 0.0
     masks: bool = True
     candidates: int = 1
+    candidate_percent: float = 1.0
     seconds: float = 0.0
 
     def iterations_at(self, step: int, steps: int) -> int:
@@ -53,6 +55,9 @@ class SearchSettings:
         if position < self.start_percent:
             return self.early_iterations
         return self.iterations if position < self.end_percent else 0
+
+    def candidate_steps(self, steps: int) -> int:
+        return max(1, min(steps, round(self.candidate_percent * steps)))
 
     def total_iterations(self, steps: int) -> int:
         return sum(self.iterations_at(step, steps) for step in range(steps))

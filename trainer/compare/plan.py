@@ -45,8 +45,8 @@ class Scale:
 
     seeds: int = 3
     factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
-    base_steps: int = 800
-    base_pictures: int = 20_000
+    base_steps: int = 2000
+    base_pictures: int = 60_000
     noise_steps: int = 250
     style_steps: int = 250
     subject_steps: int = 150
