@@ -50,7 +50,7 @@ def search_images(
     first = noise(0)
     images = len(first)
     search = RewardSearch(model, settings, judge, images, **options)
-    updates = (settings.masks or settings.latent_lr > 0) and settings.total_iterations(steps) > 0
+    updates = settings.total_iterations(steps) > 0
     best = Best()
     if settings.candidates > 1:
         for number in range(settings.candidates):

@@ -48,7 +48,9 @@ class SearchSettings:
     seconds: float = 0.0
 
     def iterations_at(self, step: int, steps: int) -> int:
-        """Updates at `step` of `steps`, counted from 0."""
+        """Updates at `step` of `steps`, counted from 0; none where there is nothing to improve."""
+        if not (self.masks or self.latent_lr):
+            return 0
         position = step / steps
         if position < self.start_percent:
             return self.early_iterations
