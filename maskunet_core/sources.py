@@ -70,10 +70,13 @@ def noise_generator(device: torch.device, seed: int, layer: int, sigma: float | 
 
 
 class _Conditions:
-    """What a generator makes of the blocks that were entered in one call: the condition of each of their layers."""
+    """What a generator makes of the blocks that were entered in one call: the condition of each of their layers.
 
-    def __init__(self, generator: nn.Module, call: Call):
-        self.generator = generator
+    learning: gradients reach the generator's weights. Without it none do, also where others flow through the model.
+    """
+
+    def __init__(self, generator: nn.Module, call: Call, learning: bool = False):
+        self.generator, self.learning = generator, learning
         self._blocks = {block.name: block for block in generator.structure.blocks}
         self._found: dict[str, Tensor] = {}
         call.on_block.append(self._enter)
@@ -81,12 +84,15 @@ class _Conditions:
     # Logits are compared with a threshold: under autocast many would be rounded across it.
     def _enter(self, block: str, features: Tensor, t_emb: Tensor) -> None:
         if block in self._blocks:
-            with torch.autocast(features.device.type, enabled=False):
+            with torch.autocast(features.device.type, enabled=False), self._gradients():
                 self._found.update(self.generator.condition(self._blocks[block], features, t_emb))
+
+    def _gradients(self) -> torch.set_grad_enabled:
+        return torch.set_grad_enabled(self.learning and torch.is_grad_enabled())
 
     def logits(self, layer: str) -> MaskLogits:
         condition = self._found[layer]
-        with torch.autocast(condition.device.type, enabled=False):
+        with torch.autocast(condition.device.type, enabled=False), self._gradients():
             return self.generator.layer_logits(layer, condition)
 
 
@@ -119,7 +125,7 @@ class GeneratorMasks:
         conditions = _Conditions(self.generator, call)
 
         def mask(layer: str, weight: Tensor) -> Tensor:
-            with torch.autocast(weight.device.type, enabled=False):
+            with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
                 result = self._mask(layer, conditions.logits(layer).full(), call.sigma)
             if self.observe is not None:
                 self.observe(layer, result)
@@ -144,7 +150,7 @@ class LearningGenerator:
         return lambda shape: self.generator.noise(shape, torch.Generator(device).manual_seed(seed), torch.float32)
 
     def begin(self, call: Call) -> Callable[[str, Tensor, Tensor, Tensor | None], Tensor]:
-        conditions = _Conditions(self.generator, call)
+        conditions = _Conditions(self.generator, call, learning=True)
         threshold = self.generator.noisy_threshold if self.noise else self.generator.threshold
 
         def linear(layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,6 +13,13 @@ from .folders import MASKS, SAVED_MASKS
 from .types import MasksType, strength_input
 
 
+def seeds_in_words(seeds: list[int]) -> str:
+    """The seeds of a batch's images: "seed 3", or "seeds 3, 5 (image by image)" where they differ."""
+    if len(set(seeds)) == 1:
+        return f"seed {seeds[0]}"
+    return f"seeds {', '.join(map(str, seeds))} (image by image)"
+
+
 class MaskUNetApplyMasks(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -73,7 +80,11 @@ class MaskUNetSaveMasks(io.ComfyNode):
         file = f"{name}_{counter:05}_.safetensors"
         mask_file.save(Path(folder) / file, masks)
         saved = {"filename": file, "subfolder": subfolder, "type": "output"}
-        return io.NodeOutput(ui={"masks": [saved], "text": (f"Saved as {Path(subfolder, file).as_posix()}",)})
+        text = [f"Saved as {Path(subfolder, file).as_posix()}"]
+        seeds = masks.record.get("seeds")
+        if isinstance(seeds, list) and seeds:
+            text.append(f"To draw this again, give KSampler {seeds_in_words(seeds)}")
+        return io.NodeOutput(ui={"masks": [saved], "text": text})
 
 
 class MaskUNetLoadMasks(io.ComfyNode):

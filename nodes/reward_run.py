@@ -1,10 +1,12 @@
 """One run of the reward sampler inside the host: loading, progress, previews, memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
 import comfy.sample
 import comfy.sampler_helpers
+import comfy.samplers
 import comfy.utils
 import latent_preview
 from torch import Tensor
@@ -15,6 +17,7 @@ from ..maskunet_core.search.judge import Judge
 from ..maskunet_core.search.loop import Evaluation
 from ..maskunet_core.search.run import Found, search_images
 from ..maskunet_core.search.settings import SearchSettings
+from .masks import seeds_in_words
 
 KEY = "maskunet_search"
 _SMALL_SIDE = 256
@@ -56,63 +59,82 @@ class RewardRun:
         self.bound: BoundReward = reward.reward.bind(prompt)
         watched = watch.reward.bind(prompt) if watch else None
         small = _SMALL_SIDE if settings.small_decode else 0
-        self.judge = Judge(self._decoder(looking), self._score, settings.views, small)
-        self.final = Judge(self._decoder(vae), self._score)
+        finish = self._finish() if "noise_mask" in latent else None
+        decode = latent_decoder(looking, self.format)
+        self.judge = Judge(decode, self._score, settings.views, small, finish=finish)
+        self.final = Judge(latent_decoder(vae, self.format), self._score)
         self.watch = None if watched is None else lambda z: watched(self.judge.pictures(z)).detach()
-        self.progress = _Progress(self.model, settings, sampling["steps"], node_id)
+        self.steps = self._steps()
+        self.progress = _Progress(self.model, settings, self.steps, node_id)
 
     def _score(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         return value_and_gradient(self.bound, pictures)
 
-    def _decoder(self, vae: Any):
-        """Decodes what the sampler would end with: outside of an inpainting mask that is the latent as it was."""
-        decode = latent_decoder(vae, self.format)
-        if "noise_mask" not in self.latent:
-            return decode
+    def _steps(self) -> int:
+        """Of the sampler, which for some schedulers are not as many as asked for."""
+        steps, sampler, scheduler, denoise = (
+            self.sampling[name] for name in ("steps", "sampler_name", "scheduler", "denoise")
+        )
+        options = {"sampler": sampler, "scheduler": scheduler, "denoise": denoise}
+        planned = comfy.samplers.KSampler(self.model, steps, self.model.load_device, **options)
+        return max(len(planned.sigmas) - 1, 0)
+
+    def _finish(self) -> Callable[[Tensor], Tensor]:
+        """Outside of an inpainting mask the sampler ends with the latent as it was."""
         mask = comfy.sampler_helpers.prepare_mask(self.latent["noise_mask"], self.samples.shape, self.model.load_device)
         kept = self.model.model.process_latent_in(self.samples).to(mask)
-        return lambda latents: decode(latents * mask.to(latents) + kept.to(latents) * (1 - mask.to(latents)))
+        return lambda latents: latents * mask.to(latents) + kept.to(latents) * (1 - mask.to(latents))
+
+    def _seed(self, candidate: int) -> int:
+        return (self.sampling["seed"] + candidate) % (1 << 64)
 
     def _noise(self, candidate: int) -> Tensor:
-        seed = (self.sampling["seed"] + candidate) % (1 << 64)
-        return comfy.sample.prepare_noise(self.samples, seed, self.latent.get("batch_index"))
+        return comfy.sample.prepare_noise(self.samples, self._seed(candidate), self.latent.get("batch_index"))
 
-    def _sample(self, model: Any, noise: Tensor, candidate: int) -> Tensor:
-        options = dict(self.sampling)
-        options["seed"] = (options["seed"] + candidate) % (1 << 64)
-        steps, cfg, sampler, scheduler = (options.pop(name) for name in ("steps", "cfg", "sampler_name", "scheduler"))
+    def _sample(self, model: Any, noise: Tensor, candidate: int, callback=None, last_step: int | None = None) -> Tensor:
+        options = self.sampling | {"seed": self._seed(candidate), "noise_mask": self.latent.get("noise_mask")}
+        names = ("steps", "cfg", "sampler_name", "scheduler")
+        settings = [options.pop(name) for name in names]
         return comfy.sample.sample(
             model,
             noise,
-            steps,
-            cfg,
-            sampler,
-            scheduler,
+            *settings,
             self.positive,
             self.negative,
             self.samples,
-            noise_mask=self.latent.get("noise_mask"),
-            callback=self.progress.step,
+            last_step=last_step,
+            callback=callback or self.progress.step,
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             **options,
         )
+
+    def _peek(self, noise: Tensor, candidate: int, steps: int) -> Tensor:
+        """The estimate of the clean latent after the first steps."""
+        seen: list[Tensor] = []
+
+        def keep(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+            seen[:] = [x0]
+            self.progress.step(step, x0, x, total)
+
+        self._sample(self.model, noise, candidate, keep, steps)
+        return seen[0]
 
     def _final_scores(self, latents: Tensor) -> Tensor:
         inside = self.format.process_in(latents.to(self.model.load_device))
         return self.final.scores(inside).cpu()
 
     def run(self) -> Found:
-        steps = self.sampling["steps"]
-        if self.settings.candidates > 1 or self.settings.total_iterations(steps):
+        if self.settings.candidates > 1 or self.settings.total_iterations(self.steps):
             load_for_gradients([self.model, *self.helpers])
-        return search_images(
+        found = search_images(
             model=self.model,
             sample=self._sample,
+            peek=self._peek,
             noise=self._noise,
             settings=self.settings,
             judge=self.judge,
             score=self._final_scores,
-            steps=steps,
+            steps=self.steps,
             candidate_done=self.progress.candidate,
             targets=self.targets,
             seed=self.sampling["seed"],
@@ -120,6 +142,12 @@ class RewardRun:
             stop_by_watch=self.stop_by_watch,
             report=self.progress.look,
         )
+        self.progress.end(found.scores, self.seeds(found))
+        return found
+
+    def seeds(self, found: Found) -> list[int]:
+        """Of KSampler, for each image: the one whose noise it was made from."""
+        return [self._seed(int(candidate)) for candidate in found.candidates]
 
 
 class _Progress:
@@ -127,15 +155,15 @@ class _Progress:
 
     def __init__(self, model: Any, settings: SearchSettings, steps: int, node_id: str | None):
         self.steps, self.node_id, self.settings = steps, node_id, settings
-        updates = [
-            settings.iterations_at(step, steps) if settings.masks or settings.latent_lr else 0 for step in range(steps)
-        ]
-        drawn = settings.candidates * steps if settings.candidates > 1 else 0
+        updates = [settings.iterations_at(step, steps) for step in range(steps)]
+        self._peeked = settings.candidate_steps(steps)
+        drawn = settings.candidates * self._peeked if settings.candidates > 1 else 0
         self._before = [drawn + step + sum(updates[:step]) for step in range(steps + 1)]
         self._candidate = 0 if drawn else None
-        self.bar = comfy.utils.ProgressBar(self._before[-1] if any(updates) or not drawn else drawn)
+        ends_there = drawn and self._peeked == steps and not any(updates)
+        self.bar = comfy.utils.ProgressBar(drawn if ends_there else self._before[-1])
         self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
-        self._start: float | None = None
+        self._done = 0
 
     def _tell(self, text: str) -> None:
         if self.node_id is None:
@@ -146,16 +174,18 @@ class _Progress:
             PromptServer.instance.send_progress_text(text, self.node_id)
 
     def _show(self, done: int, estimate: Tensor) -> None:
+        # Samplers that look twice at a step ask for an earlier step again.
+        self._done = max(self._done, done)
         preview = self._previewer.decode_latent_to_preview_image("JPEG", estimate) if self._previewer else None
-        self.bar.update_absolute(done, preview=preview)
+        self.bar.update_absolute(self._done, preview=preview)
 
     def step(self, step: int, x0: Tensor, x: Tensor, steps: int) -> None:
         """The host's callback after each step."""
         place = min(step + 1, self.steps)
-        done = self._before[place] if self._candidate is None else self._candidate * self.steps + place
+        done = self._before[place] if self._candidate is None else self._candidate * self._peeked + place
         self._show(done, x0)
 
-    def candidate(self, number: int, latents: Tensor, scores: Tensor) -> None:
+    def candidate(self, number: int, scores: Tensor) -> None:
         count = self.settings.candidates
         self._tell(f"candidate {number + 1} of {count}: reward {_numbers(scores)}")
         self._candidate = number + 1 if number + 1 < count else None
@@ -165,6 +195,10 @@ class _Progress:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._show(self._before[seen.step] + seen.iteration, estimate)
         self._tell(f"step {seen.step + 1} of {self.steps}, update {seen.iteration}: reward {_numbers(seen.scores)}")
+
+    def end(self, scores: Tensor | None, seeds: list[int]) -> None:
+        if scores is not None:
+            self._tell(f"reward {_numbers(scores)}, {seeds_in_words(seeds)}")
 
 
 def _numbers(scores: Tensor) -> str:

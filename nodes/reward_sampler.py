@@ -1,125 +1,20 @@
 """KSampler with a search for masks inside: algorithm 1 of the paper."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-import comfy.model_management
-import comfy.sample
 import comfy.samplers
-import comfy.utils
 import torch
 from comfy_api.latest import io
 
 from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.families import TARGETS
-from ..maskunet_core.recorded import BRANCHES
 from ..maskunet_core.search.host import outside_inference_mode
-from ..maskunet_core.search.settings import OPTIMISERS, PRESETS, SearchSettings
 from .reward_curve import reward_curve
 from .reward_run import RewardRun
+from .reward_settings import CUSTOM, chosen_settings, custom_inputs
 from .rewards import LoadedReward
 from .types import MasksType, RewardType, seed_input
-
-CUSTOM = "custom"
-_OPEN = SearchSettings()
-
-
-def _of_custom(text: str) -> str:
-    return f"{text} Counts where the preset is 'custom'."
-
-
-def _custom_inputs() -> list[io.Input]:
-    """The settings that a preset fixes, folded away."""
-
-    def number(name: str, low: float, high: float, step: float, tooltip: str) -> io.Input:
-        value = getattr(_OPEN, name)
-        options = {"default": value, "min": low, "max": high, "step": step, "tooltip": _of_custom(tooltip)}
-        kind = io.Int if isinstance(value, int) else io.Float
-        return kind.Input(name, optional=True, advanced=True, **options)
-
-    return [
-        number(
-            "iterations", 0, 200, 1, "Updates of the masks at each step. More follow the reward further and cost more."
-        ),
-        number(
-            "start_percent",
-            0.0,
-            1.0,
-            0.01,
-            "Share of the steps after which updates begin. The first steps, of pure noise, tell a reward little.",
-        ),
-        number(
-            "end_percent",
-            0.0,
-            1.0,
-            0.01,
-            "Share of the steps after which updates end. Late updates can please the reward without a better image.",
-        ),
-        io.Combo.Input(
-            "optimiser",
-            options=list(OPTIMISERS),
-            default=_OPEN.optimiser,
-            optional=True,
-            advanced=True,
-            tooltip=_of_custom(
-                "Normalised SGD flips the bits that matter most. AdamW, the paper's, moves all "
-                "logits by the same amount."
-            ),
-        ),
-        number("lr", 0.0, 10.0, 0.001, "Learning rate, in units of logits, which begin at `start`."),
-        number("momentum", 0.0, 0.99, 0.01, "Momentum of normalised SGD."),
-        number("start", -5.0, 10.0, 0.01, "Logit that every weight begins with; those above 0 are kept."),
-        io.Boolean.Input(
-            "noise",
-            default=_OPEN.noise,
-            optional=True,
-            advanced=True,
-            tooltip=_of_custom("Gumbel noise on the logits, as in the paper."),
-        ),
-        number("clip", 0.0, 100.0, 0.01, "Bound of the gradient's norm per image, 0 for none."),
-        number("carry", 0.0, 1.0, 0.01, "Share of what was learned at a step that the next begins with."),
-        number(
-            "patience",
-            0,
-            100,
-            1,
-            "Updates of a step without a better reward before the step is taken; the reward often "
-            "falls before it climbs, so at least 6. 0 for no limit.",
-        ),
-        number(
-            "views",
-            0,
-            16,
-            1,
-            "Shifted, blurred and noised copies of the image that the reward is averaged over, which "
-            "makes it harder to cheat. Each costs one more pass of the reward.",
-        ),
-        io.Combo.Input(
-            "branches",
-            options=list(BRANCHES),
-            default=_OPEN.branches,
-            optional=True,
-            advanced=True,
-            tooltip=_of_custom(
-                "Branches of classifier-free guidance that are masked. The positive one alone costs half."
-            ),
-        ),
-        io.Boolean.Input(
-            "small_decode",
-            default=_OPEN.small_decode,
-            optional=True,
-            advanced=True,
-            tooltip=_of_custom("Decode estimates no larger than the reward looks at: much cheaper for large images."),
-        ),
-        number(
-            "latent_lr",
-            0.0,
-            1.0,
-            0.001,
-            "Changes the noisy latent itself at each step, too, with this learning rate. 0 "
-            "leaves it alone. Masks alone do not record it.",
-        ),
-    ]
 
 
 class MaskUNetRewardSampler(io.ComfyNode):
@@ -253,7 +148,7 @@ class MaskUNetRewardSampler(io.ComfyNode):
                     optional=True,
                     tooltip="A small decoder (TAESD) for the estimates: a third of the time and memory.",
                 ),
-                *_custom_inputs(),
+                *custom_inputs(),
             ],
             outputs=[
                 io.Latent.Output("LATENT", tooltip="The finished latents."),
@@ -289,14 +184,10 @@ class MaskUNetRewardSampler(io.ComfyNode):
         **values: Any,
     ) -> io.NodeOutput:
         sampling = {name: values.pop(name) for name in ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise")}
-        settings = replace(_OPEN, **values) if preset == CUSTOM else PRESETS[preset]
-        settings = replace(
-            settings, candidates=candidates or settings.candidates, masks=masks, target=target or None, seconds=seconds
-        )
-        if settings.start_percent > settings.end_percent:
+        settings = chosen_settings(preset, candidates, target, values, masks=masks, seconds=seconds)
+        if stop_by_watch and watch is None:
             raise MaskUNetError(
-                f"start_percent ({settings.start_percent}) lies after end_percent ({settings.end_percent}), so no "
-                "update would be made. Set start_percent to the smaller of the two."
+                "stop_by_watch is on, but there is no reward to watch. Connect one to 'watch', or switch it off."
             )
         # Gradients cannot flow through tensors that were made in the inference mode that nodes run in.
         with torch.inference_mode(False), torch.no_grad():
@@ -318,7 +209,7 @@ class MaskUNetRewardSampler(io.ComfyNode):
             )
             found = run.run()
             record = {"prompt": prompt, "reward": reward.reward.name, "preset": preset, "sampling": sampling}
-            record |= {"settings": asdict(settings), "seeds": [sampling["seed"] + int(n) for n in found.candidates]}
+            record |= {"settings": asdict(settings), "seeds": run.seeds(found)}
             record |= {"scores": None if found.scores is None else [round(float(s), 4) for s in found.scores]}
             found.recorded.record.update(record)
             output = {k: v for k, v in latent_image.items() if not k.startswith("downscale_ratio")}

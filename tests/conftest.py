@@ -38,6 +38,6 @@ def sd15_structure() -> Structure:
 
 @pytest.fixture(scope="session")
 def server():
-    """A running ComfyUI with the extension, for all tests of the session."""
-    with Server() as running:
+    """A running ComfyUI with the extension, and a reward that fails on demand, for all tests of the session."""
+    with Server(other_nodes=(PROJECT / "tests" / "host" / "faulty_reward.py",)) as running:
         yield running

@@ -35,15 +35,17 @@ def _replace_inference_tensors(module: nn.Module) -> None:
 
 
 def load_for_gradients(patchers: Sequence[Any]) -> None:
-    """Load the host's ModelPatchers whole and together, ready for backward passes.
+    """Load the host's ModelPatchers, and what is patched into their models, whole and together, for backward passes.
 
     Call it outside inference mode. A part of a model that is streamed in for each use would be overwritten before the
     backward pass reads it, and the gradient would be wrong without a word: raises NoRoomForGradients instead.
     """
     import comfy.model_management as management
 
-    management.load_models_gpu(list(patchers), force_full_load=True)
-    for patcher in patchers:
+    nested = [[p, *p.model_patches_models(), *p.get_nested_additional_models()] for p in patchers]
+    every = list({id(patcher): patcher for group in nested for patcher in group}.values())
+    management.load_models_gpu(every, force_full_load=True)
+    for patcher in every:
         missing = patcher.model_size() - patcher.loaded_size()
         if missing > 0 or getattr(patcher.model, "lowvram_patch_counter", 0):
             raise NoRoomForGradients(

@@ -38,14 +38,25 @@ class Judge:
     """Scores latents. Two stages, which is exact: first the reward's gradient in the picture, then the decoder's.
 
     small_side: the decoder sees latents scaled down so that pictures have about this many pixels a side, 0 for full
-    size. pixels_per_cell: the decoder's scale, 8 for SD.
+    size. pixels_per_cell: the decoder's scale, 8 for SD. finish: what the sampler will still do to latents, at full
+    size, such as putting back what an inpainting mask keeps.
     """
 
-    def __init__(self, decode: Decode, score: Score, views: int = 0, small_side: int = 0, pixels_per_cell: int = 8):
+    def __init__(
+        self,
+        decode: Decode,
+        score: Score,
+        views: int = 0,
+        small_side: int = 0,
+        pixels_per_cell: int = 8,
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ):
         self.decode, self.score, self.views = decode, score, views
-        self.small_side, self.pixels_per_cell = small_side, pixels_per_cell
+        self.small_side, self.pixels_per_cell, self.finish = small_side, pixels_per_cell, finish
 
     def _decoded(self, latents: Tensor) -> Tensor:
+        if self.finish is not None:
+            latents = self.finish(latents)
         side = min(latents.shape[2:]) * self.pixels_per_cell
         if self.small_side and side > self.small_side:
             size = [round(n * self.small_side / side) for n in latents.shape[2:]]

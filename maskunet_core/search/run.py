@@ -45,16 +45,16 @@ def search_images(
 
     sample: runs the host's sampler on (MODEL, noise `[N, ...]`, number of the candidate). peek: runs it on (noise,
     number, steps) for the first few steps, unmasked, and returns the last estimate of the clean latent, as the model
-    sees latents. noise: of a candidate; the first is the one that a plain sampler would have. score: `[N]` of finished
-    latents. steps: of the sampler. candidate_done: told (number, scores). options: for RewardSearch. Where candidates
-    were drawn to the end and `keep_best` is set, an image whose reward the masks have lowered gives way to its plain
-    candidate.
+    sees latents; without masks it is not used. noise: of a candidate; the first is the one that a plain sampler would
+    have. score: `[N]` of finished latents. steps: of the sampler. candidate_done: told (number, scores). options: for
+    RewardSearch. Where candidates were drawn to the end and `keep_best` is set, an image whose reward the masks have
+    lowered gives way to its plain candidate.
     """
     first = noise(0)
     images = len(first)
     search = RewardSearch(model, settings, judge, images, **options)
-    updates = (settings.masks or settings.latent_lr > 0) and settings.total_iterations(steps) > 0
-    looks = settings.candidate_steps(steps) if updates else steps
+    updates = settings.total_iterations(steps) > 0
+    looks = settings.candidate_steps(steps)
     best = Best()
     for number in range(settings.candidates if settings.candidates > 1 else 0):
         start = first if number == 0 else noise(number)
@@ -72,7 +72,7 @@ def search_images(
     if plain is not None and not updates:
         return Found(plain, best.scores, numbers, search.recorded, [])
     latents = sample(search.model, best.items.get("noise", first), int(numbers[0]) if images == 1 else 0)
-    scores = score(latents) if updates else None
+    scores = score(latents) if updates or best.scores is not None else None
     if plain is not None and settings.keep_best:
         for image in torch.nonzero(scores < best.scores).flatten().tolist():
             latents[image], scores[image] = plain[image], best.scores[image]

@@ -22,8 +22,8 @@ class SearchSettings:
     small_decode: the reward looks at a picture no larger than it needs. latent_lr: of the noisy latent itself, which is
     then changed along with the masks (Adam); 0 leaves it alone. masks: off searches by `latent_lr` and candidates
     alone. candidates: starting noises that are drawn and judged first; candidate_percent: share of the steps after
-    which they are judged by their estimates, 1 to draw them to the end (where there are no updates, they always are).
-    seconds: after which no iteration begins, 0 for no limit.
+    which they are judged by their estimates; at 1, and without masks, they are drawn to the end. seconds: after which
+    no iteration begins, 0 for no limit.
     """
 
     iterations: int = 10
@@ -50,13 +50,18 @@ class SearchSettings:
     seconds: float = 0.0
 
     def iterations_at(self, step: int, steps: int) -> int:
-        """Updates at `step` of `steps`, counted from 0."""
+        """Updates at `step` of `steps`, counted from 0; none where there is nothing to improve."""
+        if not (self.masks or self.latent_lr):
+            return 0
         position = step / steps
         if position < self.start_percent:
             return self.early_iterations
         return self.iterations if position < self.end_percent else 0
 
     def candidate_steps(self, steps: int) -> int:
+        """After how many of the steps a candidate is judged."""
+        if not self.masks:
+            return steps
         return max(1, min(steps, round(self.candidate_percent * steps)))
 
     def total_iterations(self, steps: int) -> int:

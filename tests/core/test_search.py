@@ -238,42 +238,61 @@ def test_best_is_kept_image_by_image():
     assert best.scores.tolist() == [1.0, 2.0]
 
 
+def run_search(toy, settings, judge, score, images=2):
+    model, clip, _ = toy
+
+    def peek(start, number, steps):
+        seen = []
+        sample(model, clip, start, last_step=steps, callback=lambda step, x0, x, total: seen.append(x0))
+        assert len(seen) == steps
+        return seen[-1]
+
+    return search_images(
+        model=model,
+        sample=lambda model, start, number: sample(model, clip, start),
+        peek=peek,
+        noise=lambda number: noise(images, seed=number),
+        settings=settings,
+        judge=judge,
+        score=score,
+        steps=STEPS,
+    )
+
+
 def test_candidates_without_masks_are_best_of_n(toy, judge):
     model, clip, _ = toy
     into = model.get_model_object("latent_format").process_in
-    settings = SearchSettings(masks=False, candidates=3)
-    result = search_images(
-        model=model,
-        sample=lambda model, start, number: sample(model, clip, start),
-        noise=lambda number: noise(2, seed=number),
-        settings=settings,
-        judge=judge,
-        score=lambda latents: judge.scores(into(latents)),
-        steps=STEPS,
-    )
+    settings = SearchSettings(masks=False, candidates=3, candidate_percent=0.5)
+    result = run_search(toy, settings, judge, lambda latents: judge.scores(into(latents)))
     each = torch.stack([judge.scores(into(sample(model, clip, noise(2, seed=number)))) for number in range(3)])
     assert torch.equal(result.scores, each.max(0).values)
     assert torch.equal(result.candidates, each.argmax(0))
 
 
-def test_a_search_never_ends_below_its_candidates(toy, judge):
+def test_candidates_are_judged_by_their_estimates_where_asked(toy, judge):
     model, clip, _ = toy
-    into = model.get_model_object("latent_format").process_in
+    settings = SearchSettings(candidates=3, candidate_percent=0.5, iterations=0)
+    result = run_search(toy, settings, judge, lambda latents: torch.zeros(2))
+    estimates = []
+    for number in range(3):
+        seen = []
+        keep = lambda step, x0, x, total, seen=seen: seen.append(x0)  # noqa: E731
+        sample(model, clip, noise(2, seed=number), callback=keep)
+        estimates.append(judge.scores(seen[1]))
+    best = torch.stack(estimates).argmax(0)
+    assert torch.equal(result.candidates, best)
+    start = torch.stack([noise(2, seed=int(number))[n] for n, number in enumerate(best)])
+    assert torch.equal(result.latents, sample(model, clip, start))
+
+
+def test_a_search_never_ends_below_its_finished_candidates(toy, judge):
+    model, clip, _ = toy
     harmful = SearchSettings(candidates=2, iterations=1, lr=5.0, keep_best=True, start_percent=0.5)
     calls = iter([0.0, 0.0, 5.0, 7.0, -100.0, 9.0])
-    result = search_images(
-        model=model,
-        sample=lambda model, start, number: sample(model, clip, start),
-        noise=lambda number: noise(2, seed=number),
-        settings=harmful,
-        judge=judge,
-        score=lambda latents: torch.tensor([next(calls), next(calls)]),
-        steps=STEPS,
-    )
+    result = run_search(toy, harmful, judge, lambda latents: torch.tensor([next(calls), next(calls)]))
     assert result.scores.tolist() == [5.0, 9.0]
     assert torch.equal(result.latents[0], sample(model, clip, noise(2, seed=1))[0])
     assert all(bool(mask[0].all()) for sigma in result.recorded.sigmas for mask in result.recorded.at(sigma).values())
-    assert judge.scores(into(result.latents)).shape == (2,)
 
 
 def test_presets_say_where_the_iterations_go():

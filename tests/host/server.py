@@ -67,10 +67,18 @@ class Server:
     """A running ComfyUI with the extension, in a base folder of its own (models, input, output, temp).
 
     `with Server() as server: images = server.run(prompt)`. folder_name: of the extension inside custom_nodes.
+    arguments: more of them for main.py. other_nodes: files that lie beside the extension in custom_nodes.
     """
 
-    def __init__(self, folder_name: str = FOLDER_NAME, port: int | None = None, arguments: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        folder_name: str = FOLDER_NAME,
+        port: int | None = None,
+        arguments: tuple[str, ...] = (),
+        other_nodes: tuple[Path, ...] = (),
+    ):
         self.folder_name = folder_name
+        self.other_nodes = other_nodes
         self.port = require_free(port) if port else free_port()
         self.arguments = arguments
         self.base = Path(tempfile.mkdtemp(prefix="comfyui-"))
@@ -83,6 +91,8 @@ class Server:
 
     def __enter__(self) -> "Server":
         link_folder(self.base / "custom_nodes" / self.folder_name, PROJECT)
+        for file in self.other_nodes:
+            shutil.copy(file, self.base / "custom_nodes")
         for folder in ("models", "input", "output", "temp", "user"):
             (self.base / folder).mkdir()
         self.start()

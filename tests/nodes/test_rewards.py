@@ -1,10 +1,8 @@
 """The reward nodes: in the host's own process, and in a real server as a user meets them."""
 
-import importlib
 import io
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -17,25 +15,15 @@ from maskunet_core.rewards.reward import value_and_gradient
 from maskunet_core.rewards.toy import ToyReward
 from tests.host.server import ExecutionError, ServerError
 from tests.reward_files import PUBLISHED, aesthetic_head, clip_l_image_model
-from trainer.host import PROJECT
 from trainer.toy.world import render, sample_scenes
 
 PROMPT = "a red circle"
 
 
 @pytest.fixture(scope="module")
-def nodes():
-    """The extension's nodes.rewards, imported as the host imports it: as part of a package with the folder's name."""
-    spec = importlib.util.spec_from_file_location(
-        "maskunet_extension", PROJECT / "__init__.py", submodule_search_locations=[str(PROJECT)]
-    )
-    extension = importlib.util.module_from_spec(spec)
-    sys.modules["maskunet_extension"] = extension
-    spec.loader.exec_module(extension)
-    importlib.import_module("maskunet_extension.nodes.folders").register()
-    yield importlib.import_module("maskunet_extension.nodes.rewards")
-    for name in [name for name in sys.modules if name.split(".")[0] == "maskunet_extension"]:
-        del sys.modules[name]
+def nodes(extension):
+    """The extension's nodes.rewards."""
+    return extension("rewards")
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ def searched(settings: SearchSettings) -> Draw:
         found = search_images(
             model=stage.base.patcher,
             sample=lambda model, noise, number: stage.sample(model, captions, noise, seed=seed),
+            peek=lambda noise, number, steps: stage.estimate(captions, noise, steps, seed=seed),
             noise=lambda number: stage.noise(captions, seed, number),
             settings=settings,
             judge=stage.judge(captions, settings.views),

@@ -97,19 +97,25 @@ class Stage:
 
     @torch.no_grad()
     def sample(
-        self,
-        model: Any,
-        captions: list[Caption],
-        noise: Tensor,
-        steps: int = STEPS,
-        sampler: str = "ddim",
-        seed: int = 0,
+        self, model: Any, captions: list[Caption], noise: Tensor, *, steps=STEPS, sampler="ddim", seed=0, **options: Any
     ) -> Tensor:
-        """Latents as the sampler gives them."""
+        """Latents as the host's sampler gives them."""
         import comfy.sample
 
         parts = self.conditioning(captions), self.empty, torch.zeros_like(noise)
-        return comfy.sample.sample(model, noise, steps, CFG, sampler, "normal", *parts, disable_pbar=True, seed=seed)
+        return comfy.sample.sample(
+            model, noise, steps, CFG, sampler, "normal", *parts, disable_pbar=True, seed=seed, **options
+        )
+
+    def estimate(self, captions: list[Caption], noise: Tensor, steps: int, seed: int) -> Tensor:
+        """The base's estimate of the clean latents after the first `steps`."""
+        seen: list[Tensor] = []
+
+        def keep(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+            seen[:] = [x0]
+
+        self.sample(self.base.patcher, captions, noise, seed=seed, last_step=steps, callback=keep)
+        return seen[0]
 
     @torch.no_grad()
     def rewards(self, latents: Tensor, captions: list[Caption]) -> Tensor:
