@@ -10,7 +10,7 @@ from maskunet_core.rewards.toy import ToyReward
 from trainer import job_board
 from trainer.reward_compare import jobs, plan, report
 from trainer.reward_compare.costs import Operations
-from trainer.reward_compare.rivals import Steering, optimised_noise, steered
+from trainer.reward_compare.rivals import Steering, optimise_noise, optimised_noise, steered
 from trainer.reward_compare.stage import TABLE, TUNING, Stage, held_out_prompts
 
 
@@ -64,11 +64,17 @@ def test_particles_follow_the_reward(stage, captions):
     assert x.flatten().tolist() == found.flatten().tolist() == [1, 1, 1, 3, 3, 3]
 
 
-def test_rivals_draw_better_than_the_base_by_the_reward(stage, captions):
-    base = stage.rewards(plan.METHODS["base"](stage, captions, 0), captions).mean()
-    for rival in (steered(stage, captions, 3, 0), optimised_noise(stage, captions, 0, iterations=4)):
-        assert rival.shape == (4, 4, 8, 8)
-        assert stage.rewards(rival, captions).mean() > base
+def test_steering_ends_with_the_best_particle(stage, captions):
+    one, four = (stage.rewards(steered(stage, captions, particles, 0), captions) for particles in (1, 4))
+    assert four.shape == (4,)
+    assert four.mean() > one.mean()
+
+
+def test_the_starting_noise_climbs_and_stays_likely(stage, captions):
+    noise, rewards = optimise_noise(stage, captions, 0, iterations=5, lr=0.03, steps=3)
+    assert torch.stack(rewards).max(0).values.mean() > rewards[0].mean()
+    assert noise.flatten(1).norm(dim=1).tolist() == pytest.approx([16.0] * 4, rel=0.25)
+    assert optimised_noise(stage, captions[:1], 0, iterations=1).shape == (1, 4, 8, 8)
 
 
 def test_prompts_are_sorted_by_how_often_the_base_succeeds():

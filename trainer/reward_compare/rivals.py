@@ -76,6 +76,30 @@ def _chain(stage: Stage, noise: Tensor, context: Tensor, steps: int) -> Tensor:
     return x
 
 
+def optimise_noise(
+    stage: Stage, captions: list[Caption], seed: int, iterations: int, lr: float, steps: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The starting noise whose short chain had the best reward, `[N, 4, 8, 8]`, and the rewards `[N]` on the way."""
+    judge, context = stage.judge(captions), stage.conditioning(captions)[0][0]
+    noise = stage.noise(captions, seed).requires_grad_()
+    optimiser = torch.optim.Adam([noise], lr=lr)
+    best, seen = noise.detach().clone(), []
+    for _ in range(iterations):
+        with torch.enable_grad():
+            clean = _chain(stage, noise, context, steps)
+        scores, gradient = judge.scores_and_gradient(clean.detach(), 0)
+        better = scores >= torch.stack([*seen, scores]).max(0).values
+        best = torch.where(better[:, None, None, None], noise.detach(), best)
+        seen.append(scores)
+        size = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
+        noise.grad = torch.autograd.grad(clean, noise, -gradient / size)[0]
+        optimiser.step()
+        with torch.no_grad():
+            norms = noise.flatten(1).norm(dim=1)[:, None, None, None]
+            noise.mul_((noise[0].numel() - 1) ** 0.5 / norms)
+    return best, seen
+
+
 def optimised_noise(
     stage: Stage, captions: list[Caption], seed: int, iterations: int = 14, lr: float = 0.03, steps: int = 5
 ) -> Tensor:
@@ -84,23 +108,7 @@ def optimised_noise(
     Gradients go through a chain of a few steps; the noise whose short chain had the best reward starts the full one.
     The pull towards likely noises is ReNO's: the norm stays at its mode.
     """
-    judge, context = stage.judge(captions), stage.conditioning(captions)[0][0]
-    noise = stage.noise(captions, seed).requires_grad_()
-    optimiser = torch.optim.Adam([noise], lr=lr)
-    best, best_scores = noise.detach().clone(), torch.full((len(captions),), -torch.inf)
-    for _ in range(iterations):
-        with torch.enable_grad():
-            clean = _chain(stage, noise, context, steps)
-        scores, gradient = judge.scores_and_gradient(clean.detach(), 0)
-        better = scores > best_scores
-        best = torch.where(better[:, None, None, None], noise.detach(), best)
-        best_scores = torch.maximum(scores, best_scores)
-        size = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
-        noise.grad = torch.autograd.grad(clean, noise, -gradient / size)[0]
-        optimiser.step()
-        with torch.no_grad():
-            norms = noise.flatten(1).norm(dim=1)[:, None, None, None]
-            noise.mul_((noise[0].numel() - 1) ** 0.5 / norms)
+    best, _ = optimise_noise(stage, captions, seed, iterations, lr, steps)
     return stage.sample(stage.base.patcher, captions, best, seed=seed)
 
 

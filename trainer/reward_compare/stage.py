@@ -1,5 +1,6 @@
 """What all methods draw with: the toy model, prompts, the reward that is optimised, and the judge that never is."""
 
+import zlib
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -71,10 +72,8 @@ class Stage:
 
     def noise(self, captions: list[Caption], seed: int, number: int = 0) -> Tensor:
         """Starting noises `[N, 4, 8, 8]` of a candidate; that of a prompt does not depend on the others."""
-        keys = [sum(str(caption).encode()) for caption in captions]
-        return torch.cat(
-            [torch.randn(1, 4, 8, 8, generator=seeded(72, seed, number, n, key)) for n, key in enumerate(keys)]
-        )
+        streams = [seeded(72, seed, number, zlib.crc32(str(caption).encode())) for caption in captions]
+        return torch.cat([torch.randn(1, 4, 8, 8, generator=stream) for stream in streams])
 
     def score(self, captions: list[Caption]):
         """The optimised reward of a batch: pictures to scores and gradient."""
