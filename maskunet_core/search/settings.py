@@ -22,8 +22,8 @@ class SearchSettings:
     small_decode: the reward looks at a picture no larger than it needs. latent_lr: of the noisy latent itself, which is
     then changed along with the masks (Adam); 0 leaves it alone. masks: off searches by `latent_lr` and candidates
     alone. candidates: starting noises that are drawn and judged first; candidate_percent: share of the steps after
-    which they are judged by their estimates; at 1, and without masks, they are drawn to the end. seconds: after which
-    no iteration begins, 0 for no limit.
+    which they are judged by their estimates; at 1, and where nothing else is searched for, they are drawn to the end.
+    seconds: after which no iteration begins, 0 for no limit.
     """
 
     iterations: int = 10
@@ -60,7 +60,7 @@ class SearchSettings:
 
     def candidate_steps(self, steps: int) -> int:
         """After how many of the steps a candidate is judged."""
-        if not self.masks:
+        if not (self.masks or self.latent_lr):
             return steps
         return max(1, min(steps, round(self.candidate_percent * steps)))
 
@@ -75,10 +75,27 @@ PRESETS = {
     "reference": SearchSettings(
         iterations=10, early_iterations=1, start_percent=7 / 15, optimiser="AdamW", lr=1e-2, noise=True, keep_best=False
     ),
+    # By trials on the toy model: many candidates, judged when half is drawn, then gentle updates of the best.
     "fast": SearchSettings(
-        iterations=4, start_percent=0.3, end_percent=0.8, lr=5e-2, branches="positive", small_decode=True, patience=6
+        candidates=4,
+        candidate_percent=0.47,
+        iterations=2,
+        start_percent=0.6,
+        end_percent=0.8,
+        lr=3e-2,
+        carry=0.9,
+        branches="positive",
+        small_decode=True,
     ),
     "quality": SearchSettings(
-        iterations=8, start_percent=0.2, end_percent=0.9, lr=3e-2, candidates=4, views=1, patience=6
+        candidates=16,
+        candidate_percent=0.47,
+        iterations=6,
+        start_percent=0.45,
+        lr=3e-2,
+        carry=0.9,
+        views=1,
+        branches="positive",
+        patience=6,
     ),
 }

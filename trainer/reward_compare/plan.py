@@ -47,8 +47,8 @@ def best_of(count: int) -> Draw:
     return searched(SearchSettings(masks=False, candidates=count))
 
 
-_QUALITY, _FAST = PRESETS["quality"], PRESETS["fast"]
-_LATENT = SearchSettings(masks=False, latent_lr=0.1, iterations=5, start_percent=0.2, end_percent=0.9)
+_QUALITY = PRESETS["quality"]
+_EARLY = _QUALITY.candidate_percent
 
 METHODS: dict[str, Draw] = {
     "base": drawn_plainly,
@@ -57,17 +57,19 @@ METHODS: dict[str, Draw] = {
     "best of 4": best_of(4),
     "best of 8": best_of(8),
     "best of 16": best_of(16),
+    "6 candidates, judged early": searched(SearchSettings(iterations=0, candidates=6, candidate_percent=_EARLY)),
+    "28 candidates, judged early": searched(SearchSettings(iterations=0, candidates=28, candidate_percent=_EARLY)),
     "FK steering, 4 particles": lambda stage, captions, seed: steered(stage, captions, 4, seed),
     "FK steering, 16 particles": lambda stage, captions, seed: steered(stage, captions, 16, seed),
     "paper": searched(PRESETS["paper"]),
     "reference": searched(PRESETS["reference"]),
-    "fast": searched(_FAST),
+    "fast": searched(PRESETS["fast"]),
     "quality": searched(_QUALITY),
-    "quality, one candidate": searched(replace(_QUALITY, candidates=1)),
+    "masks alone": searched(replace(_QUALITY, candidates=1, iterations=14)),
     "starting noise": optimised_noise,
-    "noisy latents": searched(_LATENT),
-    "best of 4, then noisy latents": searched(replace(_LATENT, candidates=4, iterations=4)),
-    "masks and noisy latents": searched(replace(_QUALITY, latent_lr=0.1, iterations=5)),
+    "noisy latents": searched(replace(_QUALITY, masks=False, latent_lr=0.1, candidates=1, iterations=8)),
+    "quality, noisy latents for masks": searched(replace(_QUALITY, masks=False, latent_lr=0.1, iterations=3)),
+    "quality, and noisy latents": searched(replace(_QUALITY, latent_lr=0.1, iterations=3)),
 }
 SLOW = ("paper", "reference")
 """Far above the budget of the others: measured on the first prompts alone."""
