@@ -2,14 +2,16 @@
 
 import copy
 import io
+import json
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from maskunet_core import checkpoint
+from maskunet_core import checkpoint, mask_file
 from maskunet_core.families import inspect_model
 from tests.builders import make_generator, sd15_unet
 from tests.damage import missing_tensor, newer_version, no_safetensors, not_finite, truncated
@@ -23,6 +25,7 @@ NODES = (
     "MaskUNetSaveMasks",
     "MaskUNetLoadMasks",
     "MaskUNetRandomMask",
+    "MaskUNetRewardSampler",
     "MaskUNetToyModel",
 )
 
@@ -96,12 +99,17 @@ def test_contract_of_the_nodes(object_info):
             "start_percent",
             "end_percent",
         ],
+        "MaskUNetRewardSampler": [
+            *("model", "seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image"),
+            *("denoise", "vae", "reward", "prompt", "preset", "candidates", "masks"),
+        ],
         "MaskUNetToyModel": [],
     }
     outputs = {node: object_info[node]["output"] for node in NODES}
     assert outputs["MaskUNetLoader"] == ["MASKUNET"]
     assert outputs["MaskUNetLoadMasks"] == ["MASKUNET_MASKS"]
     assert outputs["MaskUNetSaveMasks"] == []
+    assert outputs["MaskUNetRewardSampler"] == ["LATENT", "MASKUNET_MASKS", "IMAGE"]
     for node in ("MaskUNetApply", "MaskUNetApplyMasks", "MaskUNetRandomMask"):
         assert outputs[node] == ["MODEL"]
     assert outputs["MaskUNetToyModel"] == ["MODEL", "CLIP", "VAE"]
@@ -119,6 +127,32 @@ def test_every_shipped_workflow_runs(server, object_info, name):
     assert saved
     for image in saved:
         assert np.asarray(Image.open(io.BytesIO(server.view(image)))).std() > 1
+
+
+def reward_of(server: Server, prompt: dict, title: str) -> list[float]:
+    """Toy rewards of the pictures that the Save Image node with this title saves."""
+    prompt = copy.deepcopy(prompt)
+    text, images = titled(prompt, "Prompt")["text"], titled(prompt, title)["images"]
+    options = {"reward_name": "toy reward (bundled)", "dtype": "auto", "checkpointing": False}
+    scored = {"images": images, "prompt": text, "reward": ["toy reward", 0], "framing": "centre crop"}
+    prompt["toy reward"] = {"class_type": "MaskUNetRewardLoader", "inputs": options}
+    prompt["scored"] = {"class_type": "MaskUNetRewardScore", "inputs": scored}
+    prompt["shown"] = {"class_type": "PreviewAny", "inputs": {"source": ["scored", 2]}}
+    return json.loads(server.run(prompt)["shown"]["text"][0])["scores"]
+
+
+def test_the_masks_that_ship_fit_their_graph_and_raise_the_reward(server, object_info):
+    shipped = Path(mask_file.__file__).parent / "toy" / "masks" / "toy_example.safetensors"
+    assert shipped.stat().st_size < 1_000_000
+    record = mask_file.load(shipped).record
+    replay = to_prompt(load_workflow("replay_masks"), object_info)
+    search = titled(to_prompt(load_workflow("save_masks"), object_info), "Sample with a search")
+    for drawn in (titled(replay, "Sample with masks"), search):
+        assert {name: drawn[name] for name in record["sampling"]} == record["sampling"]
+    assert titled(replay, "Prompt")["text"] == search["prompt"] == record["prompt"]
+    assert record["seeds"] == [search["seed"]]
+    masked, plain = (reward_of(server, replay, f"Save {which} masks")[0] for which in ("with", "without"))
+    assert masked > plain + 1
 
 
 def test_the_generator_that_ships_changes_the_pictures(server, graph):
