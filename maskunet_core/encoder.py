@@ -23,10 +23,9 @@ class EncoderCache:
     def serving(self, unet: nn.Module, key: Hashable) -> Iterator[None]:
         known = key in self._features
         features = self._features.setdefault(key, {})
-        blocks = [*unet.input_blocks, *([unet.middle_block] if unet.middle_block is not None else [])]
         try:
             with contextlib.ExitStack() as stack:
-                for index, block in enumerate(blocks):
+                for index, block in enumerate(_blocks(unet)):
                     layers = list(block)
                     if known:
                         for layer in layers[:-1]:
@@ -40,6 +39,28 @@ class EncoderCache:
             if not known:
                 del self._features[key]
             raise
+
+
+class LiveEncoder:
+    """In an EncoderCache's place where gradients flow through the encoder itself: it runs in every call.
+
+    The host adds ControlNet's residuals to the skip connections in place, so the next block works on a copy of each.
+    """
+
+    @contextlib.contextmanager
+    def serving(self, unet: nn.Module, key: Hashable) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for block in _blocks(unet):
+                stack.enter_context(shadowed(block[0], forward=_on_a_copy(block[0].forward)))
+            yield
+
+
+def _blocks(unet: nn.Module) -> list[nn.Module]:
+    return [*unet.input_blocks, *([unet.middle_block] if unet.middle_block is not None else [])]
+
+
+def _on_a_copy(forward):
+    return lambda x, *args, **kwargs: forward(x.clone(), *args, **kwargs)
 
 
 def _same(x: Tensor, *_, **__) -> Tensor:

@@ -22,7 +22,7 @@ from .sources import Call, LearningSource, MaskSource
 OPTION = "maskunet"
 """Key of the attachments in `transformer_options`, and of the wrapper and additional models on the MODEL."""
 ENCODER = "maskunet_encoder"
-"""Key of an EncoderCache in `transformer_options`, which then serves the encoder of every call."""
+"""Key of an EncoderCache or LiveEncoder in `transformer_options`, which then serves the encoder of every call."""
 
 
 @dataclass(frozen=True)

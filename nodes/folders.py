@@ -7,7 +7,9 @@ import folder_paths
 MASKUNET = "maskunet"
 MASKS = "maskunet_masks"
 REWARD = "reward"
-BUNDLED = Path(__file__).resolve().parent.parent / "maskunet_core" / "toy" / "generators"
+_TOY = Path(__file__).resolve().parent.parent / "maskunet_core" / "toy"
+BUNDLED = _TOY / "generators"
+BUNDLED_MASKS = _TOY / "masks"
 SAVED_MASKS = "masks"
 """Folder inside the output folder that MaskUNet Save Masks writes to unless told otherwise."""
 
@@ -15,7 +17,7 @@ SAVED_MASKS = "masks"
 def register() -> None:
     """Adds the model folders; paths that extra_model_paths.yaml gave stay in front."""
     _register(MASKUNET, {".safetensors"}, BUNDLED)
-    _register(MASKS, {".safetensors"}, Path(folder_paths.get_output_directory()) / SAVED_MASKS)
+    _register(MASKS, {".safetensors"}, Path(folder_paths.get_output_directory()) / SAVED_MASKS, BUNDLED_MASKS)
     _register(REWARD, folder_paths.supported_pt_extensions)
 
 

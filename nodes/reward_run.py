@@ -79,6 +79,12 @@ class RewardRun:
         planned = comfy.samplers.KSampler(self.model, steps, self.model.load_device, **options)
         return max(len(planned.sigmas) - 1, 0)
 
+    def _of_conditioning(self) -> list[Any]:
+        """ControlNets and other models that the conditioning brings along."""
+        conditioning = {"positive": self.positive, "negative": self.negative}
+        converted = {name: comfy.sampler_helpers.convert_cond(value) for name, value in conditioning.items()}
+        return comfy.sampler_helpers.get_additional_models(converted, self.model.model_dtype())[0]
+
     def _finish(self) -> Callable[[Tensor], Tensor]:
         """Outside of an inpainting mask the sampler ends with the latent as it was."""
         mask = comfy.sampler_helpers.prepare_mask(self.latent["noise_mask"], self.samples.shape, self.model.load_device)
@@ -124,8 +130,10 @@ class RewardRun:
         return self.final.scores(inside).cpu()
 
     def run(self) -> Found:
-        if self.settings.candidates > 1 or self.settings.total_iterations(self.steps):
-            load_for_gradients([self.model, *self.helpers])
+        if self.settings.total_iterations(self.steps):
+            load_for_gradients([self.model, *self.helpers, *self._of_conditioning()])
+        elif self.settings.candidates > 1:
+            comfy.model_management.load_models_gpu([self.model, *self.helpers])
         found = search_images(
             model=self.model,
             sample=self._sample,

@@ -213,5 +213,6 @@ class MaskUNetRewardSampler(io.ComfyNode):
             record |= {"scores": None if found.scores is None else [round(float(s), 4) for s in found.scores]}
             found.recorded.record.update(record)
             output = {k: v for k, v in latent_image.items() if not k.startswith("downscale_ratio")}
-            curve = reward_curve(found, reward.reward.name, watch.reward.name if watch else None)
+            watched = watch.reward.name if watch else None
+            curve = reward_curve(found, reward.reward.name, watched, settings.keep_best)
             return io.NodeOutput(output | {"samples": found.latents}, found.recorded, curve)

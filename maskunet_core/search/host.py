@@ -23,12 +23,14 @@ def outside_inference_mode(value: Any) -> Any:
     return value
 
 
-def _replace_inference_tensors(module: nn.Module) -> None:
-    """The same values, in tensors that autograd may keep."""
+def _make_constant(module: nn.Module) -> None:
+    """The same values, in tensors that autograd may keep and asks no gradients of."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.is_inference():
                 part._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            elif parameter is not None:
+                parameter.requires_grad_(False)
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_inference():
                 part._buffers[name] = buffer.clone()
@@ -53,7 +55,7 @@ def load_for_gradients(patchers: Sequence[Any]) -> None:
                 f"({missing / 2**20:,.0f} MB are missing), and gradients need the models there as a whole. Connect "
                 "smaller models, load the rewards in half precision, or start ComfyUI without --lowvram."
             )
-        _replace_inference_tensors(patcher.model)
+        _make_constant(patcher.model)
 
 
 def static_clone(model: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encoder import EncoderCache
+from ..encoder import EncoderCache, LiveEncoder
 from ..patch import ENCODER, Attachment, enabled, structure_of, with_attachment
 from ..recorded import RecordedMasks, RecordedSource
 from .judge import Judge
@@ -138,10 +138,8 @@ class RewardSearch:
             model_options = model_options | {"sampler_calc_cond_batch_function": _PositiveBranch(unmasked)}
         if self.settings.masks:
             model_options = with_attachment(model_options, Attachment(self._masks, 1.0))
-        if cached:
-            transformer = model_options["transformer_options"] | {ENCODER: EncoderCache()}
-            model_options = model_options | {"transformer_options": transformer}
-        return model_options
+        encoder = EncoderCache() if cached else LiveEncoder()
+        return model_options | {"transformer_options": model_options["transformer_options"] | {ENCODER: encoder}}
 
     # What was seen ----------------------------------------------------------------------------------------------
 

@@ -218,6 +218,19 @@ def test_small_pictures_are_decoded_small(toy, judge):
     assert small.pictures(noise(1)).shape[2:] == (32, 32)
 
 
+def test_latents_are_finished_before_they_are_decoded_small(toy, judge):
+    """As an inpainting mask is: it has the latent's full size."""
+    kept, keep = noise(seed=7), torch.zeros(1, 1, 8, 8)
+    keep[..., 4:] = 1.0
+    finished = Judge(judge.decode, judge.score, small_side=32, finish=lambda z: z * (1 - keep) + kept * keep)
+    latents = noise()
+    expected = Judge(judge.decode, judge.score, small_side=32).pictures(latents * (1 - keep) + kept * keep)
+    assert torch.equal(finished.pictures(latents), expected)
+    _, gradient = finished.scores_and_gradient(latents, 0)
+    assert not gradient[..., 4:].any()
+    assert gradient[..., :4].any()
+
+
 def test_normalised_gradients_have_size_one_in_every_image():
     torch.manual_seed(0)
     tensors = [torch.randn(2, 3, 4), 5 * torch.randn(2, 7)]

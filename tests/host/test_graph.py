@@ -1,4 +1,8 @@
-from tests.host.graph import BYPASSED, MUTED, load_workflow, nodes_of, titled, to_prompt
+import itertools
+
+import pytest
+
+from tests.host.graph import BYPASSED, MUTED, WORKFLOWS, load_workflow, nodes_of, titled, to_prompt
 
 INFO = {
     "Loader": {"input": {"required": {"name": [["a", "b"], {}]}}, "input_order": {"required": ["name"]}},
@@ -66,7 +70,26 @@ def test_a_muted_node_is_left_out():
     assert "model" not in prompt["4"]["inputs"]
 
 
-def test_the_shipped_graph_is_in_the_format_that_people_open():
-    shipped = load_workflow("generator_off_and_on")
+SHIPPED = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_graphs_are_in_the_format_that_people_open(name):
+    shipped = load_workflow(name)
     assert shipped["version"] == 0.4
     assert {"nodes", "links", "groups"} <= set(shipped)
+
+
+def overlap(one, other):
+    return all(one[axis] < other[axis] + other[axis + 2] and other[axis] < one[axis] + one[axis + 2] for axis in (0, 1))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_graphs_have_no_overlapping_nodes_or_groups(name):
+    shipped, bar = load_workflow(name), 30
+    nodes = {n["title"]: (n["pos"][0], n["pos"][1] - bar, n["size"][0], n["size"][1] + bar) for n in shipped["nodes"]}
+    groups = {group["title"]: group["bounding"] for group in shipped["groups"]}
+    assert len(nodes) == len(shipped["nodes"]), "titles tell nodes apart"
+    for boxes in (nodes, groups):
+        for one, other in itertools.combinations(boxes, 2):
+            assert not overlap(boxes[one], boxes[other]), (one, other)

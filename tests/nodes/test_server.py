@@ -2,15 +2,17 @@
 
 import copy
 import io
+import json
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from maskunet_core import checkpoint
+from maskunet_core import checkpoint, mask_file
 from maskunet_core.families import inspect_model
 from maskunet_core.patch import structure_of
 from maskunet_core.reference import ReferenceGenerator, authors_maps
@@ -26,6 +28,7 @@ NODES = (
     "MaskUNetSaveMasks",
     "MaskUNetLoadMasks",
     "MaskUNetRandomMask",
+    "MaskUNetRewardSampler",
     "MaskUNetToyModel",
     "MaskUNetRewardLoader",
     "MaskUNetRewardCombine",
@@ -102,6 +105,10 @@ def test_contract_of_the_nodes(object_info):
             "start_percent",
             "end_percent",
         ],
+        "MaskUNetRewardSampler": [
+            *("model", "seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image"),
+            *("denoise", "vae", "reward", "prompt", "preset", "candidates", "masks"),
+        ],
         "MaskUNetToyModel": [],
         "MaskUNetRewardLoader": ["reward_name", "dtype", "checkpointing"],
         "MaskUNetRewardCombine": ["reward_a", "weight_a", "reward_b", "weight_b"],
@@ -111,6 +118,7 @@ def test_contract_of_the_nodes(object_info):
     assert outputs["MaskUNetLoader"] == ["MASKUNET"]
     assert outputs["MaskUNetLoadMasks"] == ["MASKUNET_MASKS"]
     assert outputs["MaskUNetSaveMasks"] == []
+    assert outputs["MaskUNetRewardSampler"] == ["LATENT", "MASKUNET_MASKS", "IMAGE"]
     for node in ("MaskUNetApply", "MaskUNetApplyMasks", "MaskUNetRandomMask"):
         assert outputs[node] == ["MODEL"]
     assert outputs["MaskUNetToyModel"] == ["MODEL", "CLIP", "VAE"]
@@ -130,6 +138,32 @@ def test_every_shipped_workflow_runs(server, object_info, name):
     assert saved
     for image in saved:
         assert np.asarray(Image.open(io.BytesIO(server.view(image)))).std() > 1
+
+
+def reward_of(server: Server, prompt: dict, title: str) -> list[float]:
+    """Toy rewards of the pictures that the Save Image node with this title saves."""
+    prompt = copy.deepcopy(prompt)
+    text, images = titled(prompt, "Prompt")["text"], titled(prompt, title)["images"]
+    options = {"reward_name": "toy reward (bundled)", "dtype": "auto", "checkpointing": False}
+    scored = {"images": images, "prompt": text, "reward": ["toy reward", 0], "framing": "centre crop"}
+    prompt["toy reward"] = {"class_type": "MaskUNetRewardLoader", "inputs": options}
+    prompt["scored"] = {"class_type": "MaskUNetRewardScore", "inputs": scored}
+    prompt["shown"] = {"class_type": "PreviewAny", "inputs": {"source": ["scored", 2]}}
+    return json.loads(server.run(prompt)["shown"]["text"][0])["scores"]
+
+
+def test_the_masks_that_ship_fit_their_graph_and_raise_the_reward(server, object_info):
+    shipped = Path(mask_file.__file__).parent / "toy" / "masks" / "toy_example.safetensors"
+    assert shipped.stat().st_size < 1_000_000
+    record = mask_file.load(shipped).record
+    replay = to_prompt(load_workflow("replay_masks"), object_info)
+    search = titled(to_prompt(load_workflow("save_masks"), object_info), "Sample with a search")
+    for drawn in (titled(replay, "Sample with masks"), search):
+        assert {name: drawn[name] for name in record["sampling"]} == record["sampling"]
+    assert titled(replay, "Prompt")["text"] == search["prompt"] == record["prompt"]
+    assert record["seeds"] == [search["seed"]]
+    masked, plain = (reward_of(server, replay, f"Save {which} masks")[0] for which in ("with", "without"))
+    assert masked > plain + 1
 
 
 def test_the_generator_that_ships_changes_the_pictures(server, graph):

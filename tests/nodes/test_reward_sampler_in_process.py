@@ -1,0 +1,138 @@
+"""MaskUNet Reward Sampler in the host's own process: the reward curve, ControlNet, and models that it cannot mask."""
+
+import sys
+
+import pytest
+import torch
+
+from tests.nodes.reward_graphs import FEW_UPDATES, NO_UPDATES, PROMPT, SAMPLING
+
+COLOURS = [(0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E), (0x2C, 0xA0, 0x2C)]
+"""Of matplotlib's first lines."""
+
+
+@pytest.fixture(scope="module")
+def sample(extension):
+    """Runs the node as the executor does, on models and conditioning that were made as the executor makes them."""
+    node = extension("reward_sampler").MaskUNetRewardSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    rewards = extension("rewards")
+    with torch.inference_mode():
+        model, clip, vae = extension("toy").MaskUNetToyModel.execute().result
+        texts = {
+            name: clip.encode_from_tokens_scheduled(clip.tokenize(t))
+            for name, t in [("positive", PROMPT), ("negative", "")]
+        }
+        reward = rewards.MaskUNetRewardLoader.execute(rewards.TOY_REWARD, "auto", False).result[0]
+        twice = rewards.MaskUNetRewardCombine.execute(reward, 1.0, reward, 1.0).result[0]
+
+    def run(batch=1, watched=False, **changes):
+        latent = {"samples": torch.zeros(batch, 4, 8, 8)}
+        inputs = {"model": model, "vae": vae, "reward": reward, "prompt": PROMPT, "latent_image": latent, "masks": True}
+        inputs |= {"watch": twice if watched else None, **texts, **SAMPLING, **FEW_UPDATES}
+        with torch.inference_mode():
+            return node.execute(**inputs | changes).result
+
+    run.model, run.texts = model, texts
+    return run
+
+
+def pixels(curve: torch.Tensor, colour: tuple[int, int, int]) -> int:
+    return int(((255 * curve - torch.tensor(colour)).abs() < 2).all(-1).sum())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_curve_has_a_line_per_image_and_nothing_is_clipped(sample, batch):
+    pytest.importorskip("matplotlib")
+    curve = sample(batch)[2]
+    assert curve.shape == (1, 528, 880, 3)
+    assert [pixels(curve, colour) > 40 for colour in COLOURS] == [n < batch for n in range(3)]
+    for edge in (curve[:, :2], curve[:, -2:], curve[:, :, :2], curve[:, :, -2:]):
+        assert (edge == 1).all()
+
+
+def test_a_watched_reward_adds_a_line_and_an_axis(sample):
+    pytest.importorskip("matplotlib")
+    alone, watched = sample()[2], sample(watched=True)[2]
+    black = (0, 0, 0)
+    assert pixels(watched, black) > pixels(alone, black) + 100
+    assert pixels(watched, COLOURS[0]) > 200
+
+
+def test_a_run_without_updates_says_so(sample):
+    pytest.importorskip("matplotlib")
+    curve = sample(**NO_UPDATES)[2]
+    assert 0.9 < (curve == 1).float().mean() < 0.999
+    candidates = sample(**NO_UPDATES | {"candidates": 2})[2]
+    assert not torch.equal(curve, candidates)
+
+
+def test_without_matplotlib_the_curve_is_a_sentence(sample, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    curve = sample()[2]
+    assert curve.shape == (1, 160, 640, 3)
+    assert 0.01 < (curve < 0.5).float().mean() < 0.2
+
+
+def test_the_masks_tell_how_they_were_found(sample):
+    _, masks, _ = sample(candidates=2)
+    record = masks.record
+    assert (record["prompt"], record["reward"], record["preset"]) == (PROMPT, "toy reward", "custom")
+    assert record["sampling"] == SAMPLING
+    assert record["settings"]["iterations"] == FEW_UPDATES["iterations"]
+    assert record["seeds"][0] in (3, 4)
+    assert record["scores"][0] < 0
+    assert len(masks.sigmas) == SAMPLING["steps"]
+
+
+def tiny_control(model):
+    """A ControlNet of the toy's shape with random weights, as the host's nodes hand it over."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.ops
+
+    unet = model.model.model_config.unet_config
+    unwanted = ("out_channels", "disable_unet_model_creation", "dtype")
+    config = {key: value for key, value in unet.items() if key not in unwanted}
+    torch.manual_seed(0)
+    network = comfy.cldm.cldm.ControlNet(
+        **config, hint_channels=3, operations=comfy.ops.manual_cast, dtype=torch.float32
+    )
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
+    return control.set_cond_hint(torch.rand(1, 3, 64, 64), 1.0)
+
+
+@pytest.mark.parametrize("search", [{}, {"latent_lr": 0.01}])
+def test_a_controlnet_acts_beside_the_search(sample, search):
+    with torch.inference_mode():
+        control = tiny_control(sample.model)
+        guided = {
+            name: [
+                [text, {**more, "control": control, "control_apply_to_uncond": False}] for text, more in conditioning
+            ]
+            for name, conditioning in sample.texts.items()
+        }
+    changes = FEW_UPDATES | search
+    plain, stock, found = sample(**changes)[0], sample(**NO_UPDATES | guided)[0], sample(**changes | guided)[0]
+    assert torch.isfinite(found["samples"]).all()
+    assert not torch.equal(found["samples"], plain["samples"])
+    assert not torch.equal(found["samples"], stock["samples"])
+    assert torch.equal(sample(**NO_UPDATES | guided)[0]["samples"], stock["samples"])
+
+
+def test_a_model_without_a_unet_is_refused_in_one_sentence(sample):
+    import comfy.model_patcher
+
+    class Flux(torch.nn.Module):
+        """What the host keeps of a model of another kind, as far as the node looks."""
+
+        def __init__(self, like):
+            super().__init__()
+            self.model_config, self.latent_format = like.model_config, like.latent_format
+            self.model_sampling, self.diffusion_model = like.model_sampling, torch.nn.Linear(1, 1)
+
+    cpu = torch.device("cpu")
+    foreign = comfy.model_patcher.ModelPatcher(Flux(sample.model.model), load_device=cpu, offload_device=cpu)
+    with pytest.raises(ValueError, match=r"is not a U-Net that MaskUNet knows\. Connect an SD 1\.5, SD 2\.x or SDXL"):
+        sample(model=foreign)
