@@ -113,7 +113,7 @@ def custom_inputs() -> list[io.Input]:
             0.0,
             1.0,
             0.001,
-            "Changes the noisy latent itself at each step, too, with this learning rate. 0 "
+            "Changes the noisy latent itself at each step, too, with this learning rate, for instance 0.03. 0 "
             "leaves it alone. Masks alone do not record it.",
         ),
     ]

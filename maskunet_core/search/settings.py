@@ -77,12 +77,12 @@ PRESETS = {
     ),
     # By trials on the toy model: many candidates, judged when half is drawn, then gentle updates of the best.
     "fast": SearchSettings(
-        candidates=4,
+        candidates=5,
         candidate_percent=0.47,
-        iterations=2,
+        iterations=1,
         start_percent=0.6,
-        end_percent=0.8,
-        lr=3e-2,
+        end_percent=0.73,
+        lr=5e-2,
         carry=0.9,
         branches="positive",
         small_decode=True,

@@ -49,6 +49,7 @@ def best_of(count: int) -> Draw:
 
 _QUALITY = PRESETS["quality"]
 _EARLY = _QUALITY.candidate_percent
+_LATENTS = replace(_QUALITY, masks=False, latent_lr=0.03, iterations=3, views=0)
 
 METHODS: dict[str, Draw] = {
     "base": drawn_plainly,
@@ -67,9 +68,9 @@ METHODS: dict[str, Draw] = {
     "quality": searched(_QUALITY),
     "masks alone": searched(replace(_QUALITY, candidates=1, iterations=14)),
     "starting noise": optimised_noise,
-    "noisy latents": searched(replace(_QUALITY, masks=False, latent_lr=0.1, candidates=1, iterations=8)),
-    "quality, noisy latents for masks": searched(replace(_QUALITY, masks=False, latent_lr=0.1, iterations=3)),
-    "quality, and noisy latents": searched(replace(_QUALITY, latent_lr=0.1, iterations=3)),
+    "noisy latents alone": searched(replace(_LATENTS, candidates=1, iterations=7)),
+    "quality, noisy latents for masks": searched(_LATENTS),
+    "quality, and noisy latents": searched(replace(_LATENTS, masks=True, iterations=2)),
 }
 SLOW = ("paper", "reference")
 """Far above the budget of the others: measured on the first prompts alone."""
