@@ -53,25 +53,26 @@ _LATENTS = replace(_QUALITY, masks=False, latent_lr=0.03, iterations=3, views=0)
 
 METHODS: dict[str, Draw] = {
     "base": drawn_plainly,
-    "base, 60 steps": lambda stage, captions, seed: drawn_plainly(stage, captions, seed, steps=4 * STEPS),
-    "best of 2": best_of(2),
     "best of 4": best_of(4),
-    "best of 8": best_of(8),
     "best of 16": best_of(16),
-    "6 candidates, judged early": searched(SearchSettings(iterations=0, candidates=6, candidate_percent=_EARLY)),
-    "28 candidates, judged early": searched(SearchSettings(iterations=0, candidates=28, candidate_percent=_EARLY)),
-    "FK steering, 4 particles": lambda stage, captions, seed: steered(stage, captions, 4, seed),
-    "FK steering, 16 particles": lambda stage, captions, seed: steered(stage, captions, 16, seed),
-    "paper": searched(PRESETS["paper"]),
-    "reference": searched(PRESETS["reference"]),
     "fast": searched(PRESETS["fast"]),
     "quality": searched(_QUALITY),
-    "masks alone": searched(replace(_QUALITY, candidates=1, iterations=14)),
-    "starting noise": optimised_noise,
-    "noisy latents alone": searched(replace(_LATENTS, candidates=1, iterations=7)),
+    "6 candidates, judged early": searched(SearchSettings(iterations=0, candidates=6, candidate_percent=_EARLY)),
+    "28 candidates, judged early": searched(SearchSettings(iterations=0, candidates=28, candidate_percent=_EARLY)),
     "quality, noisy latents for masks": searched(_LATENTS),
+    "FK steering, 4 particles": lambda stage, captions, seed: steered(stage, captions, 4, seed),
+    "FK steering, 16 particles": lambda stage, captions, seed: steered(stage, captions, 16, seed),
+    "masks alone": searched(replace(_QUALITY, candidates=1, iterations=14)),
+    "noisy latents alone": searched(replace(_LATENTS, candidates=1, iterations=7)),
     "quality, and noisy latents": searched(replace(_LATENTS, masks=True, iterations=2)),
+    "starting noise": optimised_noise,
+    "base, 60 steps": lambda stage, captions, seed: drawn_plainly(stage, captions, seed, steps=4 * STEPS),
+    "best of 2": best_of(2),
+    "best of 8": best_of(8),
+    "reference": searched(PRESETS["reference"]),
+    "paper": searched(PRESETS["paper"]),
 }
+"""In the order of their jobs: what the others are held against comes first."""
 SLOW = ("paper", "reference")
 """Far above the budget of the others: measured on the first prompts alone."""
 

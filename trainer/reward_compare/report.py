@@ -82,7 +82,7 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     chain = [row for row in rows if row["method"] == "base" or row["method"].startswith("best of")]
-    chain = [row for row in chain if "then" not in row["method"]]
+    chain.sort(key=lambda row: row["operations"])
     axes.plot([row["operations"] for row in chain], [_value(row) for row in chain], "-", color="0.7", label="best of N")
     for row in rows:
         mean, error = _value(row), _error(row)
