@@ -146,7 +146,8 @@ class MaskUNetRewardSampler(io.ComfyNode):
                 io.Vae.Input(
                     "gradient_vae",
                     optional=True,
-                    tooltip="A small decoder (TAESD) for the estimates: a third of the time and memory.",
+                    tooltip="A small decoder (TAESD) for the estimates, to save time and memory. Finished images are "
+                    "still judged through `vae`.",
                 ),
                 *custom_inputs(),
             ],
@@ -157,7 +158,10 @@ class MaskUNetRewardSampler(io.ComfyNode):
                     tooltip="The masks that were found: MaskUNet Apply Masks repeats the "
                     "image with them, at the price of plain sampling.",
                 ),
-                io.Image.Output("reward_curve", tooltip="Reward at each step and update, for each image."),
+                io.Image.Output(
+                    "reward_curve",
+                    tooltip="Reward of the estimated image at each update (thin) and as each step was taken (dots).",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
