@@ -1,7 +1,6 @@
 """What all files of the project have in common: one `.safetensors`, metadata that say what it is, checks before use."""
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,13 +42,14 @@ class FileKind:
         """Write the file under a temporary name beside `path`, then rename it."""
         metadata = {"format": self.format, "format_version": self.version, **metadata}
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(suffix=".tmp", prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, metadata)
+            # safetensors makes files that only their owner can read.
+            temporary.chmod(0o644)
             os.replace(temporary, path)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def read_metadata(self, path: Path) -> dict[str, str]:
         """The file's metadata, after the checks that need nothing else. Raises `error`."""

@@ -101,20 +101,20 @@ def custom_inputs() -> list[io.Input]:
             tooltip=_of_custom("Decode estimates no larger than the reward looks at: much cheaper for large images."),
         ),
         number(
-            "candidate_percent",
-            0.05,
-            1.0,
-            0.01,
-            "Share of the steps after which candidates are judged, by an estimate of the finished image. On the toy "
-            "model 0.6 chooses as well as 1. Without masks they are always drawn to the end.",
-        ),
-        number(
             "latent_lr",
             0.0,
             1.0,
             0.001,
             "Changes the noisy latent itself at each step, too, with this learning rate, for instance 0.03. 0 "
             "leaves it alone. Masks alone do not record it.",
+        ),
+        number(
+            "candidate_percent",
+            0.05,
+            1.0,
+            0.01,
+            "Share of the steps after which candidates are judged, by an estimate of the finished image. On the toy "
+            "model 0.6 chooses as well as 1. Without masks they are always drawn to the end.",
         ),
     ]
 
