@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from ..files import replacing
 from ..host import enter_host
 from ..job_board import folder_of, result_of, write_result
+from ..toy.judge import frechet_distance
 from .costs import Operations
 from .plan import DIFFICULTY, METHODS, Job, Scale, make_plan
 from .rivals import drawn_plainly
@@ -38,7 +39,10 @@ def measure(stage: Stage, job: Job, scale: Scale, folder: Path) -> dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "features.safetensors") as temporary:
         save_file({"features": features}, temporary)
+    real_features, real_patches = stage.real()
     return {
+        "frechet": frechet_distance(features, real_features),
+        "frechet_patches": frechet_distance(torch.cat([v.patches for v in verdicts]), real_patches),
         "right": [bool(v) for verdict in verdicts for v in verdict.right],
         "right_by_reward": [bool(v) for verdict in verdicts for v in verdict.right_by_reward],
         "reward": [round(float(v), 4) for verdict in verdicts for v in verdict.reward],

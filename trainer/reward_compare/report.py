@@ -63,6 +63,10 @@ def rows_of(output: Path, scale: Scale) -> list[dict[str, Any]]:
                 row[name] = share(right[:, torch.tensor([c == name for c in classes])])
         row["right by the reward's reader"] = share(torch.tensor([result["right_by_reward"] for result in results]))
         row["reward"] = f"{sum(sum(r['reward']) / len(r['reward']) for r in results) / len(results):.2f}"
+        whole = right.shape[1] == scale.prompts
+        for name in ("frechet", "frechet_patches"):
+            # Of fewer pictures it would not be comparable.
+            row[name] = f"{sum(r[name] for r in results) / len(results):.3f}" if whole else ""
         features = [load_file(folder_of(output, name) / "features.safetensors")["features"] for name, _ in found]
         row |= {"diversity": _diversity(features), "prompts": right.shape[1], "seeds": len(results)}
         rows.append(row)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from maskunet_core.rewards.toy import log_probability
@@ -18,7 +19,7 @@ from maskunet_core.toy.readers import Reading
 from ..base import BaseModel, load_toy_base
 from ..seeds import seeded
 from ..toy.judge import fully_right, read
-from ..toy.world import sample_captioned
+from ..toy.world import render, sample_captioned
 
 KINDS = ("two", "relation")
 STEPS, CFG = 15, 5.0
@@ -51,13 +52,22 @@ def scores_of(reading: Reading, captions: list[Caption]) -> Tensor:
 class Verdict:
     """What the readers say of N finished pictures. right: fully right by the judge; right_by_reward: by reader A.
 
-    reward: the toy reward; features: the judge's, `[N, F]`.
+    reward: the toy reward; features: the judge's, `[N, F]`; patches: see `patches_of`.
     """
 
     right: Tensor
     right_by_reward: Tensor
     reward: Tensor
     features: Tensor
+    patches: Tensor
+
+
+def patches_of(latents: Tensor) -> Tensor:
+    """`[N * 16, 16]`: latents `[N, 4, 8, 8]` in pieces of 2 x 2.
+
+    Readers look for objects; how clean edges and backgrounds are shows here.
+    """
+    return F.unfold(latents, kernel_size=2, stride=2).transpose(1, 2).flatten(0, 1)
 
 
 class Stage:
@@ -89,6 +99,10 @@ class Stage:
 
     def judge(self, captions: list[Caption], views: int = 0) -> Judge:
         return Judge(self.decode, self.score(captions), views)
+
+    def _encode(self, pictures: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.base.vae.first_stage_model.encode(pictures * 2 - 1)
 
     def conditioning(self, captions: list[Caption]) -> list:
         tokens = torch.tensor([vocabulary.encode_padded(str(caption)) for caption in captions])
@@ -130,4 +144,14 @@ class Stage:
             fully_right(of_reward, captions),
             scores_of(of_reward, captions),
             of_judge.features,
+            patches_of(self._encode(pictures)),
         )
+
+    @torch.no_grad()
+    def real(self, count: int = 1000) -> tuple[Tensor, Tensor]:
+        """The judge's features and the patches of rendered pictures of the same kinds."""
+        stream = seeded(73)
+        scenes, captions = sample_captioned(2 * count, stream, held_out=True)
+        rows = [n for n, caption in enumerate(captions) if caption.kind in KINDS][:count]
+        pictures = render(scenes[torch.tensor(rows)], stream)
+        return read(self.referee, pictures).features, patches_of(self._encode(pictures))
