@@ -135,7 +135,9 @@ class RewardSearch:
         """Options of the search's own calls: masked, with one encoder pass, and one branch where that is enough."""
         if self.settings.branches == "positive" and "sampler_calc_cond_batch_function" not in model_options:
             unmasked = model_options
-            model_options = model_options | {"sampler_calc_cond_batch_function": _PositiveBranch(unmasked)}
+            model_options = model_options | {
+                "sampler_calc_cond_batch_function": _PositiveBranch(unmasked, fixed=cached)
+            }
         if self.settings.masks:
             model_options = with_attachment(model_options, Attachment(self._masks, 1.0))
         encoder = EncoderCache() if cached else LiveEncoder()
@@ -160,10 +162,13 @@ class RewardSearch:
 
 
 class _PositiveBranch:
-    """Computes the negative branch of guidance once, unmasked; masks and gradients are the positive one's alone."""
+    """Masks act on the positive branch of guidance alone.
 
-    def __init__(self, unmasked: dict):
-        self._unmasked = unmasked
+    fixed: the latent stays as it is, so that the negative branch is computed once, and without gradients.
+    """
+
+    def __init__(self, unmasked: dict, fixed: bool):
+        self._unmasked, self._fixed = unmasked, fixed
         self._negative: Tensor | None = None
 
     def __call__(self, arguments: dict) -> list[Tensor]:
@@ -172,7 +177,7 @@ class _PositiveBranch:
         positive, negative = arguments["conds"]
         model, x, sigma = arguments["model"], arguments["input"], arguments["sigma"]
         options = {k: v for k, v in arguments["model_options"].items() if k != "sampler_calc_cond_batch_function"}
-        if self._negative is None:
-            with torch.no_grad():
+        if self._negative is None or not self._fixed:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._fixed):
                 self._negative = calc_cond_batch(model, [negative], x, sigma, self._unmasked)[0]
         return [calc_cond_batch(model, [positive], x, sigma, options)[0], self._negative]

@@ -82,6 +82,13 @@ def test_every_kind_of_sampler_works_and_is_repeated(toy, judge, sampler):
     assert min(search.recorded.keep_ratio()) < 1.0
 
 
+def test_both_branches_of_guidance_follow_a_latent_that_is_searched(toy, judge):
+    settings = replace(FEW, masks=False, latent_lr=0.05)
+    both, one = (found(toy, judge, replace(settings, branches=branches))[1] for branches in ("both", "positive"))
+    torch.testing.assert_close(one, both, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(both, sample(toy[0], toy[1], noise()))
+
+
 def test_images_of_a_batch_do_not_share_masks_or_rewards(toy, judge):
     search, _ = found(toy, judge, FEW, images=3)
     masks = search.recorded.at(search.recorded.sigmas[1])
