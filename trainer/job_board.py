@@ -54,12 +54,12 @@ def result_of(output: Path, name: str) -> dict[str, Any] | None:
         return None
 
 
-def write_result(output: Path, name: str, result: dict[str, Any], began: float) -> None:
-    """began: `time.monotonic()` when the job began."""
+def write_result(output: Path, name: str, result: dict[str, Any], began: float) -> dict[str, Any]:
+    """Returns what is written: the result, and the job's seconds since `began` (`time.monotonic()`)."""
+    result = result | {"job_seconds": round(time.monotonic() - began, 1)}
     with replacing(folder_of(output, name) / "result.json") as temporary:
-        temporary.write_text(
-            json.dumps(result | {"job_seconds": round(time.monotonic() - began, 1)}, indent=1), encoding="utf-8"
-        )
+        temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
 
 
 def _start(job: Job, output: Path, module: str) -> subprocess.Popen:

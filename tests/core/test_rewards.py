@@ -226,7 +226,8 @@ def test_a_sample_scores_the_same_whoever_else_is_in_the_batch(family):
     scores, gradient = value_and_gradient(bound, images)
     alone, its_gradient = value_and_gradient(bound, images[1:2])
     torch.testing.assert_close(scores[1:2], alone)
-    torch.testing.assert_close(gradient[1:2], its_gradient, rtol=1e-4, atol=1e-7)
+    # Products of other shapes round otherwise: by a share of the largest gradient, not of each.
+    torch.testing.assert_close(gradient[1:2], its_gradient, rtol=1e-4, atol=2e-6 * its_gradient.abs().max().item())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,10 @@ class _Faulty:
     def __init__(self, inner, after: int, kind: str):
         self.inner, self.after, self.kind, self.name = inner, after, kind, "faulty reward"
 
+    @property
+    def gradient_scale(self) -> float:
+        return self.inner.gradient_scale
+
     def bind(self, prompt: str) -> "_Faulty":
         return _Faulty(self.inner.bind(prompt), self.after, self.kind)
 

@@ -215,7 +215,7 @@ def do(job: Job, scale: Scale, output: Path) -> dict[str, Any]:
         result = trial(job, scale, output, folder)
     else:
         result = final(job, scale, output, folder)
-    write_result(output, job.name, result, began)
+    result = write_result(output, job.name, result, began)
     shutil.rmtree(folder / "run" / "state", ignore_errors=True)
     return result
 
