@@ -20,25 +20,12 @@ def gumbel_sigmoid(logits: Tensor, *, tau: float = 1.0, delta: float = 0.5, nois
 
 
 def straight_through(logits: Tensor, threshold: float, tau: float = 1.0) -> Tensor:
-    """1 where `logits > threshold`, else 0; the gradient is that of `sigmoid(logits / tau)`."""
-    return _StraightThrough.apply(logits, threshold, tau)
+    """1 where `logits > threshold`, else 0; the gradient is that of `sigmoid(logits / tau)`.
 
-
-class _StraightThrough(torch.autograd.Function):
-    """Keeps nothing but the logits for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, threshold: float, tau: float) -> Tensor:
-        ctx.save_for_backward(logits)
-        ctx.tau = tau
-        return (logits > threshold).to(logits.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (logits,) = ctx.saved_tensors
-        probability = torch.sigmoid(logits if ctx.tau == 1.0 else logits / ctx.tau)
-        slope = torch.ops.aten.sigmoid_backward(gradient, probability)
-        return slope if ctx.tau == 1.0 else slope / ctx.tau, None, None
+    Layers whose masks are learned compute the same without keeping it: `masked_linear.thresholded_linear`.
+    """
+    probability = torch.sigmoid(logits / tau)
+    return (logits > threshold).to(logits.dtype) + (probability - probability.detach())
 
 
 def gumbel_noise(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -43,11 +43,6 @@ def linear_per_sample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return products.reshape(*x.shape[:-1], weight.shape[1])
 
 
-def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None, strength: float = 1.0) -> Tensor:
-    """`x (m * w)^T + bias`, one product for all samples that share a mask; shapes as in `linear_per_sample`."""
-    return linear_per_sample(x, masked_weight(weight, shared_by_all_samples(mask), strength), bias)
-
-
 @dataclass(frozen=True)
 class MaskLogits:
     """l = static + left right^T of one layer, for M masks.

@@ -16,10 +16,10 @@ from ..maskunet_core.search.host import latent_decoder, load_for_gradients, stat
 from ..maskunet_core.search.judge import Judge
 from ..maskunet_core.search.loop import Evaluation
 from ..maskunet_core.search.run import Found, search_images
+from ..maskunet_core.search.sampling import KEY
 from ..maskunet_core.search.settings import SearchSettings
 from .masks import seeds_in_words
 
-KEY = "maskunet_search"
 _SMALL_SIDE = 256
 """Rewards look at 224 pixels a side; VAEs want multiples of 8 and a margin for the crop."""
 
@@ -61,7 +61,7 @@ class RewardRun:
         small = _SMALL_SIDE if settings.small_decode else 0
         finish = self._finish() if "noise_mask" in latent else None
         decode = latent_decoder(looking, self.format)
-        self.judge = Judge(decode, self._score, settings.views, small, finish=finish)
+        self.judge = Judge(decode, self._score, small, finish=finish)
         self.final = Judge(latent_decoder(vae, self.format), self._score)
         self.watch = None if watched is None else lambda z: watched(self.judge.pictures(z)).detach()
         self.steps = self._steps()

@@ -17,7 +17,11 @@ class Decode(Protocol):
     def __call__(self, latents: Tensor) -> Tensor: ...
 
 
-def views_of(count: int, seed: int) -> list[Callable[[Tensor], Tensor]]:
+View = Callable[[Tensor], Tensor]
+"""Pictures to pictures of the same shape that show the same, differentiable."""
+
+
+def views_of(count: int, seed: int) -> list[View]:
     """`count` ways to look at pictures: each shifts by up to 1/16 of the side, blurs a little, and adds faint noise."""
     return [lambda pictures, key=seed * 1009 + index: _view(pictures, key) for index in range(count)]
 
@@ -46,12 +50,11 @@ class Judge:
         self,
         decode: Decode,
         score: Score,
-        views: int = 0,
         small_side: int = 0,
         pixels_per_cell: int = 8,
         finish: Callable[[Tensor], Tensor] | None = None,
     ):
-        self.decode, self.score, self.views = decode, score, views
+        self.decode, self.score = decode, score
         self.small_side, self.pixels_per_cell, self.finish = small_side, pixels_per_cell, finish
 
     def _decoded(self, latents: Tensor) -> Tensor:
@@ -67,21 +70,23 @@ class Judge:
     def pictures(self, latents: Tensor) -> Tensor:
         return self._decoded(latents)
 
-    def scores(self, latents: Tensor) -> Tensor:
-        """`[N]`, without gradient and views."""
-        return self.score(self.pictures(latents))[0]
+    def scores(self, latents: Tensor, views: list[View] | tuple[()] = ()) -> Tensor:
+        """`[N]`, averaged over the picture and its views."""
+        pictures = self.pictures(latents)
+        seen = [pictures, *(view(pictures) for view in views)]
+        return sum(self.score(picture)[0] for picture in seen) / len(seen)
 
-    def scores_and_gradient(self, latents: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Scores `[N]`, averaged over views, and the gradient of their sum in the latents."""
+    def scores_and_gradient(self, latents: Tensor, views: list[View] | tuple[()] = ()) -> tuple[Tensor, Tensor]:
+        """`scores`, and the gradient of their sum in the latents."""
         with torch.enable_grad():
             leaf = latents.detach().requires_grad_()
             pictures = self._decoded(leaf)
             scores, gradient = self.score(pictures.detach())
-            for view in views_of(self.views, seed):
+            for view in views:
                 seen = pictures.detach().requires_grad_()
                 viewed = view(seen)
                 more, slope = self.score(viewed.detach())
                 scores = scores + more
                 gradient = gradient + torch.autograd.grad(viewed, seen, slope)[0]
-            (of_latents,) = torch.autograd.grad(pictures, leaf, gradient / (1 + self.views))
-        return scores / (1 + self.views), of_latents
+            (of_latents,) = torch.autograd.grad(pictures, leaf, gradient / (1 + len(views)))
+        return scores / (1 + len(views)), of_latents

@@ -13,12 +13,18 @@ from torch import Tensor
 from ..encoder import EncoderCache, LiveEncoder
 from ..patch import ENCODER, Attachment, enabled, structure_of, with_attachment
 from ..recorded import RecordedMasks, RecordedSource
-from .judge import Judge
+from .judge import Judge, views_of
 from .loop import Evaluation, Group, search_step
 from .masks import SearchedMasks
 from .settings import SearchSettings
 
 KEY = "maskunet_search"
+
+
+def step_of(sigma: float, model_options: dict) -> tuple[int, int]:
+    """The sampler's step that is nearest to `sigma`, counted from 0, and how many there are."""
+    sigmas = model_options["transformer_options"]["sample_sigmas"]
+    return int((sigmas[:-1] - sigma).abs().argmin()), len(sigmas) - 1
 
 
 class RewardSearch:
@@ -61,9 +67,8 @@ class RewardSearch:
     def _predict_noise(self, executor, x: Tensor, timestep: Tensor, model_options: dict, seed: int | None) -> Tensor:
         sigma = float(timestep.max())
         if sigma not in self.recorded.steps:
-            sigmas = model_options["transformer_options"]["sample_sigmas"]
-            step = int((sigmas[:-1] - sigma).abs().argmin())
-            iterations = self.settings.iterations_at(step, len(sigmas) - 1)
+            step, steps = step_of(sigma, model_options)
+            iterations = self.settings.iterations_at(step, steps)
             masks = {}
             if iterations and not self._at_an_end():
                 masks = self._search(executor, x, timestep, model_options, seed, step, iterations)
@@ -73,9 +78,12 @@ class RewardSearch:
         return executor(x, timestep, model_options, seed)
 
     def _at_an_end(self) -> bool:
-        now = time.monotonic()
-        self._began = now if self._began is None else self._began
-        return self._falls >= 2 or bool(self.settings.seconds and now - self._began > self.settings.seconds)
+        if self._began is None:
+            self._began = time.monotonic()
+        return self._falls >= 2 or self._out_of_time()
+
+    def _out_of_time(self) -> bool:
+        return 0 < self.settings.seconds < time.monotonic() - self._began
 
     def _search(self, executor, x, timestep, model_options, seed, step: int, iterations: int) -> dict[str, Tensor]:
         """The best masks of this step; the latent is changed in place where it is searched, too."""
@@ -90,10 +98,13 @@ class RewardSearch:
             found = {} if shift is None else {KEY: shift.detach().clone()}
             return found if masks is None else found | masks.bits()
 
+        # The same at all looks of a step, or their scores would not compare.
+        views = views_of(self.settings.views, hash((self.seed, step)) % (1 << 30))
+
         def judge(estimate: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
             if gradient:
-                return self.judge.scores_and_gradient(estimate, hash((self.seed, step)) % (1 << 30))
-            return self.judge.scores(estimate), None
+                return self.judge.scores_and_gradient(estimate, views)
+            return self.judge.scores(estimate, views), None
 
         first = len(self.history)
         best = search_step(
@@ -151,7 +162,7 @@ class RewardSearch:
         self.history.append(evaluation)
         if self._report is not None:
             self._report(evaluation, estimate)
-        return not (self.settings.seconds and time.monotonic() - self._began > self.settings.seconds)
+        return not self._out_of_time()
 
     def _watch_for_falls(self, seen: list[Evaluation]) -> None:
         if self._watch is None or not self._stop_by_watch:

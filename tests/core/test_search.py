@@ -12,7 +12,7 @@ from maskunet_core.recorded import RecordedSource
 from maskunet_core.rewards.reward import value_and_gradient
 from maskunet_core.rewards.toy import ToyReward
 from maskunet_core.search.host import latent_decoder
-from maskunet_core.search.judge import Judge
+from maskunet_core.search.judge import Judge, views_of
 from maskunet_core.search.loop import Best, clip, normalise
 from maskunet_core.search.masks import SearchedMasks
 from maskunet_core.search.run import search_images
@@ -204,7 +204,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(toy, judge):
 
 def test_the_judges_two_stages_are_exact(toy, judge):
     latents = noise(2).requires_grad_()
-    scores, gradient = judge.scores_and_gradient(latents.detach(), 0)
+    scores, gradient = judge.scores_and_gradient(latents.detach())
     bound = ToyReward().bind(PROMPT)
     (direct,) = torch.autograd.grad(bound(judge.decode(latents)).sum(), latents)
     torch.testing.assert_close(gradient, direct, rtol=1e-5, atol=1e-7)
@@ -212,12 +212,21 @@ def test_the_judges_two_stages_are_exact(toy, judge):
 
 
 def test_views_look_at_other_pictures(toy, judge):
-    plain, _ = judge.scores_and_gradient(noise(2), 0)
-    several = Judge(judge.decode, judge.score, views=2)
-    first, again, other = (several.scores_and_gradient(noise(2), seed)[0] for seed in (0, 0, 1))
+    plain, _ = judge.scores_and_gradient(noise(2))
+    first, again, other = (judge.scores_and_gradient(noise(2), views_of(2, seed))[0] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first, plain)
+    torch.testing.assert_close(judge.scores(noise(2), views_of(2, 0)), first)
+
+
+def test_all_looks_at_a_step_are_scored_with_the_same_views(toy, judge):
+    search, _ = found(toy, judge, replace(FEW, views=2, lr=0.0))
+    for step in {look.step for look in search.history}:
+        looks = [look.scores for look in search.history if look.step == step]
+        assert len(looks) == FEW.iterations + 1
+        for look in looks[1:]:
+            torch.testing.assert_close(look, looks[0], rtol=1e-4, atol=1e-4)
 
 
 def test_small_pictures_are_decoded_small(toy, judge):
@@ -233,7 +242,7 @@ def test_latents_are_finished_before_they_are_decoded_small(toy, judge):
     latents = noise()
     expected = Judge(judge.decode, judge.score, small_side=32).pictures(latents * (1 - keep) + kept * keep)
     assert torch.equal(finished.pictures(latents), expected)
-    _, gradient = finished.scores_and_gradient(latents, 0)
+    _, gradient = finished.scores_and_gradient(latents)
     assert not gradient[..., 4:].any()
     assert gradient[..., :4].any()
 

@@ -35,7 +35,7 @@ def test_settings_are_chosen_on_other_prompts_than_the_tables():
 
 def test_scores_of_a_mixed_batch_are_those_of_the_nodes_reward(stage, captions):
     pictures = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    scores, gradient = stage.score(captions)(pictures)
+    scores, gradient = stage.judge(captions).score(pictures)
     alone = torch.cat([ToyReward().bind(str(c))(picture[None]) for c, picture in zip(captions, pictures)])
     torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-4)
     assert (gradient.flatten(1).norm(dim=1) > 0).all()

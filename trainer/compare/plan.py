@@ -85,7 +85,7 @@ class Scale:
     @property
     def tasks(self) -> tuple[Task, ...]:
         return (
-            Task("noise", "noise", self.noise_steps, 32, weighs_forgetting=False),
+            Task("noise", "noise", self.noise_steps, 16, weighs_forgetting=False),
             Task("style", "style", self.style_steps, 16),
             Task("subject", "subject", self.subject_steps, 8),
             Task("subject, prior", "subject", self.subject_steps, 8, prior=True),

@@ -33,7 +33,7 @@ def searched(settings: SearchSettings) -> Draw:
             peek=lambda noise, number, steps: stage.estimate(captions, noise, steps, seed=seed),
             noise=lambda number: stage.noise(captions, seed, number),
             settings=settings,
-            judge=stage.judge(captions, settings.views),
+            judge=stage.judge(captions),
             score=lambda latents: stage.rewards(latents, captions),
             steps=STEPS,
             seed=seed,

@@ -5,6 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from maskunet_core.search.sampling import step_of
 from maskunet_core.toy.captions import Caption
 
 from ..seeds import seeded
@@ -32,9 +33,8 @@ class Steering:
 
     def _predict_noise(self, executor, x: Tensor, timestep: Tensor, model_options: dict, seed: int | None) -> Tensor:
         estimate = executor(x, timestep, model_options, seed)
-        sigmas = model_options["transformer_options"]["sample_sigmas"]
-        step = int((sigmas[:-1] - timestep.max()).abs().argmin())
-        if step == 0 or step % self.every or step == len(sigmas) - 2:
+        step, steps = step_of(float(timestep.max()), model_options)
+        if step == 0 or step % self.every or step == steps - 1:
             return estimate
         scores = self.judge.scores(estimate)
         best = scores if self.best is None else torch.maximum(self.best, scores)
@@ -87,7 +87,7 @@ def optimise_noise(
     for _ in range(iterations):
         with torch.enable_grad():
             clean = _chain(stage, noise, context, steps)
-        scores, gradient = judge.scores_and_gradient(clean.detach(), 0)
+        scores, gradient = judge.scores_and_gradient(clean.detach())
         better = scores >= torch.stack([*seen, scores]).max(0).values
         best = torch.where(better[:, None, None, None], noise.detach(), best)
         seen.append(scores)

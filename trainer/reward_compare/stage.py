@@ -2,12 +2,14 @@
 
 import zlib
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from maskunet_core.rewards.reward import BoundReward, value_and_gradient
 from maskunet_core.rewards.toy import log_probability
 from maskunet_core.search.host import latent_decoder
 from maskunet_core.search.judge import Judge
@@ -48,6 +50,18 @@ def scores_of(reading: Reading, captions: list[Caption]) -> Tensor:
     return torch.cat([log_probability(one, caption) for one, caption in zip(single, captions)])
 
 
+class BatchReward(BoundReward):
+    """The toy reward of a batch, each picture for its own prompt."""
+
+    name = "toy reward"
+
+    def __init__(self, reader: nn.Module, captions: list[Caption]):
+        self.reader, self.captions = reader, captions
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return scores_of(self.reader(images), self.captions)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the readers say of N finished pictures. right: fully right by the judge; right_by_reward: by reader A.
@@ -85,20 +99,9 @@ class Stage:
         streams = [seeded(72, seed, number, zlib.crc32(str(caption).encode())) for caption in captions]
         return torch.cat([torch.randn(1, 4, 8, 8, generator=stream) for stream in streams])
 
-    def score(self, captions: list[Caption]):
-        """The optimised reward of a batch: pictures to scores and gradient."""
-
-        def score(pictures: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.enable_grad():
-                leaf = pictures.detach().clone().requires_grad_()
-                scores = scores_of(self.reward(leaf), captions)
-                (gradient,) = torch.autograd.grad(scores.sum(), leaf)
-            return scores.detach(), gradient
-
-        return score
-
-    def judge(self, captions: list[Caption], views: int = 0) -> Judge:
-        return Judge(self.decode, self.score(captions), views)
+    def judge(self, captions: list[Caption]) -> Judge:
+        """By the optimised reward, each picture for its own prompt."""
+        return Judge(self.decode, partial(value_and_gradient, BatchReward(self.reward, captions)))
 
     def _encode(self, pictures: Tensor) -> Tensor:
         with torch.no_grad():
