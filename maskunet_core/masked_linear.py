@@ -11,19 +11,20 @@ from torch import Tensor
 def masked_weight(weight: Tensor, mask: Tensor, strength: float = 1.0) -> Tensor:
     """`w * (1 - s * (1 - m))`: at strength 1 the paper's `w * m` (Eq. 6).
 
-    weight: [out, in]. mask: [out, in] or [B, out, in], bool or of the weight's dtype. Differentiable in both.
+    weight, mask: [out, in] or [B, out, in]; the mask is bool or of the weight's dtype. Differentiable in both.
     """
-    mask = mask.to(weight.dtype)
+    factor = mask.to(weight.dtype)
     if strength != 1.0:
-        mask = 1.0 - strength * (1.0 - mask)
-    return weight * mask
+        factor = 1.0 - strength * (1.0 - factor)
+    if factor is mask or factor.ndim < weight.ndim:
+        return weight * factor
+    # Memory that is fresh costs more than the product itself.
+    return factor.mul_(weight)
 
 
 def shared_by_all_samples(mask: Tensor) -> Tensor:
     """`[B, out, in]` becomes `[out, in]` where all samples have the same bits; other masks come back as they are."""
-    if mask.ndim == 3 and len(mask) == 1:
-        return mask[0]
-    if mask.ndim == 3 and not mask.requires_grad and bool((mask[1:] == mask[:1]).all()):
+    if mask.ndim == 3 and not mask.requires_grad and all(torch.equal(mask[0], other) for other in mask[1:]):
         return mask[0]
     return mask
 
@@ -43,6 +44,10 @@ def linear_per_sample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return products.reshape(*x.shape[:-1], weight.shape[1])
 
 
+BLOCK = 1 << 18
+"""Logits that are computed at once where only their signs are wanted: few enough to stay in a core's cache."""
+
+
 @dataclass(frozen=True)
 class MaskLogits:
     """l = static + left right^T of one layer, for M masks.
@@ -59,6 +64,20 @@ class MaskLogits:
         if self.left is None or self.right is None:
             return self.static if self.static.ndim == 3 else self.static[None]
         return torch.baddbmm(self.static, self.left, self.right.T.expand(len(self.left), -1, -1))
+
+    def above(self, threshold: float) -> Tensor:
+        """`full() > threshold` in blocks of rows, so that the logits, many times the bits' size, never exist."""
+        if self.left is None or self.right is None:
+            return self.full() > threshold
+        masks, rows, columns = len(self.left), self.left.shape[1], len(self.right)
+        static = self.static.expand(*self.static.shape[:-2], rows, columns)
+        kept = self.left.new_empty(masks, rows, columns, dtype=torch.bool)
+        step = max(1, BLOCK // (masks * columns))
+        for start in range(0, rows, step):
+            block = slice(start, start + step)
+            logits = MaskLogits(static[..., block, :], self.left[:, block], self.right).full()
+            torch.gt(logits, threshold, out=kept[:, block])
+        return kept
 
 
 def thresholded_linear(

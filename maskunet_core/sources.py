@@ -114,9 +114,10 @@ class GeneratorMasks:
         self.observe = observe
         self._order = {name: index for index, name in enumerate(self.structure.layers)}
 
-    def _mask(self, layer: str, logits: Tensor, sigma: float | None) -> Tensor:
+    def _mask(self, layer: str, terms: MaskLogits, sigma: float | None) -> Tensor:
         if self.seed is None:
-            return logits > self.generator.threshold
+            return terms.above(self.generator.threshold)
+        logits = terms.full()
         stream = noise_generator(logits.device, self.seed, self._order[layer], sigma)
         noise = self.generator.noise(logits.shape[1:], stream, logits.dtype)
         return logits + noise > self.generator.noisy_threshold
@@ -126,7 +127,7 @@ class GeneratorMasks:
 
         def mask(layer: str, weight: Tensor) -> Tensor:
             with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
-                result = self._mask(layer, conditions.logits(layer).full(), call.sigma)
+                result = self._mask(layer, conditions.logits(layer), call.sigma)
             if self.observe is not None:
                 self.observe(layer, result)
             return shared_by_all_samples(result).to(weight.device)

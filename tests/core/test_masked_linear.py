@@ -67,6 +67,27 @@ def test_equal_masks_are_shared_and_different_ones_are_not(parts):
     assert shared_by_all_samples(masks).shape == (3, 6, 5)
 
 
+def test_masks_multiply_in_any_order(parts):
+    _, weight, _, masks = parts
+    shared = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+    expected = weight * masks * shared
+    assert torch.equal(masked_weight(masked_weight(weight, masks), shared), expected)
+    assert torch.equal(masked_weight(masked_weight(weight, shared), masks), expected)
+
+
+@pytest.mark.parametrize("static", [(700, 600), (700, 1), ()], ids=str)
+def test_bits_of_many_logits_are_those_of_their_signs(static):
+    torch.manual_seed(0)
+    terms = MaskLogits(torch.randn(static), torch.randn(3, 700, 8), torch.randn(600, 8))
+    if not static:
+        terms = MaskLogits(torch.randn(700, 600))
+    full = terms.full()
+    differing = terms.above(0.3) != (full > 0.3)
+    # Blocks may be added up in another order than the whole.
+    assert not differing[(full - 0.3).abs() > 1e-5].any()
+    assert differing.sum() <= 3
+
+
 def direct(x, weight, bias, logits, threshold, tau, chunks):
     """The same by autograd, with a mask and a masked weight per row of the batch."""
     masks = straight_through(logits.full(), threshold, tau).repeat(chunks, 1, 1)
