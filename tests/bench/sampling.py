@@ -1,0 +1,235 @@
+"""What masks cost in sampling, what they cannot cost less than, and what the host's FreeU and PAG cost beside them."""
+
+import gc
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskunet_core.families import Structure
+from maskunet_core.patch import attach, structure_of
+from maskunet_core.recorded import RecordedMasks, RecordedSource
+from maskunet_core.reference import ReferenceGenerator, authors_maps
+from maskunet_core.sources import GeneratorMasks, RandomMasks
+from tests.bench.models import random_base
+from tests.builders import make_generator
+from trainer.base import BaseModel, load_toy_base
+from trainer.cost import MB, PeakMemory
+
+UNMASKED, OURS = "unmasked", "MaskUNet"
+CFG = 7.5
+FAMILIES = {"SD 1.5": (768, 77), "SDXL": (2048, 77), "toy": (128, 16)}
+"""Width and number of the text tokens."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is drawn: `images` pictures of `pixels` a side, two samples each (CFG), in so many turns."""
+
+    model: str
+    pixels: int
+    images: int
+    turns: int
+    variants: tuple[str, ...]
+    targets: str = "decoder attention"
+
+    def prompt(self, stream: torch.Generator) -> list:
+        width, tokens = FAMILIES[self.model]
+        return [[torch.randn(1, tokens, width, generator=stream), {"pooled_output": torch.randn(1, 1280)}]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A patched MODEL, and the bytes of what patches it."""
+
+    model: Any
+    bytes: int = 0
+
+
+def _weights(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _generator(structure: Structure, base: BaseModel, lively: bool = True) -> torch.nn.Module:
+    """Of our architecture; its bits differ between samples: what all samples share would be cheaper."""
+    return make_generator(structure, lively=lively).to(base.patcher.load_device, base.unet.dtype)
+
+
+Build = Callable[[BaseModel, str], Variant]
+"""From a base and the name of a target set."""
+
+
+def _attached(
+    source: Callable[[BaseModel, Structure], tuple[Any, int]], strength: float = 1.0, start: float = 0.0
+) -> Build:
+    def build(base: BaseModel, targets: str) -> Variant:
+        made, size = source(base, structure_of(base.patcher, targets))
+        return Variant(attach(base.patcher, made, strength, start, 1.0), size)
+
+    return build
+
+
+def _ours(base: BaseModel, structure: Structure) -> tuple[Any, int]:
+    generator = _generator(structure, base)
+    return GeneratorMasks(generator), _weights(generator)
+
+
+def _authors(base: BaseModel, structure: Structure) -> tuple[Any, int]:
+    torch.manual_seed(0)
+    generator = ReferenceGenerator(structure, authors_maps(structure, base.unet)).eval().requires_grad_(False)
+    generator = generator.to(base.patcher.load_device, base.unet.dtype)
+    return GeneratorMasks(generator), _weights(generator)
+
+
+def _random(base: BaseModel, structure: Structure) -> tuple[Any, int]:
+    return RandomMasks(structure, 0.99, 0, per_step=True), 0
+
+
+def _recorded(base: BaseModel, structure: Structure) -> tuple[Any, int]:
+    masks, stream = RecordedMasks(structure, images=1), torch.Generator().manual_seed(0)
+    shapes = {name: (1, layer.out_features, layer.in_features) for name, layer in structure.layers.items()}
+    masks.add(10.0, {name: torch.rand(shape, generator=stream) < 0.95 for name, shape in shapes.items()})
+    return RecordedSource(masks), masks.bytes
+
+
+def _by_host(module: str, node: str, *values: float) -> Build:
+    def build(base: BaseModel, targets: str) -> Variant:
+        cls = getattr(importlib.import_module(f"comfy_extras.{module}"), node)
+        return Variant(cls.execute(base.patcher, *values).args[0])
+
+    return build
+
+
+VARIANTS: dict[str, Build] = {
+    UNMASKED: lambda base, targets: Variant(base.patcher),
+    "strength 0": _attached(_ours, strength=0.0),
+    "outside the window": _attached(_ours, start=0.9),
+    OURS: _attached(_ours),
+    "authors' networks": _attached(_authors),
+    "random masks": _attached(_random),
+    "recorded masks": _attached(_recorded),
+    "FreeU": _by_host("nodes_freelunch", "FreeU", 1.1, 1.2, 0.9, 0.2),
+    "PAG": _by_host("nodes_pag", "PerturbedAttentionGuidance", 3.0),
+}
+MASKS = (UNMASKED, OURS)
+NEIGHBOURS = (UNMASKED, OURS, "authors' networks", "FreeU", "PAG")
+SIZES = (
+    Size("SD 1.5", 256, 1, 5, tuple(VARIANTS)),
+    Size("SD 1.5", 512, 1, 3, NEIGHBOURS),
+    Size("SD 1.5", 256, 1, 3, MASKS, "decoder attention and feed-forward"),
+    Size("SD 1.5", 256, 1, 3, MASKS, "all attention"),
+    Size("SD 1.5", 256, 4, 3, MASKS),
+    Size("SD 1.5", 256, 16, 1, MASKS),
+    Size("SD 1.5", 512, 4, 1, MASKS),
+    Size("SD 1.5", 1024, 1, 1, MASKS),
+    Size("SDXL", 256, 1, 3, MASKS),
+    Size("toy", 64, 1, 20, tuple(VARIANTS)),
+    Size("toy", 64, 4, 20, MASKS),
+)
+QUICK = (Size("SD 1.5", 256, 1, 2, tuple(VARIANTS)), Size("toy", 64, 1, 5, tuple(VARIANTS)))
+
+
+def _step(size: Size, model: Any) -> float:
+    """Seconds of a run of one step, as the host's sampler node makes it."""
+    import comfy.sample
+
+    stream = torch.Generator().manual_seed(0)
+    noise = torch.randn(size.images, 4, size.pixels // 8, size.pixels // 8, generator=stream)
+    positive, negative = size.prompt(stream), size.prompt(stream)
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronise()
+    began = time.perf_counter()
+    with torch.inference_mode():
+        comfy.sample.sample(
+            model, noise, 1, CFG, "euler", "normal", positive, negative, noise, disable_pbar=True, seed=0
+        )
+    synchronise()
+    return time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What this machine reaches: operations and bytes (read and written) per second."""
+
+    operations: float
+    bytes: float
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype) -> "Speed":
+        side = 4096 if device.type == "cuda" else 1024
+        left, right = torch.randn(2, side, side, device=device).to(dtype)
+        source = torch.empty(64 * MB, dtype=torch.uint8, device=device).fill_(1)
+        target = torch.empty_like(source)
+        product = min(_seconds(lambda: torch.mm(left, right), device) for _ in range(5))
+        copy = min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
+        return cls(2 * side**3 / product, 2 * source.numel() / copy)
+
+
+def _seconds(action: Callable[[], Any], device: torch.device) -> float:
+    began = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _first(size: Size, model: Any, device: torch.device) -> tuple[int, int]:
+    """Operations of a step, and its peak memory in bytes; also warms up."""
+    gc.collect()
+    with PeakMemory(device) as memory, FlopCounterMode(display=False) as counter:
+        _step(size, model)
+    return counter.get_total_flops(), memory.peak
+
+
+def _rows(size: Size, base: BaseModel, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """A row per variant: steps in turns, medians, and ratios to the unmasked step of the same turn."""
+    device = base.patcher.load_device
+    speed = Speed.of(device, dtype)
+    variants = {name: VARIANTS[name](base, size.targets) for name in size.variants}
+    first = {name: _first(size, variant.model, device) for name, variant in variants.items()}
+    turns = [{n: _step(size, variant.model) for n, variant in variants.items()} for _ in range(size.turns)]
+    unmasked = statistics.median(turn[UNMASKED] for turn in turns)
+    rows = []
+    for name, variant in variants.items():
+        ratios = [turn[name] / turn[UNMASKED] for turn in turns]
+        operations, peak = first[name]
+        extra = (operations - first[UNMASKED][0]) / speed.operations + variant.bytes / speed.bytes
+        rows.append(
+            {
+                "model": size.model,
+                "dtype": str(dtype).removeprefix("torch."),
+                "pixels": size.pixels,
+                "images": size.images,
+                "targets": size.targets,
+                "variant": name,
+                "s per step": round(statistics.median(turn[name] for turn in turns), 3),
+                "ratio": round(statistics.median(ratios), 3),
+                "from": round(min(ratios), 3),
+                "to": round(max(ratios), 3),
+                "floor of ratio": round(1 + max(0.0, extra) / unmasked, 3),
+                "floor s": round(operations / speed.operations + variant.bytes / speed.bytes, 3),
+                "GFLOP": round(operations / 1e9, 1),
+                "extra peak MB": round((peak - first[UNMASKED][1]) / MB),
+                "patch MB": round(variant.bytes / MB, 1),
+            }
+        )
+    return rows
+
+
+def measure(sizes: tuple[Size, ...]) -> list[dict[str, Any]]:
+    """The table of all sizes; a GPU measures each in fp16 and bf16."""
+    dtypes = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float32]
+    rows = []
+    for model in dict.fromkeys(size.model for size in sizes):
+        for dtype in dtypes if model != "toy" else [torch.float32]:
+            base = load_toy_base() if model == "toy" else random_base(model, dtype)
+            for size in (size for size in sizes if size.model == model):
+                rows += _rows(size, base, dtype)
+            del base
+            gc.collect()
+    return rows

@@ -1,0 +1,79 @@
+"""What the extension costs before anything is sampled: its import, and reading a generator file."""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from maskunet_core.checkpoint import load, save
+from maskunet_core.families import inspect_model
+from tests.builders import make_generator, sd15_unet
+from trainer.host import PROJECT
+
+_IMPORT = """
+import asyncio, importlib.util, sys, time
+sys.path.insert(0, {project!r})
+from trainer.host import enter_host
+enter_host()
+import nodes, comfy.sample, comfy.samplers, comfy_api.latest, folder_paths, latent_preview, server
+began = time.perf_counter()
+spec = importlib.util.spec_from_file_location("extension", {project!r} + "/__init__.py",
+                                              submodule_search_locations=[{project!r}])
+package = importlib.util.module_from_spec(spec)
+sys.modules["extension"] = package
+spec.loader.exec_module(package)
+async def enter():
+    extension = await package.comfy_entrypoint()
+    await extension.on_load()
+    for node in await extension.get_node_list():
+        node.GET_SCHEMA()
+asyncio.run(enter())
+print("took", time.perf_counter() - began)
+"""
+
+
+def _import_seconds() -> float:
+    """Of the extension and its schemas, in a fresh process that holds the host already, as ComfyUI does."""
+    script = _IMPORT.format(project=str(PROJECT))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PROJECT)
+    return float(done.stdout.split("took")[-1])
+
+
+def _seconds(action) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def measure(repetitions: int) -> list[dict[str, Any]]:
+    """Medians with their spread, in milliseconds."""
+    toy = PROJECT / "maskunet_core" / "toy" / "generators" / "toy_shapes.safetensors"
+    with tempfile.TemporaryDirectory() as folder:
+        large = Path(folder) / "sd15.safetensors"
+        structure = inspect_model(sd15_unet(), "decoder attention", "SD 1.5")
+        save(large, make_generator(structure), "decoder attention", {})
+        found = {
+            "import of the extension": [_import_seconds() for _ in range(repetitions)],
+            f"load a generator for the toy model ({_megabytes(toy)})": [
+                _seconds(lambda: load(toy)) for _ in range(repetitions)
+            ],
+            f"load a generator for SD 1.5 ({_megabytes(large)})": [
+                _seconds(lambda: load(large)) for _ in range(repetitions)
+            ],
+        }
+    return [
+        {
+            "what": what,
+            "ms": round(1000 * statistics.median(seconds), 1),
+            "from": round(1000 * min(seconds), 1),
+            "to": round(1000 * max(seconds), 1),
+        }
+        for what, seconds in found.items()
+    ]
+
+
+def _megabytes(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:.1f} MB"
