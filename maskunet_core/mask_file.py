@@ -4,8 +4,8 @@ Format version 1. Metadata (strings; JSON where it is more than a word): `format
 "1", `base_model` (a `Structure`), `targets`, `branches` (of guidance: "both", "positive" or "each"), `images`, `sigmas`
 (descending), `stored` (for each sigma a digit per layer, in the order of `base_model`: 1 where a tensor holds its bits,
 0 where everything is kept), `record` (how they were found). Tensors: `{step}.{layer}`, uint8
-[images, ceil(out * in / 8)], laid out by `pack_bits`; with the branches "each", the images' masks of the positive branch
-and then those of the negative one.
+[images, ceil(out * in / 8)], laid out by `pack_bits`; with the branches "each" twice as many rows, first those of the
+positive branch.
 """
 
 import json

@@ -28,8 +28,8 @@ class ImageMasks:
     def __init__(self, masks: RecordedMasks, image: int = 0, branch: str = "positive", name: str = "masks"):
         if not 0 <= image < masks.images:
             raise NoSuchImage(
-                f"There is no image {image} in '{name}': they were recorded for a batch of {masks.images}, so its images "
-                f"have the numbers 0 to {masks.images - 1}."
+                f"There is no image {image} in '{name}': they were recorded for a batch of {masks.images}. "
+                f"Its images have the numbers 0 to {masks.images - 1}."
             )
         self.recorded = masks
         self.layers = masks.layers
@@ -168,12 +168,14 @@ def weight_statistics(masks: ImageMasks, weight_of: Callable[[str], Tensor]) -> 
     mean_kept, mean_removed = torch.full((2, len(layers), len(sigmas)), float("nan"), dtype=torch.float64)
     for row, layer in enumerate(layers):
         magnitude = weight_of(layer.name).float().abs()
-        times = torch.zeros_like(magnitude)
+        everything, times = magnitude.sum(dtype=torch.float64), torch.zeros_like(magnitude)
         for step, sigma in enumerate(sigmas):
             gone = masks.removed(sigma, layer, magnitude.device)
-            gone = torch.zeros_like(magnitude, dtype=torch.bool) if gone is None else gone
-            mean_kept[row, step] = magnitude[~gone].mean()
-            mean_removed[row, step] = magnitude[gone].mean()
+            gone = torch.zeros_like(magnitude) if gone is None else gone.to(magnitude)
+            count, lost = gone.sum(), torch.dot(magnitude.flatten(), gone.flatten())
+            # 0 / 0 is NaN: there is no mean of no weights.
+            mean_kept[row, step] = (everything - lost) / (_weights(layer) - count)
+            mean_removed[row, step] = lost / count
             times += gone
         place = torch.bucketize(magnitude.flatten(), edges[1:-1].to(magnitude))
         total += torch.bincount(place, minlength=bins).cpu()
@@ -183,7 +185,8 @@ def weight_statistics(masks: ImageMasks, weight_of: Callable[[str], Tensor]) -> 
 
 def to_table(masks: MaskStatistics, weights: WeightStatistics) -> str:
     """Tab-separated values with a header: a line per layer and step, shares from 0 to 1, empty where there is none."""
-    columns = "step sigma block layer weights removed keep_ratio flipped differing mean_kept mean_removed".split()
+    columns = ["step", "sigma", "block", "layer", "weights", "removed", "keep_ratio", "flipped", "differing"]
+    columns += ["mean_kept", "mean_removed"]
     keep, flipped = 1 - masks.share(masks.removed), masks.share(masks.flipped)
     flipped[:, 0] = float("nan")
     differing = torch.full_like(keep, float("nan")) if masks.differing is None else masks.share(masks.differing)

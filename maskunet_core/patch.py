@@ -123,8 +123,8 @@ def installed(
     """Masks act on `diffusion_model` inside the block, and leave no trace after it, however it ends.
 
     sources: (source, strength); several on one layer act as the product of their masks. At most one of them is a
-    `LearningSource`, whose strength is 1. observe: sees each mask of the others. Training keeps the block open around forward and backward, because
-    checkpointing runs layers again in the backward pass.
+    `LearningSource`, whose strength is 1. observe: sees each mask of the others. Training keeps the block open
+    around forward and backward, because checkpointing runs layers again in the backward pass.
     """
     call = Call(sigma, guidance)
     masks: dict[str, list] = {}

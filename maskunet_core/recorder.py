@@ -16,6 +16,8 @@ from .recorded import EACH, RecordedMasks, pack_bits, packed_size
 
 _KEY = "maskunet_record"
 """Of the wrapper on the MODEL, and of the record on the latents."""
+_SEED = 7
+"""Its place among the arguments of the host's `outer_sample`."""
 
 
 class NothingRecorded(MaskUNetError):
@@ -117,8 +119,8 @@ def masks_of_run(latents: Tensor) -> RecordedMasks:
     masks = getattr(latents, _KEY)
     if masks is None:
         raise NothingRecorded(
-            "The sampler ran without masks, so there is nothing to look at. Put MaskUNet Apply, MaskUNet Random Mask or "
-            "MaskUNet Apply Masks in front of it, at a strength other than 0."
+            "The sampler ran without masks, so there is nothing to look at. Put MaskUNet Apply, MaskUNet Random Mask "
+            "or MaskUNet Apply Masks in front of it, at a strength other than 0."
         )
     return masks
 
@@ -139,8 +141,9 @@ def _record_run(executor, *args, **kwargs):
         return _with_record(latents, None)
     about = {"sources": [type(attachment.source).__name__ for attachment in attachments]}
     about |= {"strengths": [attachment.strength for attachment in attachments]}
-    if kwargs.get("seed") is not None:
-        about["seeds"] = [kwargs["seed"]] * recorder.images
+    seed = args[_SEED] if len(args) > _SEED else kwargs.get("seed")
+    if seed is not None:
+        about["seeds"] = [seed] * recorder.images
     structure = structure_of(guider.model_patcher, targets)
     return _with_record(latents, recorder.masks(RecordedMasks(structure, recorder.images, about, targets)))
 

@@ -28,8 +28,8 @@ class MaskUNetInspect(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model that the masks were recorded on: its weights are what the histograms show. LoRAs "
-                    "count, masks on it do not.",
+                    tooltip="The model that the masks were recorded on: its weights are what the histograms show. "
+                    "LoRAs count, masks on it do not.",
                 ),
                 MasksType.Input(
                     "masks",
@@ -48,8 +48,8 @@ class MaskUNetInspect(io.ComfyNode):
                 MasksType.Input(
                     "other_masks",
                     optional=True,
-                    tooltip="Masks to compare with, of another prompt or seed: recorded on the same model. Each step is "
-                    "compared with that of the nearest noise level.",
+                    tooltip="Masks to compare with, of another prompt or seed: recorded on the same model. Each step "
+                    "is compared with that of the nearest noise level.",
                 ),
                 io.Int.Input(
                     "other_sample",
@@ -57,8 +57,8 @@ class MaskUNetInspect(io.ComfyNode):
                     min=0,
                     max=4095,
                     optional=True,
-                    tooltip="Which image of the other batch. Connect one recording to both inputs to compare two images "
-                    "of a batch.",
+                    tooltip="Which image of the other batch. Connect one recording to both inputs to compare two "
+                    "images of a batch.",
                 ),
             ],
             outputs=[
@@ -76,8 +76,8 @@ class MaskUNetInspect(io.ComfyNode):
                 ),
                 io.String.Output(
                     "table",
-                    tooltip="All numbers as tab-separated text for a spreadsheet: a line per layer and step, shares from "
-                    "0 to 1.",
+                    tooltip="All numbers as tab-separated text for a spreadsheet: a line per layer and step, shares "
+                    "from 0 to 1.",
                 ),
             ],
         )

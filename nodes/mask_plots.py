@@ -1,5 +1,7 @@
 """Diagrams of recorded masks. Without matplotlib each is a picture of one sentence."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,24 +11,29 @@ from .plots import figure, to_image
 
 _WIDTH = 7.0
 """Inches, 770 pixels: what a preview shows at half its size can still be read."""
-_MAP = "cividis"
-"""Looks the same to people who see colours differently, and is readable in grey."""
+_MAP = "viridis"
+"""Evenly bright steps: readable in grey, and for people who see colours differently."""
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osv^DP*"
 _NAMED_LAYERS = 40
 """As many layers are named one by one; more of them by the module that they lie in."""
-_PLACES = {"input_blocks": "down", "middle_block": "mid", "output_blocks": "up"}
+_ENOUGH = 1000
+"""Weights in a bin of the histogram whose removed share means something."""
 
 
-def _place(layer: Layer) -> str:
-    """The module that a layer lies in: `output_blocks.3.1.transformer_blocks.0.attn1.to_q` lies in `up 3.1`, or in
-    `up 3.1 · 2` where it is of the third transformer block of that module.
+def _places(masks: MaskStatistics) -> list[str]:
+    """Where each layer lies, numbered as diffusers does: `up.1.0` is the first attention module of the block `up.1`,
+    `up.1.0.2` the third transformer block in it, where it has several.
     """
-    parts = layer.name.split(".transformer_blocks.")
-    side, _, numbers = parts[0].partition(".")
-    place = f"{_PLACES.get(side, side)} {numbers}"
-    block = parts[1].split(".")[0] if len(parts) > 1 else "0"
-    return place if block == "0" else f"{place} · {block}"
+    parts = [layer.name.split(".transformer_blocks.") for layer in masks.layers]
+    modules = {block: [] for block in masks.blocks}
+    for block, (module, *_) in zip(masks.blocks, parts):
+        if module not in modules[block]:
+            modules[block].append(module)
+    places = [f"{block}.{modules[block].index(module)}" for block, (module, *_) in zip(masks.blocks, parts)]
+    inner = [rest[0].split(".")[0] if rest else "0" for _, *rest in parts]
+    deep = {place for place, number in zip(places, inner) if number != "0"}
+    return [f"{place}.{number}" if place in deep else place for place, number in zip(places, inner)]
 
 
 def _short(layer: Layer) -> str:
@@ -35,11 +42,16 @@ def _short(layer: Layer) -> str:
     return name.replace("to_out.0", "out").replace("to_", "").replace(".", " ")
 
 
-def _label_layers(axes, layers: tuple[Layer, ...]) -> None:
-    places = [_place(layer) for layer in layers]
-    starts = [row for row, place in enumerate(places) if row == 0 or place != places[row - 1]]
-    for start in starts[1:]:
-        axes.axhline(start - 0.5, color="white", linewidth=1.2)
+def _starts(names: Sequence[str]) -> list[int]:
+    return [row for row, name in enumerate(names) if row == 0 or name != names[row - 1]]
+
+
+def _label_layers(axes, masks: MaskStatistics) -> None:
+    places, layers = _places(masks), masks.layers
+    starts = _starts(places)
+    for rows, width in ((starts, 0.8), (_starts(masks.blocks), 2.4)):
+        for start in rows[1:]:
+            axes.axhline(start - 0.5, color="white", linewidth=width)
     if len(layers) <= _NAMED_LAYERS:
         named = [(row, f"{place}  {_short(layer)}") for row, (place, layer) in enumerate(zip(places, layers))]
         axes.set_ylabel("layer, in the model's order")
@@ -54,7 +66,7 @@ def _label_layers(axes, layers: tuple[Layer, ...]) -> None:
 def _label_steps(axes, sigmas: tuple[float, ...]) -> None:
     steps = range(0, len(sigmas), -(-len(sigmas) // 16))
     axes.set_xticks(list(steps), [str(step + 1) for step in steps])
-    axes.set_xlabel(f"sampling step (noise level σ falls from {sigmas[0]:.3g} to {sigmas[-1]:.3g})")
+    axes.set_xlabel(f"sampling step (noise level $\\sigma$ falls from {sigmas[0]:.3g} to {sigmas[-1]:.3g})")
 
 
 def _heat_map(masks: MaskStatistics, shares: Tensor, title: str, unit: str, lowest: float, highest: float) -> Tensor:
@@ -65,7 +77,7 @@ def _heat_map(masks: MaskStatistics, shares: Tensor, title: str, unit: str, lowe
     axes = drawn.subplots()
     shown = axes.imshow(100 * shares.numpy(), aspect="auto", cmap=_MAP, interpolation="nearest")
     shown.set_clim(100 * lowest, 100 * highest)
-    _label_layers(axes, masks.layers)
+    _label_layers(axes, masks)
     _label_steps(axes, masks.sigmas)
     axes.set_title(title, fontsize="medium")
     drawn.colorbar(shown, ax=axes, label=unit, pad=0.02)
@@ -142,12 +154,15 @@ def weight_histograms(weights: WeightStatistics, subject: str) -> Tensor:
     counts.legend(frameon=False)
     total = weights.kept + weights.removed
     overall = 100 * float(weights.removed.sum() / total.sum())
-    share.stairs((100 * weights.removed / total).numpy(), edges, color=_COLOURS[1], linewidth=1.8)
+    shares = torch.where(total >= _ENOUGH, 100 * weights.removed / total, torch.nan)
+    share.stairs(shares.numpy(), edges, baseline=None, color=_COLOURS[1], linewidth=1.8)
     share.axhline(overall, color="0.45", linestyle="--", linewidth=1.5, label=f"of all weights: {overall:.3g} %")
     share.set_ylim(bottom=0)
-    share.set_ylabel("removed (%)")
-    share.set_xlabel("magnitude of the weight, |w| (first bin: and below)")
+    share.set_ylabel("weights removed (%)")
+    share.set_title(f"Share that is removed (where there are {_ENOUGH} weights or more)", fontsize="medium")
+    share.set_xlabel("magnitude of the weight, |w| (first bin: all smaller ones, too)")
     share.legend(frameon=False)
     for axes in (counts, share):
         axes.grid(color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
     return to_image(drawn)

@@ -13,15 +13,15 @@ class MaskUNetRecordMasks(io.ComfyNode):
             node_id="MaskUNetRecordMasks",
             display_name="MaskUNet Record Masks",
             category="MaskUNet",
-            description="Samplers that get this model keep the masks that acted at each step, together with the latent "
-            "they give; connect that latent to MaskUNet Masks of Run. The image stays the same. For SD 1.5 a step takes "
-            "up to 12 MB of memory per image, for as long as ComfyUI keeps the latent.",
+            description="Samplers that get this model keep the masks that acted at each step, together with the "
+            "latent they give; connect that latent to MaskUNet Masks of Run. The image stays the same. For SD 1.5 a "
+            "step takes up to 12 MB of memory per image, for as long as ComfyUI keeps the latent.",
             search_aliases=["record masks", "observe masks", "log masks", "inspect masks", "keep masks"],
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model with masks, from MaskUNet Apply, Random Mask or Apply Masks. Those may also come "
-                    "after this node.",
+                    tooltip="The model with masks, from MaskUNet Apply, Random Mask or Apply Masks. Those may also "
+                    "come after this node.",
                 ),
             ],
             outputs=[io.Model.Output("MODEL", tooltip="The model to sample with. The input model stays as it was.")],
