@@ -41,7 +41,7 @@ class MaskUNetMasksOfRun(io.ComfyNode):
             category="MaskUNet",
             description="The masks that acted while this latent was sampled, as MaskUNet Record Masks kept them: for "
             "MaskUNet Inspect, to save, or to replay. Each branch of guidance has its own, so that a replay with the "
-            "same settings draws the same image.",
+            "same settings draws the same image (with samplers that look at each noise level once).",
             search_aliases=["recorded masks", "masks from latent", "take masks", "extract masks", "inspect masks"],
             inputs=[
                 io.Latent.Input(
