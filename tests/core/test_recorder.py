@@ -160,6 +160,19 @@ def test_each_latent_has_the_record_of_its_own_run(toy, lively):
     assert masks_of_run(first).keep_ratio() != masks_of_run(second).keep_ratio()
 
 
+def test_the_record_stays_where_the_host_moves_or_converts_the_latent(toy, lively, monkeypatch):
+    """As on a GPU, or with half precision between nodes: the sampler's tensor is not the one that the node gives."""
+    import comfy.model_management
+
+    model, clip, _ = toy
+    masked = attach(model, lively, 1.0, 0.0, 1.0)
+    monkeypatch.setattr(comfy.model_management, "intermediate_dtype", lambda: torch.float16)
+    plain, latents = sample(masked, clip), sample(recording(masked), clip)
+    assert latents.dtype == torch.float16
+    assert torch.equal(plain, latents)
+    assert len(masks_of_run(latents).sigmas) == 4
+
+
 def test_the_record_goes_with_its_latent(toy, lively):
     model, clip, _ = toy
     masked = recording(attach(model, lively, 1.0, 0.0, 1.0))
@@ -271,6 +284,10 @@ def test_masks_of_each_branch_in_a_batch_of_two(toy_structure):
     assert torch.equal(given(0), rows[:2])
     assert torch.equal(given(1), rows[2:])
     assert torch.equal(given(0, 1, batch=4), rows[[0, 1, 0, 1, 2, 3, 2, 3]])
+    # What all share costs one product, and gives the bits that one product gives.
+    masks.add(1.0, {name: rows[:1].expand(4, -1, -1)})
+    assert torch.equal(given(1, 0), rows[0])
+    masks.add(1.0, {name: rows})
     masks.keep_all(1)
     assert torch.equal(given(0, 1)[[0, 2]], rows[[0, 2]])
     assert given(0, 1)[[1, 3]].all()
