@@ -1,10 +1,11 @@
 """Files of recorded masks: one `.safetensors` each, with metadata that tells for which model and how they were found.
 
 Format version 1. Metadata (strings; JSON where it is more than a word): `format` "maskunet_masks", `format_version`
-"1", `base_model` (a `Structure`), `targets`, `branches` (of guidance: "both" or "positive"), `images`, `sigmas`
+"1", `base_model` (a `Structure`), `targets`, `branches` (of guidance: "both", "positive" or "each"), `images`, `sigmas`
 (descending), `stored` (for each sigma a digit per layer, in the order of `base_model`: 1 where a tensor holds its bits,
 0 where everything is kept), `record` (how they were found). Tensors: `{step}.{layer}`, uint8
-[images, ceil(out * in / 8)], laid out by `pack_bits`.
+[images, ceil(out * in / 8)], laid out by `pack_bits`; with the branches "each" twice as many rows, first those of the
+positive branch.
 """
 
 import json
@@ -83,7 +84,7 @@ def load(path: Path) -> RecordedMasks:
     """Read and check a file of recorded masks. Raises BadMaskFile."""
     masks, sigmas, stored = _build(path, KIND.read_metadata(path))
     expected: Expected = {
-        f"{n}.{layer}": (torch.uint8, (masks.images, packed_size(masks.layers[layer])))
+        f"{n}.{layer}": (torch.uint8, (masks.rows, packed_size(masks.layers[layer])))
         for n, layers in enumerate(stored)
         for layer in layers
     }

@@ -23,6 +23,8 @@ OPTION = "maskunet"
 """Key of the attachments in `transformer_options`, and of the wrapper and additional models on the MODEL."""
 ENCODER = "maskunet_encoder"
 """Key of an EncoderCache or LiveEncoder in `transformer_options`, which then serves the encoder of every call."""
+RECORDER = "maskunet_recorder"
+"""Key of a Recorder in `transformer_options`, which is then told the masks of every call."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,13 @@ def replaced_linears(diffusion_model: nn.Module, linears: Mapping[str, Linear]) 
         yield
 
 
-def _masked_linear(name: str, masks: Sequence[tuple[Any, float]], learning: Any) -> Linear:
+Observer = Callable[[str, Tensor], None]
+"""Is told the name of a layer and a mask that acts on it, [out, in] or [B, out, in]."""
+
+
+def _masked_linear(
+    name: str, masks: Sequence[tuple[Any, float]], learning: Any, observe: Observer | None = None
+) -> Linear:
     """The weight times all its masks (`[(mask function, strength)]`), through the layer of a `LearningSource`."""
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -88,6 +96,8 @@ def _masked_linear(name: str, masks: Sequence[tuple[Any, float]], learning: Any)
             mask = mask_of(name, weight)
             if mask is not None:
                 weight = masked_weight(weight, mask, strength)
+                if observe is not None:
+                    observe(name, mask)
         if learning is None:
             return linear_per_sample(x, weight, bias)
         return learning(name, x, weight, bias)
@@ -108,12 +118,13 @@ def installed(
     sources: Sequence[tuple[MaskSource | LearningSource, float]],
     sigma: float | None = None,
     guidance: tuple[int, ...] = (0,),
+    observe: Observer | None = None,
 ) -> Iterator[None]:
     """Masks act on `diffusion_model` inside the block, and leave no trace after it, however it ends.
 
     sources: (source, strength); several on one layer act as the product of their masks. At most one of them is a
-    `LearningSource`, whose strength is 1. Training keeps the block open around forward and backward, because
-    checkpointing runs layers again in the backward pass.
+    `LearningSource`, whose strength is 1. observe: sees each mask of the others. Training keeps the block open
+    around forward and backward, because checkpointing runs layers again in the backward pass.
     """
     call = Call(sigma, guidance)
     masks: dict[str, list] = {}
@@ -129,7 +140,7 @@ def installed(
                 else:
                     masks.setdefault(layer.name, []).append((acting, strength))
     names = [*masks, *(name for name in learning if name not in masks)]
-    linears = {name: _masked_linear(name, masks.get(name, ()), learning.get(name)) for name in names}
+    linears = {name: _masked_linear(name, masks.get(name, ()), learning.get(name), observe) for name in names}
     with contextlib.ExitStack() as stack:
         for block, anchor in anchors.items():
             handle = diffusion_model.get_submodule(anchor).register_forward_pre_hook(_announcer(call, block))
@@ -144,16 +155,17 @@ def _wrapper(executor, *args, **kwargs):
     options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5]
     sigma = float(options["sigmas"].max())
     active = [(a.source, a.strength) for a in options.get(OPTION, ()) if a.active_at(sigma)]
-    cache = options.get(ENCODER)
+    cache, recorder = options.get(ENCODER), options.get(RECORDER)
+    unet, guidance = executor.class_obj, tuple(options.get("cond_or_uncond", (0,)))
+    observe = None if recorder is None else recorder.begin(sigma, guidance, len(args[0]))
     if not active and cache is None:
         return executor(*args, **kwargs)
-    unet, guidance = executor.class_obj, tuple(options.get("cond_or_uncond", (0,)))
     with contextlib.ExitStack() as stack:
         if cache is not None:
             key = (guidance, tuple(options.get("uuids", ())), tuple(args[0].shape))
             stack.enter_context(cache.serving(unet, key))
         if active:
-            stack.enter_context(installed(unet, active, sigma, guidance))
+            stack.enter_context(installed(unet, active, sigma, guidance, observe))
         return executor(*args, **kwargs)
 
 
@@ -200,3 +212,24 @@ def with_attachment(model_options: dict[str, Any], attachment: Attachment) -> di
     """The options of a MODEL, or of a call of its sampler, with one attachment more; the given ones are left alone."""
     options = model_options.get("transformer_options", {})
     return model_options | {"transformer_options": options | {OPTION: (*options.get(OPTION, ()), attachment)}}
+
+
+def presented_weights(model) -> Callable[[str], Tensor]:
+    """Loads a MODEL; gives a layer's weight [out, in] float32 as the host presents it: LoRAs merged, dequantised."""
+    from comfy.model_management import load_models_gpu
+    from comfy.ops import cast_bias_weight, uncast_bias_weight
+
+    load_models_gpu([model])
+
+    def weight_of(layer: str) -> Tensor:
+        module = model.model.diffusion_model.get_submodule(layer)
+        weight, bias, offload_stream = cast_bias_weight(
+            module, dtype=torch.float32, bias_dtype=torch.float32, device=model.load_device, offloadable=True
+        )
+        try:
+            # What the host lent may be the module's own weight, or a buffer that it uses again.
+            return weight.detach().clone()
+        finally:
+            uncast_bias_weight(module, weight, bias, offload_stream)
+
+    return weight_of

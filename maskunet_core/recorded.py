@@ -10,10 +10,13 @@ from torch import Tensor
 
 from .errors import MaskUNetError
 from .families import TARGETS, Layer, Structure
+from .masked_linear import shared_by_all_samples
 from .sources import Call
 
 BRANCHES = ("both", "positive")
-"""Branches of classifier-free guidance that masks act on."""
+"""Branches of classifier-free guidance that masks act on, where an image has one mask."""
+EACH = "each"
+"""Each branch has a mask of its own."""
 
 
 class IncompatibleMasks(MaskUNetError):
@@ -43,13 +46,20 @@ def unpack_bits(packed: Tensor, layer: Layer) -> Tensor:
     return weights.view(torch.bool).unflatten(1, (layer.out_features, layer.in_features))
 
 
+def count_ones(packed: Tensor) -> int:
+    """How many bits of packed masks are set: weights that are kept."""
+    ones = torch.tensor([bin(byte).count("1") for byte in range(256)])
+    return int(torch.bincount(packed.flatten(), minlength=256) @ ones)
+
+
 class RecordedMasks:
     """Masks by sigma, layer and image, eight to a byte on the CPU.
 
     structure, targets: what is masked, and the name of its target set. images: N, the batch they were found for.
-    branches: of guidance that share an image's mask, one of BRANCHES. record: how they were found (prompt, reward,
-    seed, settings), free JSON. steps: the packed masks [N, ceil(out * in / 8)] by sigma and layer; where a layer is
-    missing, all its weights are kept in all images.
+    branches: of guidance that share an image's mask, one of BRANCHES, or EACH. rows: R, the masks of a layer: N, or 2 N
+    where each branch has its own, first those of the positive one. record: how they were found (prompt, reward, seed,
+    settings), free JSON. steps: the packed masks [R, ceil(out * in / 8)] by sigma and layer; where a layer is missing,
+    all its weights are kept in all images.
     """
 
     def __init__(
@@ -64,12 +74,13 @@ class RecordedMasks:
             raise ValueError(f"masks are recorded for 1 image or more, not for {images}")
         if targets not in TARGETS:
             raise ValueError(f"there is no target set '{targets}'")
-        if branches not in BRANCHES:
-            raise ValueError(f"branches are one of {', '.join(BRANCHES)}, not '{branches}'")
+        if branches not in (*BRANCHES, EACH):
+            raise ValueError(f"branches are one of {', '.join((*BRANCHES, EACH))}, not '{branches}'")
         self.structure = structure
         self.images = images
         self.targets = targets
         self.branches = branches
+        self.rows = 2 * images if branches == EACH else images
         self.record = {} if record is None else record
         self.layers = structure.layers
         self.steps: dict[float, dict[str, Tensor]] = {}
@@ -87,7 +98,7 @@ class RecordedMasks:
     def add(self, sigma: float, masks: dict[str, Tensor]) -> None:
         """Record a step; what was recorded for this very sigma before is replaced.
 
-        masks: by layer, [N, out, in] bool (True keeps a weight) on any device. Raises ValueError where a sigma, layer
+        masks: by layer, [R, out, in] bool (True keeps a weight) on any device. Raises ValueError where a sigma, layer
         or shape is impossible.
         """
         if not 0 < sigma < math.inf:
@@ -97,7 +108,7 @@ class RecordedMasks:
             layer = self.layers.get(name)
             if layer is None:
                 raise ValueError(f"layer {name} is not in the structure")
-            shape = (self.images, layer.out_features, layer.in_features)
+            shape = (self.rows, layer.out_features, layer.in_features)
             if tuple(mask.shape) != shape or mask.dtype != torch.bool:
                 raise ValueError(f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}, but should be bool {shape}")
             if not bool(mask.all()):
@@ -109,7 +120,7 @@ class RecordedMasks:
         for sigma in self.sigmas:
             masks = self.at(sigma)
             for mask in masks.values():
-                mask[image] = True
+                mask[image :: self.images] = True
             self.add(sigma, masks)
 
     def nearest(self, sigma: float) -> dict[str, Tensor]:
@@ -123,20 +134,18 @@ class RecordedMasks:
         return self.steps[min(self.sigmas, key=lambda recorded: abs(math.log(recorded) - target))]
 
     def at(self, sigma: float) -> dict[str, Tensor]:
-        """The nearest step's masks [N, out, in] by layer; a layer that is missing keeps everything."""
+        """The nearest step's masks [R, out, in] by layer; a layer that is missing keeps everything."""
         return {name: unpack_bits(packed, self.layers[name]) for name, packed in self.nearest(sigma).items()}
 
     def keep_ratio(self) -> list[float]:
         """Share of the masked weights that is kept, for each of `sigmas`, over all images."""
-        ones = torch.tensor([bin(byte).count("1") for byte in range(256)])
-        total = self.images * self.structure.masked_weights
+        total = self.rows * self.structure.masked_weights
         ratios = []
         for sigma in self.sigmas:
             removed = 0
             for name, packed in self.steps[sigma].items():
                 layer = self.layers[name]
-                kept = int(torch.bincount(packed.flatten(), minlength=256) @ ones)
-                removed += self.images * layer.out_features * layer.in_features - kept
+                removed += self.rows * layer.out_features * layer.in_features - count_ones(packed)
             ratios.append(1 - removed / total)
         return ratios
 
@@ -175,10 +184,19 @@ class RecordedSource:
                 "fit any batch."
             )
 
+    def _acts_on(self, branch: int) -> bool:
+        return branch == 0 or self.masks.branches != "positive"
+
+    def _of_branch(self, bits: Tensor, branch: int) -> Tensor:
+        """[N, out, in] of the layer's [R, out, in]."""
+        if not self._acts_on(branch):
+            return torch.ones_like(bits)
+        own = branch != 0 and self.masks.branches == EACH
+        return bits[self.masks.images :] if own else bits[: self.masks.images]
+
     def begin(self, call: Call) -> Callable[[str, Tensor], Tensor | None]:
         step = self.masks.nearest(call.sigma)
         images = self.masks.images
-        masked = [branch == 0 or self.masks.branches == "both" for branch in call.guidance]
         rows = images
 
         def enter(block: str, features: Tensor, t_emb: Tensor) -> None:
@@ -188,13 +206,15 @@ class RecordedSource:
                 self._require_batch(call, rows)
 
         def mask(layer: str, weight: Tensor) -> Tensor | None:
-            if layer not in step or not any(masked):
+            if layer not in step or not any(map(self._acts_on, call.guidance)):
                 return None
             bits = unpack_bits(step[layer].to(weight.device), self.masks.layers[layer])
-            if not all(masked):
-                per_branch = bits.repeat(rows // len(masked) // images, 1, 1)
-                return torch.cat([per_branch if acts else torch.ones_like(per_branch) for acts in masked])
-            return bits[0] if images == 1 else bits.repeat(rows // images, 1, 1)
+            if len(bits) == 1 and all(map(self._acts_on, call.guidance)):
+                return bits[0]
+            repeats = rows // len(call.guidance) // images
+            return shared_by_all_samples(
+                torch.cat([self._of_branch(bits, branch).repeat(repeats, 1, 1) for branch in call.guidance])
+            )
 
         call.on_block.append(enter)
         return mask

@@ -4,8 +4,10 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import folders
 from .generator import MaskUNetApply, MaskUNetLoader
+from .inspect_masks import MaskUNetInspect
 from .masks import MaskUNetApplyMasks, MaskUNetLoadMasks, MaskUNetSaveMasks
 from .random_mask import MaskUNetRandomMask
+from .record_masks import MaskUNetMasksOfRun, MaskUNetRecordMasks
 from .reward_sampler import MaskUNetRewardSampler
 from .rewards import MaskUNetRewardCombine, MaskUNetRewardLoader, MaskUNetRewardScore
 from .toy import MaskUNetToyModel
@@ -27,6 +29,9 @@ class MaskUNetExtension(ComfyExtension):
             MaskUNetApplyMasks,
             MaskUNetSaveMasks,
             MaskUNetLoadMasks,
+            MaskUNetRecordMasks,
+            MaskUNetMasksOfRun,
+            MaskUNetInspect,
             MaskUNetToyModel,
         ]
 

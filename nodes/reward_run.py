@@ -11,6 +11,7 @@ import comfy.utils
 import latent_preview
 from torch import Tensor
 
+from ..maskunet_core.recorder import without_recording
 from ..maskunet_core.rewards.reward import BoundReward, value_and_gradient
 from ..maskunet_core.search.host import latent_decoder, load_for_gradients, static_clone
 from ..maskunet_core.search.judge import Judge
@@ -47,7 +48,8 @@ class RewardRun:
     ):
         self.settings, self.sampling, self.targets, self.stop_by_watch = settings, sampling, targets, stop_by_watch
         self.positive, self.negative, self.latent = positive, negative, latent
-        self.model = static_clone(model)
+        # A search gives its masks itself, and may put together its latents from several runs.
+        self.model = without_recording(static_clone(model))
         looking = gradient_vae or vae
         patchers = [looking.patcher, vae.patcher, *reward.patchers(), *(watch.patchers() if watch else ())]
         self.helpers = list({id(patcher): patcher for patcher in patchers}.values())

@@ -9,6 +9,7 @@ from tests.nodes.reward_graphs import FEW_UPDATES, NO_UPDATES, PROMPT, SAMPLING
 
 COLOURS = [(0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E), (0x2C, 0xA0, 0x2C)]
 """Of matplotlib's first lines."""
+TARGETS = "decoder attention"
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +137,14 @@ def test_a_model_without_a_unet_is_refused_in_one_sentence(sample):
     foreign = comfy.model_patcher.ModelPatcher(Flux(sample.model.model), load_device=cpu, offload_device=cpu)
     with pytest.raises(ValueError, match=r"is not a U-Net that MaskUNet knows\. Connect an SD 1\.5, SD 2\.x or SDXL"):
         sample(model=foreign)
+
+
+def test_a_recording_model_may_go_in_and_leaves_no_record_of_its_own(sample, extension):
+    """The sampler gives its masks itself; its latents may be put together from several runs."""
+    random = extension("random_mask").MaskUNetRandomMask.execute(sample.model, 0.9, 1, TARGETS, True, 0.0, 1.0).result
+    recorded = extension("record_masks").MaskUNetRecordMasks.execute(random[0]).result[0]
+    latent, masks, _ = sample(model=recorded)
+    assert torch.equal(latent["samples"], sample(model=random[0])[0]["samples"])
+    assert len(masks.sigmas) == SAMPLING["steps"]
+    with pytest.raises(ValueError, match="MaskUNet Reward Sampler has an output of its own for its masks"):
+        extension("record_masks").MaskUNetMasksOfRun.execute(latent)

@@ -29,6 +29,9 @@ NODES = (
     "MaskUNetApplyMasks",
     "MaskUNetSaveMasks",
     "MaskUNetLoadMasks",
+    "MaskUNetRecordMasks",
+    "MaskUNetMasksOfRun",
+    "MaskUNetInspect",
     "MaskUNetRandomMask",
     "MaskUNetRewardSampler",
     "MaskUNetToyModel",
@@ -98,6 +101,9 @@ def test_contract_of_the_nodes(object_info):
         "MaskUNetApplyMasks": ["model", "masks", "strength"],
         "MaskUNetSaveMasks": ["masks", "filename_prefix"],
         "MaskUNetLoadMasks": ["masks_name"],
+        "MaskUNetRecordMasks": ["model"],
+        "MaskUNetMasksOfRun": ["latent"],
+        "MaskUNetInspect": ["model", "masks", "sample", "branch"],
         "MaskUNetRandomMask": [
             "model",
             "keep_ratio",
@@ -120,8 +126,10 @@ def test_contract_of_the_nodes(object_info):
     assert outputs["MaskUNetLoader"] == ["MASKUNET"]
     assert outputs["MaskUNetLoadMasks"] == ["MASKUNET_MASKS"]
     assert outputs["MaskUNetSaveMasks"] == []
+    assert outputs["MaskUNetMasksOfRun"] == ["MASKUNET_MASKS"]
+    assert outputs["MaskUNetInspect"] == ["IMAGE"] * 4 + ["STRING"]
     assert outputs["MaskUNetRewardSampler"] == ["LATENT", "MASKUNET_MASKS", "IMAGE"]
-    for node in ("MaskUNetApply", "MaskUNetApplyMasks", "MaskUNetRandomMask"):
+    for node in ("MaskUNetApply", "MaskUNetApplyMasks", "MaskUNetRandomMask", "MaskUNetRecordMasks"):
         assert outputs[node] == ["MODEL"]
     assert outputs["MaskUNetToyModel"] == ["MODEL", "CLIP", "VAE"]
     assert outputs["MaskUNetRewardLoader"] == outputs["MaskUNetRewardCombine"] == ["MASKUNET_REWARD"]

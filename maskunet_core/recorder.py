@@ -1,0 +1,172 @@
+"""Records the masks that act during an ordinary sampling run of the host, whatever they come from.
+
+The record belongs to its run: it lies on the tensor of latents that the run gives, is found as long as the host keeps
+these latents, and goes with them. Nothing of it is held by the model.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import MaskUNetError
+from .families import TARGETS, NothingToMask
+from .patch import OPTION, RECORDER, Attachment, Observer, enabled, structure_of
+from .recorded import EACH, RecordedMasks, pack_bits, packed_size
+
+_KEY = "maskunet_record"
+"""Of the wrapper on the MODEL, and of the record on the latents."""
+_SEED = 7
+"""Its place among the arguments of the host's `outer_sample`."""
+
+
+class NothingRecorded(MaskUNetError):
+    """Latents without recorded masks; the message says why and what to do."""
+
+
+class Recorder:
+    """Masks of one run by sigma, branch of guidance (0 positive, 1 negative) and layer: [N, ceil(out * in / 8)].
+
+    Where the model is called more than once for a branch at one sigma (several prompts, attention that is perturbed on
+    purpose, a sampler that comes back), the first call counts.
+    """
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.steps: dict[float, dict[int, dict[str, Tensor]]] = {}
+
+    def begin(self, sigma: float, guidance: tuple[int, ...], rows: int) -> Observer:
+        """A call of the model. Its batch of `rows` holds all images of the first branch, then those of the next."""
+        images = self.images = rows // len(guidance)
+        step = self.steps.setdefault(sigma, {})
+        fresh: list[tuple[dict[str, Tensor], slice]] = []
+        for place, guided in enumerate(guidance):
+            branch = int(guided != 0)
+            if branch not in step:
+                step[branch] = {}
+                fresh.append((step[branch], slice(place * images, (place + 1) * images)))
+
+        def observe(layer: str, mask: Tensor) -> None:
+            for found, part in fresh:
+                packed = pack_bits(mask[None] if mask.ndim == 2 else mask[part]).cpu().expand(images, -1)
+                # Several sources on a layer keep what all of them keep.
+                found[layer] = found[layer] & packed if layer in found else packed
+
+        return observe
+
+    def masks(self, record: RecordedMasks) -> RecordedMasks:
+        """Writes the steps into `record`, which has no step yet; `branches` becomes EACH where the two differ."""
+        if any(self._differ(*step.values()) for step in self.steps.values() if len(step) == 2):
+            record = RecordedMasks(record.structure, record.images, record.record, record.targets, EACH)
+        everything = _Everything(record)
+        for sigma, step in self.steps.items():
+            branches = [step.get(0, {}), step.get(1, {})] if record.branches == EACH else [next(iter(step.values()))]
+            record.steps[sigma] = {
+                layer: torch.cat([found.get(layer, everything[layer]) for found in branches])
+                for layer in record.layers
+                if any(layer in found and not torch.equal(found[layer], everything[layer]) for found in branches)
+            }
+        return record
+
+    @staticmethod
+    def _differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+        return one.keys() != other.keys() or any(not torch.equal(one[layer], other[layer]) for layer in one)
+
+
+class _Everything(dict):
+    """Packed masks by layer that keep all weights of all images."""
+
+    def __init__(self, masks: RecordedMasks):
+        super().__init__()
+        self._masks = masks
+
+    def __missing__(self, name: str) -> Tensor:
+        layer = self._masks.layers[name]
+        packed = torch.full((1, packed_size(layer)), 255, dtype=torch.uint8)
+        unused = -layer.out_features * layer.in_features % 8
+        packed[:, -1] >>= unused
+        self[name] = packed.expand(self._masks.images, -1)
+        return self[name]
+
+
+def recording(model: Any) -> Any:
+    """A clone of a MODEL whose sampling runs leave their masks on the latents that they give; see `masks_of_run`."""
+    from comfy.patcher_extension import WrappersMP
+
+    patched = enabled(model)
+    if not patched.get_wrappers(WrappersMP.OUTER_SAMPLE, _KEY):
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, _record_run)
+    return patched
+
+
+def without_recording(model: Any) -> Any:
+    """A clone of a MODEL whose runs are not recorded."""
+    from comfy.patcher_extension import WrappersMP
+
+    clone = model.clone()
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, _KEY)
+    return clone
+
+
+def masks_of_run(latents: Tensor) -> RecordedMasks:
+    """What a run of a recording MODEL left on the latents that it gave. Raises NothingRecorded."""
+    if not hasattr(latents, _KEY):
+        raise NothingRecorded(
+            "This latent holds no recorded masks. Put MaskUNet Record Masks in front of the sampler and connect the "
+            "sampler's own latent: nodes that change a latent drop the record, and so does loading one from a file. "
+            "MaskUNet Reward Sampler has an output of its own for its masks."
+        )
+    masks = getattr(latents, _KEY)
+    if masks is None:
+        raise NothingRecorded(
+            "The sampler ran without masks, so there is nothing to look at. Put MaskUNet Apply, MaskUNet Random Mask "
+            "or MaskUNet Apply Masks in front of it, at a strength other than 0."
+        )
+    return masks
+
+
+def _record_run(executor, *args, **kwargs):
+    """OUTER_SAMPLE wrapper. The guider's options are the run's own: the host puts the model's back afterwards."""
+    guider = executor.class_obj
+    options = guider.model_options.get("transformer_options", {})
+    attachments: tuple[Attachment, ...] = options.get(OPTION, ())
+    if not attachments:
+        return _with_record(executor(*args, **kwargs), None)
+    layers = {layer for attachment in attachments for layer in attachment.source.structure.layers}
+    targets = _smallest_targets(guider.model_patcher, layers)
+    recorder = Recorder()
+    guider.model_options = guider.model_options | {"transformer_options": options | {RECORDER: recorder}}
+    latents = executor(*args, **kwargs)
+    if not recorder.steps:
+        return _with_record(latents, None)
+    about = {"sources": [type(attachment.source).__name__ for attachment in attachments]}
+    about |= {"strengths": [attachment.strength for attachment in attachments]}
+    seed = args[_SEED] if len(args) > _SEED else kwargs.get("seed")
+    if seed is not None:
+        about["seeds"] = [seed] * recorder.images
+    structure = structure_of(guider.model_patcher, targets)
+    return _with_record(latents, recorder.masks(RecordedMasks(structure, recorder.images, about, targets)))
+
+
+def _with_record(latents: Tensor, masks: RecordedMasks | None) -> Tensor:
+    """The latents, where and as the host keeps them between nodes: what it has no reason to copy keeps the record."""
+    import comfy.model_management as management
+
+    dtype = management.intermediate_dtype() if hasattr(management, "intermediate_dtype") else latents.dtype
+    kept = latents.to(device=management.intermediate_device(), dtype=dtype)
+    setattr(kept, _KEY, masks)
+    return kept
+
+
+def _smallest_targets(model: Any, layers: set[str]) -> str:
+    """The name of the first target set that has all these layers. Raises MaskUNetError where none has."""
+    for targets in TARGETS:
+        try:
+            if layers <= structure_of(model, targets).layers.keys():
+                return targets
+        except NothingToMask:
+            continue
+    raise MaskUNetError(
+        "The masks on this model act on layers that no single target set holds, so they cannot be recorded together. "
+        "Remove MaskUNet Record Masks, or give the masking nodes the same targets."
+    )
