@@ -70,7 +70,7 @@ def test_every_arm_has_as_many_trials_and_final_runs_as_every_other():
                 assert counts["trial", task.name, arm] == len(scale.factors)
                 assert counts["final", task.name, arm] == scale.seeds
     assert Scale().seeds == 3
-    assert len(Scale().factors) == 3
+    assert len(Scale().factors) == 5
 
 
 @pytest.mark.parametrize("task", Scale().tasks, ids=lambda task: task.name)
