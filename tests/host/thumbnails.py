@@ -178,7 +178,7 @@ def toy_panels(server: Server) -> list[Panel]:
 
 
 def draw(names: list[str]) -> None:
-    """Thumbnails of the templates by name, and the same for the help pages that show them; TOY_MODEL is for its page."""
+    """Thumbnails of the templates by name, and the same for the help pages that show them; TOY_MODEL for its own."""
     HELP_PICTURES.mkdir(parents=True, exist_ok=True)
     pages = "".join(path.read_text(encoding="utf-8") for path in HELP_PICTURES.parent.glob("*.md"))
     with Server() as server:
