@@ -30,7 +30,14 @@ class MaskUNetApplyMasks(io.ComfyNode):
             description="Replays masks that were found for one run: each step takes those of the recorded step whose "
             "noise level is nearest. The same settings and seed repeat the run; other samplers, step counts, prompts "
             "and sizes work too. The model itself is never changed.",
-            search_aliases=["replay masks", "recorded masks", "reuse masks", "mask weights", "maskunet masks"],
+            search_aliases=[
+                "replay masks",
+                "recorded masks",
+                "reuse masks",
+                "mask weights",
+                "quality",
+                "prompt adherence",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with, of the family the masks were recorded on."),
                 MasksType.Input(
@@ -106,6 +113,16 @@ class MaskUNetLoadMasks(io.ComfyNode):
                 ),
             ],
             outputs=[MasksType.Output("MASKUNET_MASKS", tooltip="The masks, for MaskUNet Apply Masks.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, masks_name: str | None) -> bool | str:
+        """Replaces the host's own check of the list, which would not say where masks come from."""
+        if masks_name is None or masks_name in folder_paths.get_filename_list(MASKS):
+            return True
+        return (
+            f"'{masks_name}' is neither in models/maskunet_masks nor in {SAVED_MASKS}/ of the output folder. Put it "
+            "into one of them and press R, or make one with MaskUNet Save Masks."
         )
 
     @classmethod
