@@ -69,6 +69,13 @@ THUMBNAILS = {
             ("right part inpainted, with a search", "Save with a search"),
         )
     ),
+    "inspect": Thumbnail(
+        (
+            ("weights that its masks keep", "Keep ratio"),
+            ("one prompt", "Save one prompt"),
+            ("another", "Save another prompt"),
+        )
+    ),
     "sd15_generator_off_and_on": Thumbnail(_MASKS, runs="generator_off_and_on"),
     "sd15_reward_sampler": Thumbnail(_SEARCH, runs="reward_sampler"),
 }
