@@ -25,8 +25,8 @@ WATCH = """() => {
     }, 10)
 }"""
 
-# The front end asks for files that a person may have, and for models of its own default graph.
-NO_MISTAKES = ("/userdata", "/user.css", "huggingface.co")
+# The front end asks for files that a person may have, for pictures of templates, and for its default graph's models.
+NO_MISTAKES = ("/userdata", "/user.css", ".jpg", "huggingface.co")
 
 ON_SCREEN = """([title, right, down]) => {
     const node = app.graph._nodes.find(node => node.title === title)
@@ -181,9 +181,12 @@ class Desk:
         expect(dialog).to_be_hidden()
 
     def open_saved(self, name: str) -> None:
-        self.page.get_by_role("button", name="Workflows").first.click()
+        panel = self.page.get_by_role("button", name="Workflows").first
+        panel.click()
+        self.page.get_by_role("button", name="Refresh").last.click()
         self.page.get_by_text(name, exact=True).first.click()
         self._settle(name)
+        panel.click()
 
     def open_file(self, file: Path) -> None:
         with self.page.expect_file_chooser() as chooser:
@@ -192,18 +195,23 @@ class Desk:
         self._settle(file.stem)
 
     def search(self, words: str) -> list[str]:
-        """Names of the nodes that a double click on the canvas and these words find."""
+        """Names of the nodes that a double click on the empty canvas and these words find."""
         self.page.mouse.dblclick(600, 500)
-        self.page.get_by_placeholder("Add a node").fill(words)
+        box = self.page.get_by_placeholder("Add a node")
+        box.fill(words)
         results = self.page.get_by_test_id("result-item")
-        results.first.wait_for()
         # The list follows the words after a moment.
-        self.page.evaluate("() => new Promise(done => setTimeout(done, 500))")
+        self.page.evaluate("() => new Promise(done => setTimeout(done, 700))")
         return [text.splitlines()[0] for text in results.all_inner_texts()]
+
+    def end_search(self) -> None:
+        self.page.keyboard.press("Escape")
+        expect(self.page.get_by_placeholder("Add a node")).to_be_hidden()
 
     def take(self, found: str) -> None:
         """Puts a node from the list of `search` onto the canvas, and selects it."""
         self.page.get_by_test_id("result-item").filter(has_text=found).first.click()
+        expect(self.page.get_by_placeholder("Add a node")).to_be_hidden()
         self.page.mouse.move(700, 400)
         self.page.mouse.click(700, 400)
         self.select(found)

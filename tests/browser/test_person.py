@@ -61,7 +61,7 @@ def test_a_deleted_apply_node_gives_the_stock_image_bit_for_bit(desk, stock):
 def test_the_search_finds_nodes_by_what_they_are_for(blank_desk, words, expected):
     found = blank_desk.search(words)
     blank_desk.screenshot(f"search_{words.replace(' ', '_')}")
-    blank_desk.page.keyboard.press("Escape")
+    blank_desk.end_search()
     assert expected <= set(found)
 
 
@@ -90,6 +90,7 @@ def plain(text: str) -> str:
 @pytest.mark.parametrize("name", ["MaskUNet Apply", "MaskUNet Reward Sampler", "MaskUNet Toy Model"])
 def test_the_info_button_opens_the_help_of_a_node(blank_desk, name):
     desk = blank_desk
+    desk.start_blank()
     desk.search(name)
     desk.take(name)
     desk.page.get_by_test_id("info-button").click()
@@ -106,8 +107,6 @@ def test_the_info_button_opens_the_help_of_a_node(blank_desk, name):
     for group in ("required", "optional"):
         for title in info["input"].get(group, {}):
             assert plain(title) in shown
-    desk.page.get_by_role("button", name="Toggle properties panel").first.click()
-    desk.page.keyboard.press("Delete")
 
 
 def test_an_error_of_a_node_is_shown_as_its_sentence(desk):
