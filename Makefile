@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV_PYTHON = $(firstword $(wildcard .venv/bin/python .venv/Scripts/python.exe) .venv/bin/python)
 
-.PHONY: setup demo test bench parity clean
+.PHONY: setup demo test bench parity pictures clean
 
 setup:
 	@$(PYTHON) tests/host/setup.py
@@ -18,6 +18,9 @@ bench: setup
 
 parity: setup
 	@$(VENV_PYTHON) -m tests.parity
+
+pictures: setup
+	@$(VENV_PYTHON) -m tests.host.thumbnails $(PICTURES_ARGS)
 
 clean:
 	rm -rf .venv .host .parity output

@@ -2,4 +2,7 @@
 
 from .nodes import comfy_entrypoint
 
-__all__ = ["comfy_entrypoint"]
+WEB_DIRECTORY = "nodes/web"
+"""Its folder `docs` holds the help page of each node."""
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

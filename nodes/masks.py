@@ -30,7 +30,14 @@ class MaskUNetApplyMasks(io.ComfyNode):
             description="Replays masks that were found for one run: each step takes those of the recorded step whose "
             "noise level is nearest. The same settings and seed repeat the run; other samplers, step counts, prompts "
             "and sizes work too. The model itself is never changed.",
-            search_aliases=["replay masks", "recorded masks", "reuse masks", "mask weights", "maskunet masks"],
+            search_aliases=[
+                "replay masks",
+                "recorded masks",
+                "reuse masks",
+                "mask weights",
+                "quality",
+                "prompt adherence",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with, of the family the masks were recorded on."),
                 MasksType.Input(

@@ -42,7 +42,7 @@ class MaskUNetRewardSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="SD 1.5, SD 2.x, SDXL or the MaskUNet Toy Model, with any LoRAs."),
                 seed_input("Seed of the starting noise, as in KSampler. Candidates use the seeds after it."),
-                io.Int.Input("steps", default=15, min=1, max=10000, tooltip="Steps of the sampler."),
+                io.Int.Input("steps", default=15, min=1, max=10000, step=1, tooltip="Steps of the sampler."),
                 io.Float.Input(
                     "cfg",
                     default=7.5,
@@ -98,6 +98,7 @@ class MaskUNetRewardSampler(io.ComfyNode):
                     default=0,
                     min=0,
                     max=64,
+                    step=1,
                     tooltip="Starting noises that are drawn and judged "
                     "before the search goes on with the best. 0: as the preset says; 1: none.",
                 ),

@@ -69,7 +69,16 @@ class MaskUNetRewardLoader(io.ComfyNode):
             "ImageReward, HPSv2 and HPSv2.1, PickScore, CLIP-H and LAION's aesthetic predictor are read from their "
             "published files in models/reward, whatever the files are called. The toy reward comes with the extension "
             "and reads the pictures of MaskUNet Toy Model.",
-            search_aliases=["reward model", "image reward", "hps", "pickscore", "aesthetic", "clip score"],
+            search_aliases=[
+                "reward model",
+                "image reward",
+                "hps",
+                "pickscore",
+                "aesthetic",
+                "clip score",
+                "quality",
+                "prompt adherence",
+            ],
             inputs=[
                 io.Combo.Input(
                     "reward_name",
@@ -179,7 +188,15 @@ class MaskUNetRewardScore(io.ComfyNode):
             category="MaskUNet",
             description="Scores pictures against a prompt, and writes the scores under them. Higher is better; scores "
             "of different rewards have different scales.",
-            search_aliases=["rate images", "image score", "compare images", "evaluate", "caption with score"],
+            search_aliases=[
+                "rate images",
+                "image score",
+                "compare images",
+                "evaluate",
+                "caption with score",
+                "quality",
+                "prompt adherence",
+            ],
             inputs=[
                 io.Image.Input("images", tooltip="The pictures, one or a batch."),
                 io.String.Input(

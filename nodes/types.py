@@ -42,4 +42,6 @@ def window_inputs() -> list[io.Input]:
 
 
 def seed_input(tooltip: str) -> io.Input:
-    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
+    return io.Int.Input(
+        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, step=1, control_after_generate=True, tooltip=tooltip
+    )

@@ -38,12 +38,10 @@ def write_tiny_checkpoint(path: Path) -> Path:
     from comfy.clip_model import CLIPTextModel
     from comfy.taesd.taesd import TAESD
 
-    shallow = {"num_res_blocks": [1, 1], "channel_mult": [1, 1], "transformer_depth": [1, 0]}
-    shallow |= {"transformer_depth_output": [1, 1, 0, 0], "transformer_depth_middle": 1}
     clip = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
     clip |= {"hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407}
     parts = {
-        "model.diffusion_model.": (sd15_unet(**shallow), torch.float16),
+        "model.diffusion_model.": (sd15_unet(**tiny_sd15_layout()), torch.float16),
         "cond_stage_model.transformer.": (
             CLIPTextModel(clip, None, "meta", comfy.ops.manual_cast),
             torch.float8_e4m3fn,
@@ -60,6 +58,12 @@ def write_tiny_checkpoint(path: Path) -> Path:
             tensors[prefix + name] = drawn.to(dtype).contiguous()
     save_file(tensors, path)
     return path
+
+
+def tiny_sd15_layout() -> dict[str, list[int] | int]:
+    """The U-Net of `write_tiny_checkpoint`, as changes to SD 1.5's."""
+    shallow = {"num_res_blocks": [1, 1], "channel_mult": [1, 1], "transformer_depth": [1, 0]}
+    return shallow | {"transformer_depth_output": [1, 1, 0, 0], "transformer_depth_middle": 1}
 
 
 def sd15_unet(**changes) -> torch.nn.Module:

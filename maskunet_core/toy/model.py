@@ -162,7 +162,7 @@ def _load_vae(directory: Path | None):
     return vae
 
 
-def _load_unet(directory: Path | None):
+def _load_unet(directory: Path | None, disable_dynamic: bool = False):
     import comfy.latent_formats
     import comfy.model_management
     import comfy.model_patcher
@@ -188,10 +188,11 @@ def _load_unet(directory: Path | None):
     cast = management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, cast)
     model = config.get_model(tensors, device=management.unet_inital_load_device(parameters, dtype))
-    patcher = comfy.model_patcher.CoreModelPatcher(
-        model, load_device=load_device, offload_device=management.unet_offload_device()
-    )
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(model, load_device=load_device, offload_device=management.unet_offload_device())
     model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
+    # By this the host makes a copy with weights of its own, to train on or to lie on the device as a whole.
+    patcher.cached_patcher_init = (_load_unet, (directory,))
     return patcher
 
 

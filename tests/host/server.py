@@ -164,6 +164,10 @@ class Server:
     def object_info(self) -> dict[str, Any]:
         return self.get("/object_info")
 
+    def read(self, path: str) -> bytes:
+        """Any file that the server serves. Raises ServerError where it has none."""
+        return asyncio.run(self._request("GET", path))
+
     def view(self, image: dict[str, str]) -> bytes:
         return asyncio.run(self._request("GET", "/view", params=image))
 

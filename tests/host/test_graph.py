@@ -1,8 +1,12 @@
 import itertools
 
 import pytest
+from PIL import Image
 
 from tests.host.graph import BYPASSED, MUTED, WORKFLOWS, load_workflow, nodes_of, titled, to_prompt
+from tests.host.thumbnails import LARGEST, SIZE, TALLEST, THUMBNAILS, compose
+from trainer.config_file import tomllib
+from trainer.host import PROJECT
 
 INFO = {
     "Loader": {"input": {"required": {"name": [["a", "b"], {}]}}, "input_order": {"required": ["name"]}},
@@ -93,3 +97,98 @@ def test_shipped_graphs_have_no_overlapping_nodes_or_groups(name):
     for boxes in (nodes, groups):
         for one, other in itertools.combinations(boxes, 2):
             assert not overlap(boxes[one], boxes[other]), (one, other)
+
+
+def crosses(box, group):
+    """A box lies neither inside a group nor beside it."""
+    inside = all(group[a] <= box[a] and box[a] + box[a + 2] <= group[a] + group[a + 2] for a in (0, 1))
+    return overlap(box, group) and not inside
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_node_of_a_shipped_graph_lies_on_the_border_of_a_group(name):
+    shipped = load_workflow(name)
+    for node, group in itertools.product(shipped["nodes"], shipped["groups"]):
+        assert not crosses((*node["pos"], *node["size"]), group["bounding"]), (node["title"], group["title"])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_graph_says_what_it_shows_and_which_files_it_needs(name):
+    (note,) = [node for node in load_workflow(name)["nodes"] if node["type"] == "MarkdownNote"]
+    (text,) = note["widgets_values"]
+    assert text.startswith("## ")
+    assert "\n\n**Files**" in text
+
+
+SHIPPED_FILES = {
+    "MaskUNetLoader": {path.name for path in (PROJECT / "maskunet_core" / "toy" / "generators").iterdir()},
+    "MaskUNetLoadMasks": {path.name for path in (PROJECT / "maskunet_core" / "toy" / "masks").iterdir()},
+    "MaskUNetRewardLoader": {"toy reward (bundled)"},
+}
+FILE_NODES = (*SHIPPED_FILES, "CheckpointLoaderSimple", "LoraLoader", "LoraLoaderModelOnly", "ControlNetLoader")
+UNPUBLISHED = {"sd15.safetensors"}
+"""Generators that people train themselves: there is no address to give."""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_files_that_do_not_ship_come_with_their_address(name):
+    nodes = load_workflow(name)["nodes"]
+    (note,) = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
+    for node in nodes:
+        if node["type"] not in FILE_NODES or node["widgets_values"][0] in SHIPPED_FILES.get(node["type"], ()):
+            continue
+        file = node["widgets_values"][0]
+        assert f"`{file}`" in note or f"[{file}]" in note
+        if file not in UNPUBLISHED:
+            (model,) = node["properties"]["models"]
+            assert model["name"] == file
+            assert model["url"].startswith("https://")
+            assert f"({model['url']})" in note
+            assert f"`models/{model['directory']}`" in note
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_nodes_of_shipped_graphs_say_which_pack_they_come_from(name):
+    """So that the manager can offer what is missing."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for node in load_workflow(name)["nodes"]:
+        properties = node["properties"]
+        if node["type"].startswith("MaskUNet"):
+            assert (properties["cnr_id"], properties["ver"]) == (project["name"], project["version"])
+        else:
+            assert properties["cnr_id"] == "comfy-core"
+
+
+def test_every_shipped_graph_has_a_thumbnail_that_can_be_drawn_again():
+    assert sorted(THUMBNAILS) == SHIPPED
+    for name, thumbnail in THUMBNAILS.items():
+        titles = {node["title"] for node in load_workflow(thumbnail.runs or name)["nodes"]}
+        assert {title for _, title in thumbnail.panels} <= titles
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_thumbnails_are_small(name):
+    path = WORKFLOWS / f"{name}.jpg"
+    assert path.stat().st_size <= LARGEST
+    with Image.open(path) as picture:
+        assert (picture.format, picture.width) == ("JPEG", SIZE)
+        assert picture.height <= TALLEST
+
+
+def test_a_thumbnail_shows_all_its_pictures_without_overlap():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255)]
+    pictures = [Image.new("RGB", (64, 64), colour) for colour in colours]
+    sheet = compose([("two", pictures[:2]), ("three", pictures[2:])])
+    counts = {colour: number for number, colour in sheet.getcolors(sheet.width * sheet.height)}
+    areas = [counts.get(colour, 0) for colour in colours]
+    assert min(areas) > 100 * 100
+    assert areas[0] == areas[1]
+    assert areas[2] == areas[3] == areas[4]
+
+
+def test_a_thumbnail_shows_what_is_compared_in_one_size():
+    """Three panels leave the last one a row of its own, where it would otherwise grow."""
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    sheet = compose([(str(colour), [Image.new("RGB", (64, 64), colour)] * 2) for colour in colours])
+    counts = {colour: number for number, colour in sheet.getcolors(sheet.width * sheet.height)}
+    assert counts[colours[0]] == counts[colours[1]] == counts[colours[2]]

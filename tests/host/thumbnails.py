@@ -1,0 +1,213 @@
+"""`make pictures`: every template's thumbnail and the pictures of the help pages, from real runs on the toy model."""
+
+import argparse
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from trainer.host import PROJECT
+
+from .demo import fetch
+from .graph import WORKFLOWS, load_workflow, titled, to_prompt
+from .server import Server, ServerError
+
+HELP_PICTURES = PROJECT / "nodes" / "web" / "docs" / "pictures"
+SIZE, TALLEST = 560, 600
+"""The template browser shows pictures inside of a square."""
+LARGEST = 60_000
+"""Bytes that a picture may take in the repository."""
+_PAPER, _INK, _FAINT = (24, 24, 27), (244, 244, 245), (161, 161, 170)
+_GAP, _LINE, _FONT, _READABLE = 10, 34, 26, 18
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """What a template's picture shows: captions, each with the title of the node whose pictures stand under it.
+
+    runs: the graph that is run, where the template itself needs weights that do not ship; the picture then says so.
+    """
+
+    panels: tuple[tuple[str, str], ...]
+    runs: str = ""
+
+
+_MASKS = (("all weights", "Save without masks"), ("masks chosen by a generator", "Save with masks"))
+_SEARCH = (
+    ("stock sampler", "Save without a search"),
+    ("reward sampler", "Save with a search"),
+    ("reward while it samples", "Reward curve"),
+)
+THUMBNAILS = {
+    "generator_off_and_on": Thumbnail(_MASKS),
+    "random_masks": Thumbnail(
+        (
+            ("all weights", "Save with all weights"),
+            ("90 % of the weights", "Save with 90 %"),
+            ("80 %", "Save with 80 %"),
+            ("60 %", "Save with 60 %"),
+        )
+    ),
+    "reward_sampler": Thumbnail(_SEARCH),
+    "reward_sampler_and_best_of_n": Thumbnail(
+        (("plain", "Save plain"), ("best of 4", "Save best of 4"), ("search", "Save search"))
+    ),
+    "save_masks": Thumbnail((("found, and saved", "Save with a search"), ("reward while it samples", "Reward curve"))),
+    "replay_masks": Thumbnail((("all weights", "Save without masks"), ("masks from a file", "Save with masks"))),
+    "with_lora": Thumbnail(
+        (
+            ("the LoRA learns from", "What it learns from"),
+            ("LoRA", "Save with the LoRA"),
+            ("LoRA and masks", "Save with LoRA and masks"),
+        )
+    ),
+    "inpainting": Thumbnail(
+        (
+            ("a picture", "First picture"),
+            ("right part inpainted", "Save without a search"),
+            ("... with a search", "Save with a search"),
+        )
+    ),
+    "sd15_generator_off_and_on": Thumbnail(_MASKS, runs="generator_off_and_on"),
+    "sd15_reward_sampler": Thumbnail(_SEARCH, runs="reward_sampler"),
+}
+TOY_PROMPTS = (
+    "a red circle",
+    "a small orange star",
+    "a green star and a black ring",
+    "a cross above a yellow triangle",
+)
+Panel = tuple[str, list[Image.Image]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Places (left, top, width, height) of the panels' captions and pictures, and the height of it all."""
+
+    captions: list[tuple[int, int, int]]
+    pictures: list[list[tuple[int, int, int, int]]]
+    height: int
+
+    @property
+    def area(self) -> int:
+        return sum(width * height for places in self.pictures for _, _, width, height in places)
+
+
+def _layout(panels: list[Panel], panel_columns: int, picture_columns: int) -> Layout:
+    """Rows of panels, each with rows of pictures as large as the width allows; a last row fills the width, too."""
+    captions, places, top = [], [], _GAP
+    for start in range(0, len(panels), panel_columns):
+        row = panels[start : start + panel_columns]
+        width, bottom = (SIZE - _GAP) // len(row) - _GAP, top
+        for number, (_, pictures) in enumerate(row):
+            left = _GAP + number * (width + _GAP)
+            captions.append((left, top, width))
+            columns = min(picture_columns, len(pictures))
+            wide = (width - (columns - 1) * _GAP // 2) // columns
+            high = round(wide * pictures[0].height / pictures[0].width)
+            steps = wide + _GAP // 2, high + _GAP // 2
+            corners = [
+                (left + n % columns * steps[0], top + _LINE + n // columns * steps[1]) for n in range(len(pictures))
+            ]
+            places.append([(x, y, wide, high) for x, y in corners])
+            bottom = max(bottom, corners[-1][1] + high)
+        top = bottom + _GAP
+    return Layout(captions, places, top)
+
+
+def compose(panels: list[Panel], remark: str = "") -> Image.Image:
+    """One picture, SIZE wide and at most TALLEST high: captions over their pictures, these as large as possible."""
+    foot, most = _LINE if remark else 0, max(len(pictures) for _, pictures in panels)
+    choices = itertools.product(range(1, len(panels) + 1), range(1, most + 1))
+    layouts = [layout for choice in choices if (layout := _layout(panels, *choice)).height + foot <= TALLEST]
+    best = max(
+        layouts, key=lambda layout: (_fair(panels, layout), _font(panels, layout).size >= _READABLE, layout.area)
+    )
+    sheet = Image.new("RGB", (SIZE, best.height + foot), _PAPER)
+    draw, font = ImageDraw.Draw(sheet), _font(panels, best)
+    for (caption, pictures), (left, top, _), places in zip(panels, best.captions, best.pictures):
+        draw.text((left, top), caption, _INK, font)
+        for picture, (x, y, *size) in zip(pictures, places):
+            sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), (x, y))
+    if remark:
+        draw.text((_GAP, best.height), remark, _FAINT, ImageFont.load_default(_FONT))
+    return sheet
+
+
+def _fair(panels: list[Panel], layout: Layout) -> bool:
+    """Pictures that can be compared, because they are of one size, are shown in one size."""
+    pairs = {(pictures[0].size, places[0][2:]) for (_, pictures), places in zip(panels, layout.pictures)}
+    return len(pairs) == len({size for size, _ in pairs})
+
+
+def _font(panels: list[Panel], layout: Layout) -> ImageFont.FreeTypeFont:
+    """As large as all captions allow."""
+    room = [(caption, width) for (caption, _), (_, _, width) in zip(panels, layout.captions)]
+    fonts = (ImageFont.load_default(size) for size in range(_FONT, 0, -1))
+    return next(font for font in fonts if all(font.getlength(caption) <= width for caption, width in room))
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """As good as fits into LARGEST."""
+    for quality in range(90, 30, -5):
+        picture.save(path, quality=quality, optimize=True)
+        if path.stat().st_size <= LARGEST:
+            break
+    print(f"  {path.relative_to(PROJECT)}  {path.stat().st_size / 1000:.0f} kB", flush=True)
+
+
+def drawn(server: Server, graph: str) -> dict[str, list[Image.Image]]:
+    """Runs a template as it is: pictures by the title of the node that shows or saves them."""
+    prompt = to_prompt(load_workflow(graph), server.object_info())
+    outputs = server.run(prompt)
+    return {
+        prompt[node]["_meta"]["title"]: fetch(server, found) for node, found in outputs.items() if "images" in found
+    }
+
+
+def toy_panels(server: Server) -> list[Panel]:
+    """What the toy model draws of TOY_PROMPTS, without masks."""
+    prompt, panels = to_prompt(load_workflow("generator_off_and_on"), server.object_info()), []
+    for text in TOY_PROMPTS:
+        titled(prompt, "Prompt")["text"] = text
+        node = next(key for key, value in prompt.items() if value["_meta"]["title"] == "Save without masks")
+        panels.append((text, fetch(server, server.run(prompt)[node])[:3]))
+    return panels
+
+
+def draw(names: list[str]) -> None:
+    """Thumbnails of the templates by name, and the same pictures for the help pages that show them."""
+    HELP_PICTURES.mkdir(parents=True, exist_ok=True)
+    pages = "".join(path.read_text(encoding="utf-8") for path in HELP_PICTURES.parent.glob("*.md"))
+    with Server() as server:
+        for name in names:
+            thumbnail = THUMBNAILS[name]
+            shown = drawn(server, thumbnail.runs or name)
+            remark = "drawn by the toy model" if thumbnail.runs else ""
+            picture = compose([(caption, shown[title]) for caption, title in thumbnail.panels], remark)
+            save(picture, WORKFLOWS / f"{name}.jpg")
+            if f"pictures/{name}.jpg" in pages:
+                save(picture, HELP_PICTURES / f"{name}.jpg")
+        if set(names) == set(THUMBNAILS):
+            save(compose(toy_panels(server)), HELP_PICTURES / "toy_model.jpg")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make pictures", description=__doc__)
+    parser.add_argument("names", nargs="*", help="templates, all unless told")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(THUMBNAILS)
+    if unknown:
+        parser.error(f"there is no template {', '.join(sorted(unknown))}; there are {', '.join(THUMBNAILS)}")
+    try:
+        draw(arguments.names or list(THUMBNAILS))
+    except ServerError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
