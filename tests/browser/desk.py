@@ -61,7 +61,7 @@ class Desk:
         self.page.set_default_timeout(60_000)
         self.page.goto(server.url)
         self.page.wait_for_function(READY)
-        self._close_welcome()
+        self._tidy_up()
         self._note_mistakes()
         self.page.evaluate(WATCH)
 
@@ -79,16 +79,23 @@ class Desk:
         self.page.on("pageerror", lambda error: note(str(error)))
         self.page.on("console", lambda line: note(f"{line.text} {line.location}") if line.type == "error" else None)
 
-    def _close_welcome(self) -> None:
-        """The templates that greet whoever opens a server first; later ones meet the front end's default graph."""
+    def _tidy_up(self) -> None:
+        """Closes the templates that greet whoever opens a server first (later ones meet the front end's default graph),
+        and the panel that an error or a help page opened: the server remembers it."""
         self.page.wait_for_function(
             "() => app.graph._nodes.length || document.querySelector('[data-testid=template-workflows-content]')"
         )
         if self.page.get_by_test_id("template-workflows-content").is_visible():
             self.page.keyboard.press("Escape")
+        panel = self.page.get_by_test_id("properties-panel")
+        if panel.is_visible():
+            panel.get_by_role("button", name="Toggle properties panel").click()
+            expect(panel).to_be_hidden()
 
     def screenshot(self, name: str) -> None:
-        self.page.screenshot(path=self.screenshots / f"{name}.png")
+        """Without the small map, which covers a corner of the canvas."""
+        no_map = "[data-testid=minimap-container] {visibility: hidden}"
+        self.page.screenshot(path=self.screenshots / f"{name}.png", style=no_map)
 
     def open_template(self, name: str) -> None:
         self.browse_templates()

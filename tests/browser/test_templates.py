@@ -10,7 +10,6 @@ from tests.browser.conftest import declared_models
 from tests.browser.desk import Desk
 from tests.browser.layout import clipped, misplaced
 from tests.host.graph import WORKFLOWS, load_workflow
-from tests.host.server import FOLDER_NAME
 
 SHIPPED = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 COMPLETE = [name for name in SHIPPED if not declared_models(name)]
