@@ -9,7 +9,8 @@ setup:
 demo: setup
 	@$(VENV_PYTHON) -m tests.host.demo $(DEMO_ARGS)
 
-test: setup
+test:
+	@$(PYTHON) tests/host/setup.py --browser
 	@$(VENV_PYTHON) -m pytest $(TEST_ARGS)
 
 bench: setup

@@ -1,7 +1,8 @@
 """Sets up everything that demo, tests and trainer need: `python tests/host/setup.py`, or `make setup`.
 
 A virtual environment in .venv, torch, ComfyUI (COMFYUI_PATH, or the pinned source in .host) with its requirements, and
-the project's extras. A second run finds all of it in place and installs nothing. Uses the standard library alone.
+the project's extras; with --browser, which `make test` gives, a Chromium where none is found. A second run finds all of
+it in place and installs nothing. Uses the standard library alone.
 """
 
 import hashlib
@@ -147,11 +148,21 @@ def install(host: Path) -> None:
     stamp.write_text(state)
 
 
+def look_for_browser() -> None:
+    from tests.host.browser import HOW, get_browser
+
+    if get_browser(str(venv_python())) is None:
+        # Not an error: all other tests can run, and those of the browser say the same.
+        say(HOW)
+
+
 def main() -> int:
     try:
         make_venv()
         host = get_host()
         install(host)
+        if "--browser" in sys.argv[1:]:
+            look_for_browser()
     except SetupError as error:
         print(f"[setup] {error}", file=sys.stderr)
         return 1

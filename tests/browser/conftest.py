@@ -1,0 +1,86 @@
+"""One server and one browser for all tests of this folder. Both end with it: Playwright keeps an event loop running."""
+
+import contextlib
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from tests.browser.desk import Desk
+from tests.host.browser import HOW, REQUIRED, find_browser
+from tests.host.graph import WORKFLOWS, load_workflow, titled, to_prompt
+from tests.host.server import Server
+from trainer.host import PROJECT
+
+SCREENSHOTS = PROJECT / "output" / "browser"
+
+
+def declared_models(name: str) -> list[dict[str, str]]:
+    """Files that a graph needs and does not bring, as its nodes declare them: name, directory, url."""
+    nodes = load_workflow(name)["nodes"]
+    return [model for node in nodes for model in node.get("properties", {}).get("models", [])]
+
+
+@pytest.fixture(scope="package")
+def chromium() -> str:
+    """Where the browser lies."""
+    found = find_browser()
+    if found is None:
+        (pytest.fail if os.environ.get(REQUIRED) else pytest.skip)(HOW)
+    return found
+
+
+@pytest.fixture(scope="package")
+def comfyui(chromium):
+    """A running ComfyUI in which the files that graphs declare are listed (they are empty), as after a download."""
+    with Server() as server:
+        for name in sorted(path.stem for path in WORKFLOWS.glob("*.json")):
+            for model in declared_models(name):
+                file = server.base / "models" / model["directory"] / model["name"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
+        yield server
+
+
+@pytest.fixture(scope="package")
+def stock(comfyui) -> np.ndarray:
+    """`[B, H, W, 3]`: what the stock half of `generator_off_and_on` draws, sent alone before any mask was applied."""
+    prompt = to_prompt(load_workflow("generator_off_and_on"), comfyui.object_info())
+    # Digits, which the toy's text encoder does not see, keep this apart from what the server remembers of a graph.
+    titled(prompt, "Negative prompt")["text"] = "0"
+    masked = ("MaskUNetLoader", "MaskUNetApply")
+    without = {
+        key: node
+        for key, node in prompt.items()
+        if node["class_type"] not in masked and not node["_meta"]["title"].endswith(" with masks")
+    }
+    (saved,) = (output["images"] for output in comfyui.run(without).values())
+    files = [comfyui.base / "output" / image["subfolder"] / image["filename"] for image in saved]
+    return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+
+
+@pytest.fixture(scope="package")
+def browser(chromium, stock):
+    """A headless Chromium. Asks for `stock`, because the server's own client needs an event loop, too."""
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def new_desk(comfyui, browser):
+    """Opens the front end as somebody does who comes for the first time: nothing kept from before."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as desks:
+        yield lambda: desks.enter_context(Desk(browser, comfyui, SCREENSHOTS))
+
+
+@pytest.fixture
+def desk(comfyui, browser):
+    """A front end of its own for one test."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    with Desk(browser, comfyui, SCREENSHOTS) as opened:
+        yield opened

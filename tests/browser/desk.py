@@ -1,0 +1,241 @@
+"""ComfyUI's front end in a browser, worked as a person works it: clicks, keys and menus. Scripts only look."""
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from playwright.sync_api import Browser, expect
+
+from tests.host.server import FOLDER_NAME, Server
+
+READY = "() => window.app?.graph && document.querySelector('[data-testid=queue-button]')"
+
+# What a person sees only for a moment is noted: how far each node's progress bar came, and how runs ended.
+WATCH = """() => {
+    const seen = window.seen = {progress: {}, cached: [], ended: []}
+    app.api.addEventListener('execution_cached', event => seen.cached.push(...event.detail.nodes))
+    app.api.addEventListener('execution_success', () => seen.ended.push('success'))
+    app.api.addEventListener('execution_error', () => seen.ended.push('error'))
+    setInterval(() => {
+        for (const {title, progress} of app.graph._nodes)
+            if (progress) seen.progress[title] = Math.max(progress, seen.progress[title] ?? 0)
+    }, 10)
+}"""
+
+# The front end asks for files that a person may have, for pictures of templates, and for its default graph's models.
+NO_MISTAKES = ("/userdata", "/user.css", ".jpg", "huggingface.co")
+
+ON_SCREEN = """([title, right, down]) => {
+    const node = app.graph._nodes.find(node => node.title === title)
+    const [x, y] = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + right, node.pos[1] + down])
+    const canvas = app.canvas.canvas.getBoundingClientRect()
+    return [canvas.left + x, canvas.top + y]
+}"""
+
+PICTURES = """() => Object.fromEntries(app.graph._nodes
+    .filter(node => ['SaveImage', 'PreviewImage'].includes(node.type))
+    .map(node => [node.title, (node.imgs ?? []).map(({src, complete, naturalWidth}) => {
+        const query = new URL(src).searchParams
+        const file = ['type', 'subfolder', 'filename'].map(key => query.get(key)).filter(Boolean).join('/')
+        return {file, width: complete ? naturalWidth : 0}
+    })]))"""
+
+GRAPH = """() => {
+    const {nodes, links, groups} = app.graph.serialize()
+    return {nodes, links, groups}
+}"""
+
+
+class Desk:
+    """A front end that was just opened. mistakes: what the browser's console and scripts complained of."""
+
+    def __init__(self, browser: Browser, server: Server, screenshots: Path):
+        self.server = server
+        self.screenshots = screenshots
+        self.mistakes: list[str] = []
+        self._context = browser.new_context(viewport={"width": 1600, "height": 1000})
+        self.page = self._context.new_page()
+        self.page.set_default_timeout(60_000)
+        self.page.goto(server.url)
+        self.page.wait_for_function(READY)
+        self._tidy_up()
+        self._note_mistakes()
+        self.page.evaluate(WATCH)
+
+    def __enter__(self) -> "Desk":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._context.close()
+
+    def _note_mistakes(self) -> None:
+        def note(text: str) -> None:
+            if not any(known in text for known in NO_MISTAKES):
+                self.mistakes.append(text)
+
+        self.page.on("pageerror", lambda error: note(str(error)))
+        self.page.on("console", lambda line: note(f"{line.text} {line.location}") if line.type == "error" else None)
+
+    def _tidy_up(self) -> None:
+        """Closes the templates that greet whoever opens a server first (later ones meet the front end's default graph),
+        and the panel that an error or a help page opened: the server remembers it."""
+        self.page.wait_for_function(
+            "() => app.graph._nodes.length || document.querySelector('[data-testid=template-workflows-content]')"
+        )
+        if self.page.get_by_test_id("template-workflows-content").is_visible():
+            self.page.keyboard.press("Escape")
+        panel = self.page.get_by_test_id("properties-panel")
+        if panel.is_visible():
+            panel.get_by_role("button", name="Toggle properties panel").click()
+            expect(panel).to_be_hidden()
+
+    def screenshot(self, name: str) -> None:
+        """Without the small map, which covers a corner of the canvas."""
+        no_map = "[data-testid=minimap-container] {visibility: hidden}"
+        self.page.screenshot(path=self.screenshots / f"{name}.png", style=no_map)
+
+    def open_template(self, name: str) -> None:
+        self.browse_templates()
+        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        expect(self.page.get_by_test_id("template-workflows-content")).to_be_hidden()
+        self._settle(name)
+
+    def browse_templates(self) -> None:
+        """The template browser at this extension's graphs."""
+        self.page.get_by_role("button", name="Templates").first.click()
+        self.page.get_by_role("dialog").get_by_text(FOLDER_NAME).first.click()
+
+    def _settle(self, tab: str) -> None:
+        """Waits until the graph stands under the tab's name and was drawn: nodes get their sizes while drawn."""
+        self.page.wait_for_function(
+            "name => app.extensionManager.workflow.activeWorkflow?.filename?.startsWith(name)", arg=tab
+        )
+        self.page.evaluate("() => new Promise(done => setTimeout(done, 500))")
+
+    def start_blank(self) -> None:
+        self.page.get_by_role("button", name="Create a new blank workflow").click()
+        self.page.wait_for_function("() => app.graph._nodes.length === 0")
+
+    def show_all(self) -> None:
+        self.page.get_by_role("button", name="Fit View").click()
+
+    def unknown_nodes(self) -> list[str]:
+        """Types of nodes that the front end does not know."""
+        return self.page.evaluate(
+            "() => app.graph._nodes.map(node => node.type).filter(type => !LiteGraph.registered_node_types[type])"
+        )
+
+    def complaint(self) -> str | None:
+        """What the front end tells in its box of errors or in a dialog, if it shows one."""
+        for place in (self.page.get_by_test_id("error-overlay"), self.page.get_by_role("dialog")):
+            if place.first.is_visible():
+                return place.first.inner_text()
+        return None
+
+    def on_screen(self, title: str, right: float, down: float) -> tuple[float, float]:
+        """Where on the screen a point of a node lies; the node's corner is below its title bar."""
+        return tuple(self.page.evaluate(ON_SCREEN, [title, right, down]))
+
+    def select(self, title: str) -> None:
+        self.page.mouse.click(*self.on_screen(title, 60, -15))
+        self.page.wait_for_function(
+            "title => Object.values(app.canvas.selected_nodes).some(node => node.title === title)", arg=title
+        )
+
+    def type_into(self, title: str, text: str) -> None:
+        """Replaces the text of a node that shows one."""
+        self.page.mouse.click(*self.on_screen(title, 60, 60))
+        self.page.keyboard.press("Control+a")
+        self.page.keyboard.type(text)
+
+    def press_run(self) -> None:
+        self.page.evaluate("() => Object.assign(seen, {progress: {}, cached: [], ended: []})")
+        self.page.get_by_test_id("queue-button").click()
+
+    def wait_for_end(self) -> str:
+        """'success' or 'error'."""
+        self.page.wait_for_function("() => seen.ended.length", timeout=300_000)
+        return self.seen()["ended"][0]
+
+    def seen(self) -> dict[str, Any]:
+        return self.page.evaluate("() => seen")
+
+    def pictures(self) -> dict[str, list[dict[str, Any]]]:
+        """By the title of each node that shows pictures: their files ("output/..."), and the width shown (0: none)."""
+        return self.page.evaluate(PICTURES)
+
+    def wait_for_pictures(self) -> None:
+        """Until each node that shows pictures has loaded them."""
+        self.page.wait_for_function(f"() => Object.values(({PICTURES})()).flat().every(({{width}}) => width)")
+
+    def pixels(self, title: str) -> np.ndarray:
+        """`[B, H, W, 3]`: the files that a node shows."""
+        files = [self.server.base / picture["file"] for picture in self.pictures()[title]]
+        return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+
+    def graph(self) -> dict[str, Any]:
+        """Nodes, links and groups as they would be saved."""
+        return self.page.evaluate(GRAPH)
+
+    def save_as(self, name: str) -> None:
+        self.page.keyboard.press("Control+s")
+        dialog = self.page.get_by_role("dialog")
+        dialog.get_by_role("textbox").fill(name)
+        dialog.get_by_role("button", name="Confirm").click()
+        expect(dialog).to_be_hidden()
+
+    def open_saved(self, name: str) -> None:
+        panel = self.page.get_by_role("button", name="Workflows").first
+        panel.click()
+        self.page.get_by_role("button", name="Refresh").last.click()
+        self.page.get_by_text(name, exact=True).first.click()
+        self._settle(name)
+        panel.click()
+
+    def open_file(self, file: Path) -> None:
+        with self.page.expect_file_chooser() as chooser:
+            self.page.keyboard.press("Control+o")
+        chooser.value.set_files(file)
+        self._settle(file.stem)
+
+    def search(self, words: str) -> list[str]:
+        """Names of the nodes that a double click on the empty canvas and these words find."""
+        self.page.mouse.dblclick(600, 500)
+        box = self.page.get_by_placeholder("Add a node")
+        box.fill(words)
+        results = self.page.get_by_test_id("result-item")
+        # The list follows the words after a moment.
+        self.page.evaluate("() => new Promise(done => setTimeout(done, 700))")
+        return [text.splitlines()[0] for text in results.all_inner_texts()]
+
+    def end_search(self) -> None:
+        self.page.keyboard.press("Escape")
+        expect(self.page.get_by_placeholder("Add a node")).to_be_hidden()
+
+    def take(self, found: str) -> None:
+        """Puts a node from the list of `search` onto the canvas, and selects it."""
+        self.page.get_by_test_id("result-item").filter(has_text=found).first.click()
+        expect(self.page.get_by_placeholder("Add a node")).to_be_hidden()
+        self.page.mouse.move(700, 400)
+        self.page.mouse.click(700, 400)
+        self.select(found)
+
+    def choose(self, title: str, entry: str) -> None:
+        """Takes an entry of the list that is a node's first widget."""
+        self.page.wait_for_function(
+            "([title, entry]) => app.graph._nodes.find(node => node.title === title)"
+            ".widgets[0].options.values.includes(entry)",
+            arg=[title, entry],
+        )
+        widget = "title => app.graph._nodes.find(node => node.title === title).widgets[0].y"
+        self.page.mouse.click(*self.on_screen(title, 130, self.page.evaluate(widget, title) + 10))
+        self.page.get_by_text(entry, exact=True).click()
+
+    def node_info(self, display_name: str) -> dict[str, Any]:
+        """What the server tells the front end of a node."""
+        with urllib.request.urlopen(f"{self.server.url}/object_info") as answer:
+            nodes = json.load(answer).values()
+        return next(node for node in nodes if node["display_name"] == display_name)

@@ -1,0 +1,130 @@
+"""What a person does with our nodes: takes them away again, finds them, asks what they do, makes a mistake."""
+
+import re
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+
+from tests.host.server import FOLDER_NAME
+
+GRAPH, MASKED, APPLY = "generator_off_and_on", "Save with masks", "Apply the masks"
+
+
+def draw(desk) -> np.ndarray:
+    """The pictures of the masked half, sampled anew: the toy's text encoder does not see digits."""
+    draw.count = getattr(draw, "count", 0) + 1
+    desk.type_into("Negative prompt", str(draw.count))
+    desk.press_run()
+    assert desk.wait_for_end() == "success"
+    desk.wait_for_pictures()
+    assert desk.seen()["progress"], "nothing was sampled"
+    return desk.pixels(MASKED)
+
+
+def test_a_bypassed_apply_node_gives_the_stock_image_bit_for_bit(desk, stock):
+    desk.open_template(GRAPH)
+    masked = draw(desk)
+    assert not np.array_equal(masked, stock)
+    desk.select(APPLY)
+    desk.page.keyboard.press("Control+b")
+    assert np.array_equal(draw(desk), stock)
+    desk.screenshot("apply_node_bypassed")
+    desk.select(APPLY)
+    desk.page.keyboard.press("Control+b")
+    assert np.array_equal(draw(desk), masked)
+    assert desk.mistakes == []
+
+
+def test_a_deleted_apply_node_gives_the_stock_image_bit_for_bit(desk, stock):
+    desk.open_template(GRAPH)
+    assert not np.array_equal(draw(desk), stock)
+    desk.select(APPLY)
+    desk.page.keyboard.press("Delete")
+    assert np.array_equal(draw(desk), stock)
+    desk.screenshot("apply_node_deleted")
+    assert desk.mistakes == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("mask", {"MaskUNet Loader", "MaskUNet Apply", "MaskUNet Random Mask", "MaskUNet Apply Masks"}),
+        ("quality", {"MaskUNet Loader", "MaskUNet Apply", "MaskUNet Reward Sampler"}),
+        ("prompt adherence", {"MaskUNet Loader", "MaskUNet Apply", "MaskUNet Reward Sampler"}),
+        ("reward", {"MaskUNet Reward Sampler", "MaskUNet Reward Loader", "MaskUNet Reward Score"}),
+        ("best of n", {"MaskUNet Reward Sampler"}),
+        ("aesthetic", {"MaskUNet Reward Loader"}),
+    ],
+)
+def test_the_search_finds_nodes_by_what_they_are_for(blank_desk, words, expected):
+    found = blank_desk.search(words)
+    blank_desk.screenshot(f"search_{words.replace(' ', '_')}")
+    blank_desk.end_search()
+    assert expected <= set(found)
+
+
+@pytest.fixture(scope="module")
+def blank_desk(new_desk):
+    desk = new_desk()
+    desk.start_blank()
+    return desk
+
+
+def help_page(desk, node_id: str) -> str | None:
+    """The page that the extension ships for a node, if any."""
+    try:
+        address = f"{desk.server.url}/extensions/{FOLDER_NAME}/docs/{node_id}.md"
+        with urllib.request.urlopen(address) as answer:
+            return answer.read().decode()
+    except urllib.error.HTTPError:
+        return None
+
+
+def plain(text: str) -> str:
+    """Words alone, without Markdown's marks and line ends."""
+    return " ".join(re.sub(r"[*_`#\[\]]", "", text).split())
+
+
+@pytest.mark.parametrize("name", ["MaskUNet Apply", "MaskUNet Reward Sampler", "MaskUNet Toy Model"])
+def test_the_info_button_opens_the_help_of_a_node(blank_desk, name):
+    desk = blank_desk
+    desk.start_blank()
+    desk.search(name)
+    desk.take(name)
+    desk.page.get_by_test_id("info-button").click()
+    panel = desk.page.locator(".node-help-content")
+    panel.wait_for()
+    desk.screenshot(f"help_{name.replace(' ', '_')}")
+    shown, info = plain(panel.inner_text()), desk.node_info(name)
+    page = help_page(desk, info["name"])
+    if page is None:
+        assert plain(info["description"]) in shown
+    else:
+        first = next(line for line in page.splitlines() if line.strip() and not line.startswith(("#", "!")))
+        assert plain(first) in shown
+    for group in ("required", "optional"):
+        for title in info["input"].get(group, {}):
+            assert plain(title) in shown
+
+
+def test_an_error_of_a_node_is_shown_as_its_sentence(desk):
+    file = desk.server.base / "models" / "maskunet" / "broken.safetensors"
+    file.write_bytes(b"no tensors at all")
+    desk.open_template(GRAPH)
+    desk.page.keyboard.press("r")  # new files appear in the lists
+    desk.choose("Generator", "broken.safetensors")
+    desk.press_run()
+    assert desk.wait_for_end() == "error"
+    desk.page.get_by_test_id("error-overlay").wait_for()
+    desk.screenshot("error")
+    assert "Generator failed" in desk.complaint()
+    desk.page.get_by_test_id("error-overlay-see-errors").click()
+    panel = desk.page.get_by_test_id("properties-panel")
+    panel.get_by_text("Exception Message").wait_for()
+    desk.screenshot("error_details")
+    told = plain(panel.inner_text())
+    assert "Exception Message: MaskUNet.BadCheckpoint: 'broken.safetensors' is not a readable" in told
+    assert "It may be truncated or of another kind: copy or download it again." in told
+    file.unlink()

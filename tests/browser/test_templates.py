@@ -1,0 +1,132 @@
+"""Every graph that ships, from the template browser to the picture and back. One desk per graph, used from top to
+bottom: it is opened, looked at, run, saved and opened again."""
+
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+from tests.browser.conftest import declared_models
+from tests.browser.desk import Desk
+from tests.browser.layout import clipped, misplaced
+from tests.host.graph import WORKFLOWS, load_workflow
+
+SHIPPED = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+COMPLETE = [name for name in SHIPPED if not declared_models(name)]
+"""Graphs that run without a download."""
+
+SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced", "MaskUNetRewardSampler")
+
+
+class Opened(NamedTuple):
+    name: str
+    desk: Desk
+
+
+class Run(NamedTuple):
+    name: str
+    desk: Desk
+    queued: dict
+    seen: dict
+
+
+@pytest.fixture(scope="module")
+def somebody_else(new_desk) -> Desk:
+    """A front end that knows of the others' graphs only what they saved."""
+    return new_desk()
+
+
+@pytest.fixture(scope="module", params=SHIPPED)
+def opened(request, new_desk):
+    desk = new_desk()
+    desk.open_template(request.param)
+    desk.screenshot(f"{request.param}_opened")
+    return Opened(request.param, desk)
+
+
+@pytest.fixture(scope="module")
+def run(opened):
+    """The graph after a press of Run."""
+    name, desk = opened
+    if name not in COMPLETE:
+        pytest.skip(f"{name} needs files that are not here: {declared_models(name)}")
+    desk.show_all()
+    queued = desk.graph()
+    desk.press_run()
+    desk.page.wait_for_function("() => seen.ended.length || Object.values(seen.progress).some(part => part > 0.3)")
+    desk.screenshot(f"{name}_running")
+    assert desk.wait_for_end() == "success"
+    desk.wait_for_pictures()
+    desk.screenshot(f"{name}_done")
+    return Run(name, desk, queued, desk.seen())
+
+
+def test_the_browser_of_templates_lists_just_what_ships(desk):
+    desk.browse_templates()
+    cards = desk.page.locator("[data-testid^=template-workflow-]")
+    cards.first.wait_for()
+    desk.screenshot("templates")
+    listed = [card.get_attribute("data-testid").removeprefix("template-workflow-") for card in cards.all()]
+    assert sorted(listed) == SHIPPED
+    for thumbnail in (WORKFLOWS / f"{name}.jpg" for name in SHIPPED):
+        if thumbnail.exists():
+            picture = desk.page.get_by_test_id(f"template-workflow-{thumbnail.stem}").locator("img").first
+            shown = picture.evaluate("picture => picture.decode().then(() => picture.naturalWidth)")
+            assert shown == Image.open(thumbnail).width, thumbnail.name
+
+
+def test_it_opens_whole(opened):
+    name, desk = opened
+    shown = {(node["id"], node["type"], node["title"]) for node in desk.graph()["nodes"]}
+    assert shown == {(node["id"], node["type"], node["title"]) for node in load_workflow(name)["nodes"]}
+    assert desk.unknown_nodes() == []
+    assert desk.complaint() is None
+    assert desk.mistakes == []
+
+
+def test_nothing_lies_over_anything_else(opened):
+    assert misplaced(opened.desk) == []
+
+
+def test_nothing_is_clipped(opened):
+    assert clipped(opened.desk) == []
+
+
+def test_it_runs_and_shows_how_far_it_is(run):
+    samplers = {node["title"] for node in run.queued["nodes"] if node["type"] in SAMPLERS}
+    cached = {node["title"] for node in run.queued["nodes"] if str(node["id"]) in run.seen["cached"]}
+    assert samplers
+    assert samplers - cached <= set(run.seen["progress"])
+    assert all(run.seen["progress"][title] > 0.5 for title in samplers - cached)
+    assert run.desk.complaint() is None
+    assert run.desk.mistakes == []
+
+
+def test_its_pictures_appear(run):
+    shown = run.desk.pictures()
+    assert shown
+    for title, pictures in shown.items():
+        assert pictures, title
+        pixels = run.desk.pixels(title)
+        assert [picture["width"] for picture in pictures] == [pixels.shape[2]] * len(pixels), title
+        assert (pixels.std(axis=(1, 2, 3)) > 5).all(), f"{title} shows an even surface"
+
+
+def test_nothing_lies_over_anything_else_after_a_run(run):
+    """Nodes grow when they show previews and pictures."""
+    assert misplaced(run.desk) == []
+
+
+def test_saving_and_opening_it_again_gives_the_same_graph(run, somebody_else):
+    kept = run.desk.graph()
+    run.desk.save_as(f"{run.name} of mine")
+    somebody_else.open_saved(f"{run.name} of mine")
+    assert somebody_else.graph() == kept
+
+
+def test_a_picture_that_it_saved_opens_as_the_graph_that_was_queued(run, somebody_else):
+    files = [picture["file"] for pictures in run.desk.pictures().values() for picture in pictures]
+    for file in (files[0], files[-1]):
+        somebody_else.open_file(run.desk.server.base / file)
+        assert somebody_else.graph() == run.queued
+    assert somebody_else.mistakes == []
