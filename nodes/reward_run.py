@@ -1,5 +1,6 @@
 """One run of the reward sampler inside the host: loading, progress, previews, memory."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..maskunet_core.rewards.reward import BoundReward, value_and_gradient
 from ..maskunet_core.search.host import latent_decoder, load_for_gradients, static_clone
 from ..maskunet_core.search.judge import Judge
 from ..maskunet_core.search.loop import Evaluation
-from ..maskunet_core.search.memory import estimate_need, require_room
+from ..maskunet_core.search.memory import CannotEstimate, estimate_need, require_room
 from ..maskunet_core.search.run import Found, search_images
 from ..maskunet_core.search.sampling import KEY
 from ..maskunet_core.search.settings import SMALL_SIDE, SearchSettings
@@ -142,23 +143,26 @@ class RewardRun:
         """
         load_for_gradients(patchers)
         device = self.model.load_device
-        need = estimate_need(
-            model=self.model,
-            settings=self.settings,
-            targets=self.targets,
-            judge=self.judge,
-            bound=self.bound,
-            size=tuple(self.samples.shape),
-            sample=self._begin_small,
-            weights=[weight for patcher in patchers for weight in patcher.model.parameters()],
-            device=device,
-        )
-        free = comfy.model_management.get_free_memory(device)
-        if need.peak > free:
+        try:
+            need = estimate_need(
+                model=self.model,
+                settings=self.settings,
+                targets=self.targets,
+                judge=self.judge,
+                bound=self.bound,
+                size=tuple(self.samples.shape),
+                sample=self._begin_small,
+                weights=[weight for patcher in patchers for weight in patcher.model.parameters()],
+                device=device,
+            )
+        except CannotEstimate as error:
+            logging.warning(f"MaskUNet Reward Sampler: the memory of this search cannot be estimated ({error}).")
+            return
+        if need.peak > comfy.model_management.get_free_memory(device):
             # Other graphs' models may lie there.
             load_for_gradients(patchers, need.peak)
-            free = comfy.model_management.get_free_memory(device)
-        require_room(need, free, self.settings, str(device), small_vae=self.has_gradient_vae)
+        free = comfy.model_management.get_free_memory(device)
+        require_room(need, free, self.settings, str(device), self.has_gradient_vae)
 
     def run(self) -> Found:
         if self.settings.total_iterations(self.steps):

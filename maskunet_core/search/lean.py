@@ -22,21 +22,26 @@ class LeanGraph(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self._normed: tuple[Any, tuple] = (lambda: None, ())
+        self._normed: tuple[Any, int, tuple] = (lambda: None, 0, ())
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if torch.is_grad_enabled():
             if function is torch.conv2d and _is_frozen_convolution(*args, **kwargs):
                 return _FrozenConvolution.apply(*_convolution(*args, **kwargs))
-            if function is F.silu and args and self._normed[0]() is args[0]:
-                return _SiluOfNorm.apply(args[0].detach(), *self._normed[1])
+            if function is F.silu and args and self._is_as_normed(args[0]):
+                return _SiluOfNorm.apply(args[0].detach(), *self._normed[2])
         result = function(*args, **kwargs)
         if function is F.group_norm and isinstance(result, Tensor) and result.requires_grad:
             terms = _group_norm(*args, **kwargs)
             if not any(isinstance(term, Tensor) and term.requires_grad for term in terms[2:4]):
-                self._normed = weakref.ref(result), terms
+                self._normed = weakref.ref(result), result._version, terms
         return result
+
+    def _is_as_normed(self, tensor: Tensor) -> bool:
+        """Whether it is the last norm's result, and nothing was written into it since."""
+        normed, version, _ = self._normed
+        return normed() is tensor and tensor._version == version
 
 
 def _convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> tuple:

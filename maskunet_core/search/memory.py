@@ -100,9 +100,12 @@ def _tried(area: int) -> list[tuple[int, int]]:
 
 def _graph_at(area: int, graph_of: Callable[[int], Graph]) -> Graph:
     found = {tried: graph_of(side) for side, tried in _tried(area)}
-    return Graph(
-        *(extrapolated({n: getattr(g, name) for n, g in found.items()}, area) for name in ("bytes", "largest"))
-    )
+    kept, largest = {n: g.bytes for n, g in found.items()}, {n: g.largest for n, g in found.items()}
+    return Graph(extrapolated(kept, area), extrapolated(largest, area))
+
+
+class CannotEstimate(Exception):
+    """Small latents do not pass the sampler: areas of the conditioning lie outside of them, for instance."""
 
 
 class _Enough(Exception):
@@ -128,7 +131,7 @@ def estimate_need(
     weights: Sequence[Tensor],
     device: torch.device,
 ) -> Need:
-    """For latents of `size` `[N, C, h, w]`. The models lie on the device already.
+    """For latents of `size` `[N, C, h, w]`. The models lie on the device already. Raises CannotEstimate.
 
     sample: begins the host's sampler on (MODEL, noise `[1, C, s, s]`). bound: the reward that `judge` asks. weights: of
     all models.
@@ -140,7 +143,7 @@ def estimate_need(
     def of_unet(side: int) -> Graph:
         search = RewardSearch(model, once, _Stop(), 1, targets=targets)
         with KeptByAutograd() as kept, contextlib.suppress(_Enough):
-            sample(search.model, torch.zeros(1, channels, side, side))
+            _begin(sample, search.model, torch.zeros(1, channels, side, side))
         features[side * side] = search.encoder.bytes
         return kept.graph([*weights, *search.leaves()])
 
@@ -166,6 +169,15 @@ def estimate_need(
     return Need(images * masks, images * slopes, images * of_features, times(unet), times(vae), times(reward))
 
 
+def _begin(sample: Callable[[Any, Tensor], Any], model: Any, noise: Tensor) -> None:
+    try:
+        sample(model, noise)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        raise CannotEstimate(str(error)) from error
+
+
 def _of_masks(structure: Structure, settings: SearchSettings) -> tuple[int, int]:
     """Bytes for one image: what stays over a step, and gradients."""
     if not settings.masks:
@@ -183,16 +195,21 @@ def require_room(need: Need, free: int, settings: SearchSettings, device: str, s
     if need.peak <= free:
         return
     changes = []
-    if not settings.small_decode and need.vae.bytes > need.unet.bytes / 4:
-        changes.append("switch small_decode on")
-    if not small_vae and need.vae.bytes > need.unet.bytes / 4:
-        changes.append("connect a TAESD to gradient_vae")
+    if need.vae.bytes > need.unet.bytes / 4:
+        if not small_vae:
+            changes.append("connect a TAESD to gradient_vae")
+        if not settings.small_decode:
+            changes.append("switch small_decode on (preset fast has it)")
     if settings.branches != "positive":
-        changes.append("set branches to positive")
+        changes.append("set branches to positive (preset fast has it)")
     if need.reward.bytes > need.unet.bytes / 4:
         changes.append("load the reward with checkpointing")
     changes.append("lower the size or the batch")
     raise NoRoomForGradients(
-        f"The search would take about {need.peak / 2**30:.1f} GB beside the models on {device}, where "
-        f"{free / 2**30:.1f} GB are free: {', or '.join(changes)}."
+        f"The search would take about {_size(need.peak)} beside the models on {device}, where {_size(free)} are free. "
+        f"What makes it smaller: {', '.join(changes)}."
     )
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"

@@ -97,6 +97,7 @@ PRESETS = {
         lr=1e-2,
         views=1,
         branches="positive",
+        small_decode=True,
         patience=6,
     ),
     # Distilled models (Turbo, LCM, Lightning: 1 to 8 steps, CFG 1), whose first estimate is sharp: candidates are

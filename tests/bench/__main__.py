@@ -1,4 +1,4 @@
-"""`make bench`: what masks cost in sampling and in training, on SD 1.5's shapes with random weights."""
+"""`make bench`: what masks cost in sampling, in training and in a search, on SD 1.5's shapes with random weights."""
 
 import argparse
 import statistics
@@ -52,20 +52,24 @@ def measure(sizes: list[int], repetitions: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="256x256 alone, two repetitions")
-    parser.add_argument("--only", choices=("sampling", "training"), help="one table alone")
+    parser.add_argument("--quick", action="store_true", help="256x256 alone, few repetitions")
+    parser.add_argument("--only", choices=("sampling", "training", "search"), help="one table alone")
     arguments = parser.parse_args()
     enter_host()
-    from tests.bench import training
+    from tests.bench import search, training
 
     folder = PROJECT / "output" / "bench"
-    if arguments.only != "training":
+    if arguments.only in (None, "sampling"):
         rows = measure([256], 2) if arguments.quick else measure([256, 512], 5)
         print(write_table(folder / "sampling", rows, {"seed": 0, "batch": "1 with CFG"}))
-    if arguments.only != "sampling":
+    if arguments.only in (None, "training"):
         repetitions = 1 if arguments.quick else 3
         rows = training.measure("SD 1.5", 256, [1, 4], repetitions) + training.measure("toy", 64, [32], 5 * repetitions)
         print(write_table(folder / "training", rows, {"seed": 0, "precision": "fp32"}))
+    if arguments.only in (None, "search"):
+        rows = search.measure(256, 1) if arguments.quick else search.measure(512, 3)
+        print(write_table(folder / "search", rows, {"seed": 0, "precision": "fp32", "batch": "1 with CFG"}))
+        print(write_table(folder / "search_images", search.measure_images(512), {"seed": 0}))
 
 
 if __name__ == "__main__":

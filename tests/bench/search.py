@@ -1,4 +1,4 @@
-"""What an iteration of the reward sampler costs: the direct loop beside ours, on SD 1.5's shapes with random weights."""
+"""What an iteration of the reward sampler costs beside the direct loop, on SD 1.5's shapes with random weights."""
 
 import contextlib
 import multiprocessing
@@ -31,6 +31,8 @@ DIRECT, EXACT, SMALL = "direct loop", "exact", "exact, TAESD"
 FAST, FAST_SMALL = "as fast does", "as fast does, TAESD"
 _ONE = SearchSettings(iterations=1, optimiser="AdamW", lr=1e-2)
 _FAST = replace(_ONE, branches=PRESETS["fast"].branches, small_decode=True)
+WHOLE_IMAGES = (("fast", STEPS, CFG), ("quality", STEPS, CFG), ("few_step", 4, 1.0), ("few_step", 1, 1.0))
+"""(preset, steps, cfg)."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Scene:
 
 @dataclass
 class Iteration:
-    """Of one iteration: gradients by layer, seconds of the processor, operations, and bytes beyond what lay in memory before the step."""
+    """gradients: by layer; seconds: of the processor; peak: bytes beyond what lay in memory before the step."""
 
     gradients: dict[str, Tensor]
     seconds: float
@@ -238,3 +240,59 @@ def measure(pixels: int, repetitions: int) -> list[dict]:
 
 def _over_direct(turns: list[dict[str, Iteration]], name: str, what: str) -> float:
     return round(statistics.median(getattr(turn[name], what) / getattr(turn[DIRECT], what) for turn in turns), 3)
+
+
+def _counted(run: Callable[[], Any]) -> int:
+    with Imagined() as counted:
+        run()
+    return counted.total
+
+
+def measure_images(pixels: int) -> list[dict]:
+    """A row per preset: counted operations of a whole image, beside plain images and the best of several."""
+    scene = Scene.build(pixels)
+    latents = torch.zeros(1, 4, pixels // 8, pixels // 8)
+    final = _counted(lambda: scene.judge(False, SearchSettings()).scores(latents))
+    decode = _counted(lambda: scene.judge(False, SearchSettings()).pictures(latents))
+    rows = []
+    for preset, steps, cfg in (
+        ("fast", STEPS, CFG),
+        ("quality", STEPS, CFG),
+        ("few_step", 4, 1.0),
+        ("few_step", 1, 1.0),
+    ):
+        settings = PRESETS[preset]
+        step = _counted(lambda cfg=cfg: scene.one_step(scene.model, cfg))
+        total = _searched(scene, settings, steps, cfg, step, final)
+        plain, judged = steps * step + decode, steps * step + final
+        rows.append(
+            {
+                "pixels": pixels,
+                "preset": preset,
+                "steps": steps,
+                "cfg": cfg,
+                "candidates": settings.candidates,
+                "updates": settings.total_iterations(steps),
+                "TFLOP": round(total / 1e12, 1),
+                "in plain images": round(total / plain, 2),
+                "as best of": round(total / judged, 2),
+            }
+        )
+    return rows
+
+
+def _searched(scene: Scene, settings: SearchSettings, steps: int, cfg: float, step: int, final: int) -> int:
+    """Operations of an image: each part is counted once, and the parts are added up as the settings say."""
+    judge = scene.judge(False, settings)
+    latents = torch.zeros(1, 4, scene.pixels // 8, scene.pixels // 8)
+    looks = settings.candidate_steps(steps)
+    candidate = looks * step + (_counted(lambda: judge.scores(latents)) if looks < steps else final)
+
+    def with_updates(updates: int) -> int:
+        everywhere = replace(settings, iterations=updates, start_percent=0.0, end_percent=1.0, patience=0)
+        return _counted(lambda: scene.one_step(RewardSearch(scene.model, everywhere, judge, 1).model, cfg))
+
+    one, two = with_updates(1), with_updates(2)
+    updates = [settings.iterations_at(number, steps) for number in range(steps)]
+    improved = sum(one + (count - 1) * (two - one) if count else step for count in updates)
+    return (settings.candidates if settings.candidates > 1 else 0) * candidate + improved + final
