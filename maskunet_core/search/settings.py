@@ -90,7 +90,7 @@ PRESETS = {
         small_decode=True,
     ),
     "quality": SearchSettings(
-        candidates=16,
+        candidates=14,
         candidate_percent=0.47,
         iterations=6,
         start_percent=0.45,
