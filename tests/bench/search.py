@@ -73,9 +73,10 @@ class Scene:
 
 @dataclass
 class Iteration:
-    """gradients: by layer; seconds: of the processor; peak: bytes beyond what lay in memory before the step."""
+    """gradients: file of those of the logits, by layer. seconds: of the processor. peak: bytes beyond what lay in memory
+    before the step."""
 
-    gradients: dict[str, Tensor]
+    gradients: Path
     seconds: float
     operations: int
     peak: int
@@ -89,10 +90,9 @@ class _Watch:
     """Ends a step after its second look. What lies between the first and the second is an iteration: the update,
     the prediction and the judgement, with the encoder's features at hand where they are kept."""
 
-    def __init__(self, counted: Operations):
+    def __init__(self, counted: Operations, gradients: Path):
         self.began = self.seconds = 0.0
-        self.counted = counted
-        self.gradients: dict[str, Tensor] = {}
+        self.counted, self.gradients = counted, gradients
 
     def look(self, masks: SearchedMasks) -> None:
         if not self.began:
@@ -105,7 +105,8 @@ class _Watch:
         raise _Enough
 
     def before_update(self, *_) -> None:
-        self.gradients = {name: leaf.grad.clone() for name, leaf in self.masks.logits.items()}
+        # On the disk, because in memory they would count.
+        torch.save({name: leaf.grad for name, leaf in self.masks.logits.items()}, self.gradients)
 
 
 class _DirectLoop:
@@ -176,8 +177,9 @@ class Imagined(Operations):
         return tree_map_only(Tensor, lambda like: torch.zeros_like(like, device="cpu"), function(*args, **kwargs))
 
 
-def iterate(scene: Scene, name: str, counted: Operations) -> Iteration:
-    watch, before = _Watch(counted), psutil.Process().memory_info().rss
+def iterate(scene: Scene, name: str, counted: Operations, folder: Path) -> Iteration:
+    gradients = folder / "gradients.pt"
+    watch, before = _Watch(counted, gradients), psutil.Process().memory_info().rss
     model = _model(scene, VARIANTS[name], watch)
     hook = register_optimizer_step_pre_hook(watch.before_update)
     try:
@@ -185,15 +187,16 @@ def iterate(scene: Scene, name: str, counted: Operations) -> Iteration:
             scene.one_step(model)
     finally:
         hook.remove()
-    return Iteration(watch.gradients, watch.seconds, watch.counted.total, memory.peak - before)
+    return Iteration(gradients, watch.seconds, watch.counted.total, memory.peak - before)
 
 
-def _alone(scene: Scene, name: str, folder: str) -> Iteration:
+def _alone(scene: Scene, name: str, folder: Path) -> Iteration:
     """`iterate` in a process of its own, which finds the models in memory and nothing that others have left there."""
-    path = Path(folder) / "iteration.pt"
+    folder.mkdir(parents=True)
+    path = folder / "iteration.pt"
 
     def run() -> None:
-        torch.save(iterate(scene, name, Operations()), path)
+        torch.save(iterate(scene, name, Operations(), folder), path)
 
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()
@@ -203,9 +206,10 @@ def _alone(scene: Scene, name: str, folder: str) -> Iteration:
     return torch.load(path, weights_only=False)
 
 
-def difference(ours: dict[str, Tensor], direct: dict[str, Tensor]) -> float:
-    """Norm of the gradients' difference over the direct loop's norm, all layers together."""
-    apart = sum(float((ours[name] - direct[name]).double().square().sum()) for name in direct)
+def difference(ours: Iteration, other: Iteration) -> float:
+    """Norm of the gradients' difference over the other's norm, all layers together."""
+    slopes, direct = (torch.load(iteration.gradients) for iteration in (ours, other))
+    apart = sum(float((slopes[name] - direct[name]).double().square().sum()) for name in direct)
     return (apart / sum(float(slope.double().square().sum()) for slope in direct.values())) ** 0.5
 
 
@@ -215,13 +219,16 @@ def measure(pixels: int, repetitions: int) -> list[dict]:
     torch.set_num_threads(1)
     scene = Scene.build(pixels)
     with tempfile.TemporaryDirectory() as folder:
-        turns = [{name: _alone(scene, name, folder) for name in VARIANTS} for _ in range(repetitions)]
+        turns = [
+            {name: _alone(scene, name, Path(folder) / f"{turn} {name}") for name in VARIANTS}
+            for turn in range(repetitions)
+        ]
+        apart = difference(turns[0][EXACT], turns[0][DIRECT])
+    if not apart < 1e-3:
+        raise AssertionError(f"the gradients of {EXACT} differ by {apart:.2g} from those of the {DIRECT}")
     first, rows = turns[0], []
     for name in VARIANTS:
         peak = statistics.median(turn[name].peak for turn in turns)
-        apart = difference(first[name].gradients, first[DIRECT].gradients) if name == EXACT else 0.0
-        if apart > 1e-3:
-            raise AssertionError(f"the gradients of {EXACT} differ by {apart:.2g} from those of the {DIRECT}")
         rows.append(
             {
                 "pixels": pixels,
@@ -255,12 +262,7 @@ def measure_images(pixels: int) -> list[dict]:
     final = _counted(lambda: scene.judge(False, SearchSettings()).scores(latents))
     decode = _counted(lambda: scene.judge(False, SearchSettings()).pictures(latents))
     rows = []
-    for preset, steps, cfg in (
-        ("fast", STEPS, CFG),
-        ("quality", STEPS, CFG),
-        ("few_step", 4, 1.0),
-        ("few_step", 1, 1.0),
-    ):
+    for preset, steps, cfg in WHOLE_IMAGES:
         settings = PRESETS[preset]
         step = _counted(lambda cfg=cfg: scene.one_step(scene.model, cfg))
         total = _searched(scene, settings, steps, cfg, step, final)
