@@ -19,6 +19,11 @@ class EncoderCache:
     def __init__(self):
         self._features: dict[Hashable, dict[int, Tensor]] = {}
 
+    @property
+    def bytes(self) -> int:
+        """What the features take in memory."""
+        return sum(kept.nbytes for features in self._features.values() for kept in features.values())
+
     @contextlib.contextmanager
     def serving(self, unet: nn.Module, key: Hashable) -> Iterator[None]:
         known = key in self._features
@@ -46,6 +51,8 @@ class LiveEncoder:
 
     The host adds ControlNet's residuals to the skip connections in place, so the next block works on a copy of each.
     """
+
+    bytes = 0
 
     @contextlib.contextmanager
     def serving(self, unet: nn.Module, key: Hashable) -> Iterator[None]:

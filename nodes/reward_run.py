@@ -1,5 +1,6 @@
 """One run of the reward sampler inside the host: loading, progress, previews, memory."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import latent_preview
+import torch
 from torch import Tensor
 
 from ..maskunet_core.recorder import without_recording
@@ -16,13 +18,11 @@ from ..maskunet_core.rewards.reward import BoundReward, value_and_gradient
 from ..maskunet_core.search.host import latent_decoder, load_for_gradients, static_clone
 from ..maskunet_core.search.judge import Judge
 from ..maskunet_core.search.loop import Evaluation
+from ..maskunet_core.search.memory import CannotEstimate, estimate_need, require_room
 from ..maskunet_core.search.run import Found, search_images
 from ..maskunet_core.search.sampling import KEY
-from ..maskunet_core.search.settings import SearchSettings
+from ..maskunet_core.search.settings import SMALL_SIDE, SearchSettings
 from .masks import seeds_in_words
-
-_SMALL_SIDE = 256
-"""Rewards look at 224 pixels a side; VAEs want multiples of 8 and a margin for the crop."""
 
 
 class RewardRun:
@@ -50,7 +50,7 @@ class RewardRun:
         self.positive, self.negative, self.latent = positive, negative, latent
         # A search gives its masks itself, and may put together its latents from several runs.
         self.model = without_recording(static_clone(model))
-        looking = gradient_vae or vae
+        looking, self.has_gradient_vae = gradient_vae or vae, gradient_vae is not None
         patchers = [looking.patcher, vae.patcher, *reward.patchers(), *(watch.patchers() if watch else ())]
         self.helpers = list({id(patcher): patcher for patcher in patchers}.values())
         self.model.set_additional_models(KEY, self.helpers)
@@ -60,7 +60,7 @@ class RewardRun:
         self.format = self.model.get_model_object("latent_format")
         self.bound: BoundReward = reward.reward.bind(prompt)
         watched = watch.reward.bind(prompt) if watch else None
-        small = _SMALL_SIDE if settings.small_decode else 0
+        small = SMALL_SIDE if settings.small_decode else 0
         finish = self._finish() if "noise_mask" in latent else None
         decode = latent_decoder(looking, self.format)
         self.judge = Judge(decode, self._score, small, finish=finish)
@@ -131,9 +131,44 @@ class RewardRun:
         inside = self.format.process_in(latents.to(self.model.load_device))
         return self.final.scores(inside).cpu()
 
+    def _begin_small(self, model: Any, noise: Tensor) -> None:
+        """The first step of the sampler on a latent of another size."""
+        names = ("steps", "cfg", "sampler_name", "scheduler")
+        settings = [self.sampling[name] for name in names]
+        begun = (model, noise, *settings, self.positive, self.negative, torch.zeros_like(noise))
+        comfy.sample.sample(*begun, last_step=1, seed=0, disable_pbar=True)
+
+    def _make_room(self, patchers: list[Any]) -> None:
+        """Models on the device as a whole, and room for what gradients need beside them.
+
+        Raises NoRoomForGradients before anything is sampled.
+        """
+        load_for_gradients(patchers)
+        device = self.model.load_device
+        try:
+            need = estimate_need(
+                model=self.model,
+                settings=self.settings,
+                targets=self.targets,
+                judge=self.judge,
+                bound=self.bound,
+                size=tuple(self.samples.shape),
+                sample=self._begin_small,
+                weights=[weight for patcher in patchers for weight in patcher.model.parameters()],
+                device=device,
+            )
+        except CannotEstimate as error:
+            logging.warning(f"MaskUNet Reward Sampler: the memory of this search cannot be estimated ({error}).")
+            return
+        if need.peak > comfy.model_management.get_free_memory(device):
+            # Other graphs' models may lie there.
+            load_for_gradients(patchers, need.peak)
+        free = comfy.model_management.get_free_memory(device)
+        require_room(need, free, self.settings, str(device), self.has_gradient_vae)
+
     def run(self) -> Found:
         if self.settings.total_iterations(self.steps):
-            load_for_gradients([self.model, *self.helpers, *self._of_conditioning()])
+            self._make_room([self.model, *self.helpers, *self._of_conditioning()])
         elif self.settings.candidates > 1:
             comfy.model_management.load_models_gpu([self.model, *self.helpers])
         found = search_images(

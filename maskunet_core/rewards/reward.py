@@ -76,13 +76,15 @@ class CombinedReward(Reward):
         self.name = " + ".join(f"{weight:g} x ({reward.name})" for weight, reward in members)
 
     def bind(self, prompt: str) -> BoundReward:
-        return _BoundSum(self.name, [(weight, reward.bind(prompt)) for weight, reward in self.members])
+        return BoundSum(self.name, [(weight, reward.bind(prompt)) for weight, reward in self.members])
 
     def modules(self) -> list[nn.Module]:
         return list(dict.fromkeys(module for _, reward in self.members for module in reward.modules()))
 
 
-class _BoundSum(BoundReward):
+class BoundSum(BoundReward):
+    """The weighted sum of rewards that are bound already."""
+
     def __init__(self, name: str, members: list[tuple[float, BoundReward]]):
         self.name, self._members = name, members
 

@@ -36,17 +36,18 @@ def _make_constant(module: nn.Module) -> None:
                 part._buffers[name] = buffer.clone()
 
 
-def load_for_gradients(patchers: Sequence[Any]) -> None:
+def load_for_gradients(patchers: Sequence[Any], room: int = 0) -> None:
     """Load the host's ModelPatchers, and what is patched into their models, whole and together, for backward passes.
 
     Call it outside inference mode. A part of a model that is streamed in for each use would be overwritten before the
     backward pass reads it, and the gradient would be wrong without a word: raises NoRoomForGradients instead.
+    room: bytes that other models are asked to leave free beside them.
     """
     import comfy.model_management as management
 
     nested = [[p, *p.model_patches_models(), *p.get_nested_additional_models()] for p in patchers]
     every = list({id(patcher): patcher for group in nested for patcher in group}.values())
-    management.load_models_gpu(every, force_full_load=True)
+    management.load_models_gpu(every, memory_required=room, force_full_load=True)
     for patcher in every:
         missing = patcher.model_size() - patcher.loaded_size()
         if missing > 0 or getattr(patcher.model, "lowvram_patch_counter", 0):

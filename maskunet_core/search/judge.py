@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .lean import LeanGraph
+
 Score = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Pictures `[N, 3, H, W]` in [0, 1] to scores `[N]` and the gradient of their sum, shaped as the pictures."""
 
@@ -60,11 +62,17 @@ class Judge:
     def _decoded(self, latents: Tensor) -> Tensor:
         if self.finish is not None:
             latents = self.finish(latents)
-        side = min(latents.shape[2:]) * self.pixels_per_cell
-        if self.small_side and side > self.small_side:
-            size = [round(n * self.small_side / side) for n in latents.shape[2:]]
+        size = self.decoded_size(*latents.shape[2:])
+        if size != tuple(latents.shape[2:]):
             latents = F.interpolate(latents, size=size, mode="area")
         return self.decode(latents)
+
+    def decoded_size(self, height: int, width: int) -> tuple[int, int]:
+        """In cells, of what the decoder gets for latents of `height` x `width` cells."""
+        side = min(height, width) * self.pixels_per_cell
+        if not self.small_side or side <= self.small_side:
+            return height, width
+        return round(height * self.small_side / side), round(width * self.small_side / side)
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> Tensor:
@@ -80,7 +88,8 @@ class Judge:
         """`scores`, and the gradient of their sum in the latents."""
         with torch.enable_grad():
             leaf = latents.detach().requires_grad_()
-            pictures = self._decoded(leaf)
+            with LeanGraph():
+                pictures = self._decoded(leaf)
             scores, gradient = self.score(pictures.detach())
             for view in views:
                 seen = pictures.detach().requires_grad_()

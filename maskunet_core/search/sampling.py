@@ -14,6 +14,7 @@ from ..encoder import EncoderCache, LiveEncoder
 from ..patch import ENCODER, Attachment, enabled, structure_of, with_attachment
 from ..recorded import RecordedMasks, RecordedSource
 from .judge import Judge, views_of
+from .lean import LeanGraph, with_lean_attention
 from .loop import Evaluation, Group, search_step
 from .masks import SearchedMasks
 from .settings import SearchSettings
@@ -33,7 +34,7 @@ class RewardSearch:
     judge: of estimates in the model's latent space, for a batch of `images`. watch: scores `[N]` of estimates by a
     reward that is never optimised; the run goes on without updates once it has fallen at two steps in a row at which
     the optimised one rose, if `stop_by_watch`. report: told of each look (an Evaluation and the estimate); raises to
-    stop everything. After the run `recorded` holds the masks and `history` what was seen.
+    stop everything. After the run `recorded` holds the masks and `history` what was seen. encoder: serves this step.
     """
 
     def __init__(
@@ -57,10 +58,15 @@ class RewardSearch:
         self.history: list[Evaluation] = []
         self._watch, self._stop_by_watch, self._report = watch, stop_by_watch, report
         self._masks: SearchedMasks | None = None
+        self.encoder: EncoderCache | LiveEncoder = LiveEncoder()
         self._falls = 0
         self._began: float | None = None
         self.model = enabled(model)
         self.model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, self._predict_noise)
+
+    def leaves(self) -> list[Tensor]:
+        """The logits of now."""
+        return [] if self._masks is None else list(self._masks.logits.values())
 
     # A call of the sampler --------------------------------------------------------------------------------------
 
@@ -92,7 +98,8 @@ class RewardSearch:
         options = self._options(model_options, cached=shift is None)
 
         def predict() -> Tensor:
-            return executor(x if shift is None else x + shift, timestep, options, seed)
+            with LeanGraph():
+                return executor(x if shift is None else x + shift, timestep, options, seed)
 
         def current() -> dict[str, Tensor]:
             found = {} if shift is None else {KEY: shift.detach().clone()}
@@ -151,8 +158,9 @@ class RewardSearch:
             }
         if self.settings.masks:
             model_options = with_attachment(model_options, Attachment(self._masks, 1.0))
-        encoder = EncoderCache() if cached else LiveEncoder()
-        return model_options | {"transformer_options": model_options["transformer_options"] | {ENCODER: encoder}}
+        self.encoder = EncoderCache() if cached else LiveEncoder()
+        of_calls = with_lean_attention(model_options["transformer_options"]) | {ENCODER: self.encoder}
+        return model_options | {"transformer_options": of_calls}
 
     # What was seen ----------------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from ..recorded import BRANCHES
 
 OPTIMISERS = ("normalised SGD", "AdamW")
+SMALL_SIDE = 224
+"""Side in pixels of what `small_decode` decodes: as the published rewards look at it."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,24 @@ PRESETS = {
         small_decode=True,
     ),
     "quality": SearchSettings(
-        candidates=16,
+        candidates=14,
         candidate_percent=0.47,
         iterations=6,
         start_percent=0.45,
         lr=1e-2,
         views=1,
         branches="positive",
+        small_decode=True,
         patience=6,
+    ),
+    # Distilled models (Turbo, LCM, Lightning: 1 to 8 steps, CFG 1), whose first estimate is sharp: candidates are
+    # judged by it, and every step is worth updates.
+    "few_step": SearchSettings(
+        candidates=8,
+        candidate_percent=0.1,
+        iterations=2,
+        lr=3e-2,
+        branches="positive",
+        small_decode=True,
     ),
 }

@@ -29,17 +29,27 @@ def _training(quick: bool):
     return rows + training.measure("toy", 64, [32], 5 * repetitions), {"seed": 0, "precision": "fp32"}
 
 
-TABLES = {"starting": _starting, "sampling": _sampling, "training": _training}
+def _search(quick: bool):
+    from tests.bench import search
+
+    rows = search.measure(256, 1) if quick else search.measure(512, 3)
+    write_table(PROJECT / "output" / "bench" / "search_images", search.measure_images(512), {"seed": 0})
+    return rows, {"seed": 0, "precision": "fp32", "batch": "1 with CFG"}
+
+
+TABLES = {"starting": _starting, "sampling": _sampling, "training": _training, "search": _search}
+ALONE = ("search",)
+"""Measured where they are asked for: at full size it takes more than an hour."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: 3 minutes")
-    parser.add_argument("--only", choices=TABLES, help="one table alone")
+    parser.add_argument("--only", choices=TABLES, help="one table alone; search is not among the others")
     arguments = parser.parse_args()
     enter_host()
     for table, measure in TABLES.items():
-        if arguments.only in (None, table):
+        if arguments.only == table or (arguments.only is None and table not in ALONE):
             rows, settings = measure(arguments.quick)
             print(f"\n{table}\n\n{write_table(PROJECT / 'output' / 'bench' / table, rows, settings)}", flush=True)
 

@@ -57,6 +57,15 @@ def test_every_preset_runs(server, preset):
     assert not torch.equal(result.latents("rewarded"), result.latents("plain"))
 
 
+@pytest.mark.parametrize(("steps", "sampler"), [(1, "euler"), (2, "lcm"), (4, "lcm")])
+def test_few_steps_without_guidance_have_a_preset(server, steps, sampler):
+    graph, settings = Graph(), {"steps": steps, "sampler_name": sampler, "scheduler": "sgm_uniform", "cfg": 1.0}
+    graph.scored(graph.plain("plain", **settings))
+    graph.scored(graph.rewarded("rewarded", preset="few_step", candidates=0, **settings))
+    result = Result(server, graph)
+    assert result.scores("rewarded")[0] > result.scores("plain")[0]
+
+
 @pytest.mark.parametrize("case", [{"candidates": 1}, {"candidates": 1, "branches": "positive"}, {"candidates": 3}])
 def test_saved_masks_repeat_the_images_without_a_reward(server, case):
     graph = Graph(batch=1 if case["candidates"] > 1 else 2)
