@@ -73,8 +73,8 @@ class Scene:
 
 @dataclass
 class Iteration:
-    """gradients: file of those of the logits, by layer. seconds: of the processor. peak: bytes beyond what lay in memory
-    before the step."""
+    """gradients: file of those of the logits, by layer. seconds: of the processor. peak: bytes beyond what lay in
+    memory before the step."""
 
     gradients: Path
     seconds: float
