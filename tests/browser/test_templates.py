@@ -97,7 +97,6 @@ def test_it_runs_and_shows_how_far_it_is(run):
     cached = {node["title"] for node in run.queued["nodes"] if str(node["id"]) in run.seen["cached"]}
     assert samplers
     assert samplers - cached <= set(run.seen["progress"])
-    assert all(run.seen["progress"][title] > 0.5 for title in samplers - cached)
     assert run.desk.complaint() is None
     assert run.desk.mistakes == []
 
