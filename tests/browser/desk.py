@@ -199,12 +199,18 @@ class Desk:
         expect(dialog).to_be_hidden()
 
     def open_saved(self, name: str) -> None:
-        panel = self.page.get_by_role("button", name="Workflows").first
-        panel.click()
+        self._show_workflows(True)
         self.page.get_by_role("button", name="Refresh").last.click()
         self.page.get_by_text(name, exact=True).first.click()
         self._settle(name)
-        panel.click()
+        self._show_workflows(False)
+
+    def _show_workflows(self, shown: bool) -> None:
+        """Opens or closes the panel of saved graphs."""
+        search = self.page.get_by_placeholder("Search Workflow")
+        if search.is_visible() != shown:
+            self.page.get_by_role("button", name="Workflows").first.click()
+        expect(search).to_be_visible(visible=shown)
 
     def open_file(self, file: Path) -> None:
         with self.page.expect_file_chooser() as chooser:
