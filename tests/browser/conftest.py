@@ -1,7 +1,7 @@
 """One server and one browser for all tests of this folder. Both end with it: Playwright keeps an event loop running."""
 
-import contextlib
 import os
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -70,17 +70,18 @@ def browser(chromium, stock):
         running.close()
 
 
-@pytest.fixture(scope="module")
-def new_desk(comfyui, browser):
-    """Opens the front end as somebody does who comes for the first time: nothing kept from before."""
+@pytest.fixture(scope="package")
+def new_desk(comfyui, browser) -> Callable[[], Desk]:
+    """Makes front ends, to be opened by `with`, as somebody sees them who comes for the first time.
+
+    Close each as soon as it is not needed: an open one draws its graph all the time.
+    """
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as desks:
-        yield lambda: desks.enter_context(Desk(browser, comfyui, SCREENSHOTS))
+    return lambda: Desk(browser, comfyui, SCREENSHOTS)
 
 
 @pytest.fixture
-def desk(comfyui, browser):
+def desk(new_desk):
     """A front end of its own for one test."""
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    with Desk(browser, comfyui, SCREENSHOTS) as opened:
+    with new_desk() as opened:
         yield opened

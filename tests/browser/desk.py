@@ -13,10 +13,15 @@ from tests.host.server import FOLDER_NAME, Server
 
 READY = "() => window.app?.graph && document.querySelector('[data-testid=queue-button]')"
 
-# What a person sees only for a moment is noted: how far each node's progress bar came, and how runs ended.
+# What is there only for a moment is noted: how far each node's progress bar came, the pictures it was told of, and how
+# runs ended.
 WATCH = """() => {
-    const seen = window.seen = {progress: {}, cached: [], ended: []}
+    const seen = window.seen = {progress: {}, cached: [], files: {}, ended: []}
     app.api.addEventListener('execution_cached', event => seen.cached.push(...event.detail.nodes))
+    app.api.addEventListener('executed', ({detail}) => {
+        const images = detail.output?.images
+        if (images) seen.files[detail.display_node ?? detail.node] = images.map(({filename}) => filename)
+    })
     app.api.addEventListener('execution_success', () => seen.ended.push('success'))
     app.api.addEventListener('execution_error', () => seen.ended.push('error'))
     setInterval(() => {
@@ -43,6 +48,12 @@ PICTURES = """() => Object.fromEntries(app.graph._nodes
         return {file, width: complete ? naturalWidth : 0}
     })]))"""
 
+NEW_PICTURES = """() => Object.entries(seen.files).every(([id, files]) => {
+    const shown = app.graph.getNodeById(id)?.imgs ?? []
+    return shown.length === files.length && shown.every(({src, complete, naturalWidth}, index) =>
+        complete && naturalWidth && new URL(src).searchParams.get('filename') === files[index])
+})"""
+
 GRAPH = """() => {
     const {nodes, links, groups} = app.graph.serialize()
     return {nodes, links, groups}
@@ -58,7 +69,7 @@ class Desk:
         self.mistakes: list[str] = []
         self._context = browser.new_context(viewport={"width": 1600, "height": 1000})
         self.page = self._context.new_page()
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(120_000)
         self.page.goto(server.url)
         self.page.wait_for_function(READY)
         self._tidy_up()
@@ -152,7 +163,7 @@ class Desk:
         self.page.keyboard.type(text)
 
     def press_run(self) -> None:
-        self.page.evaluate("() => Object.assign(seen, {progress: {}, cached: [], ended: []})")
+        self.page.evaluate("() => Object.assign(seen, {progress: {}, cached: [], files: {}, ended: []})")
         self.page.get_by_test_id("queue-button").click()
 
     def wait_for_end(self) -> str:
@@ -168,8 +179,8 @@ class Desk:
         return self.page.evaluate(PICTURES)
 
     def wait_for_pictures(self) -> None:
-        """Until each node that shows pictures has loaded them."""
-        self.page.wait_for_function(f"() => Object.values(({PICTURES})()).flat().every(({{width}}) => width)")
+        """Until each node shows just the pictures that the run gave it; those of the run before stay for a moment."""
+        self.page.wait_for_function(NEW_PICTURES)
 
     def pixels(self, title: str) -> np.ndarray:
         """`[B, H, W, 3]`: the files that a node shows."""
@@ -188,12 +199,18 @@ class Desk:
         expect(dialog).to_be_hidden()
 
     def open_saved(self, name: str) -> None:
-        panel = self.page.get_by_role("button", name="Workflows").first
-        panel.click()
+        self._show_workflows(True)
         self.page.get_by_role("button", name="Refresh").last.click()
         self.page.get_by_text(name, exact=True).first.click()
         self._settle(name)
-        panel.click()
+        self._show_workflows(False)
+
+    def _show_workflows(self, shown: bool) -> None:
+        """Opens or closes the panel of saved graphs."""
+        search = self.page.get_by_placeholder("Search Workflow")
+        if search.is_visible() != shown:
+            self.page.get_by_role("button", name="Workflows").first.click()
+        expect(search).to_be_visible(visible=shown)
 
     def open_file(self, file: Path) -> None:
         with self.page.expect_file_chooser() as chooser:

@@ -67,9 +67,9 @@ def test_the_search_finds_nodes_by_what_they_are_for(blank_desk, words, expected
 
 @pytest.fixture(scope="module")
 def blank_desk(new_desk):
-    desk = new_desk()
-    desk.start_blank()
-    return desk
+    with new_desk() as desk:
+        desk.start_blank()
+        yield desk
 
 
 def help_page(desk, node_id: str) -> str | None:
