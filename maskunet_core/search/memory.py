@@ -38,11 +38,12 @@ class Graph:
 @dataclass(frozen=True)
 class Need:
     """Bytes of a search beyond the models themselves. masks: logits, their optimiser, their bits; slopes: gradients of
-    logits; features: of the encoder."""
+    logits; features: of the encoder; weights: copies of the largest weight that kernels lay out anew."""
 
     masks: float
     slopes: float
     features: float
+    weights: float
     unet: Graph
     vae: Graph
     reward: Graph
@@ -52,7 +53,7 @@ class Need:
         """The U-Net's graph waits while the picture is judged, whose graph waits while each reward is asked."""
         judging = self.unet.bytes + max(self.vae.bytes + self.reward.peak, self.vae.peak)
         updating = self.unet.peak + self.slopes
-        return int(self.masks + self.features + max(judging, updating))
+        return int(self.masks + self.features + self.weights + max(judging, updating))
 
 
 class KeptByAutograd:
@@ -166,7 +167,8 @@ def estimate_need(
     masks, slopes = _of_masks(RewardSearch(model, once, judge, 1, targets=targets).structure, settings)
     of_features = extrapolated(features, height * width)
     times = lambda graph: Graph(images * graph.bytes, images * graph.largest)  # noqa: E731
-    return Need(images * masks, images * slopes, images * of_features, times(unet), times(vae), times(reward))
+    laid_out = 2 * max(weight.nbytes for weight in weights)
+    return Need(images * masks, images * slopes, images * of_features, laid_out, times(unet), times(vae), times(reward))
 
 
 def _begin(sample: Callable[[Any, Tensor], Any], model: Any, noise: Tensor) -> None:

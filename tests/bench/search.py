@@ -73,8 +73,7 @@ class Scene:
 
 @dataclass
 class Iteration:
-    """gradients: file of those of the logits, by layer. seconds: of the processor. peak: bytes beyond what lay in
-    memory before the step."""
+    """gradients: file of those of the logits, by layer. seconds: of the processor. peak: bytes, beyond those before."""
 
     gradients: Path
     seconds: float

@@ -121,7 +121,7 @@ def test_an_estimate_leaves_the_model_and_the_random_numbers_alone(small_world):
 
 def need_of(unet: float, vae: float, reward: float) -> Need:
     unet, vae, reward = (Graph(size * GB, 0.0) for size in (unet, vae, reward))
-    return Need(masks=GB, slopes=0.0, features=0.0, unet=unet, vae=vae, reward=reward)
+    return Need(masks=GB, slopes=0.0, features=0.0, weights=0.0, unet=unet, vae=vae, reward=reward)
 
 
 def test_the_peak_is_while_the_reward_is_asked():
