@@ -155,7 +155,7 @@ def _require_maskable(name: str, module: nn.Module) -> None:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise NothingToMask(
             f"Layer {name} is a {kind}, which computes with its weight in a way of its own, so no mask can reach it. "
-            "Load the model with a stock loader instead."
+            "Load the model from a .safetensors file with Load Checkpoint or Load Diffusion Model instead."
         )
 
 
@@ -173,7 +173,7 @@ def inspect_model(diffusion_model: nn.Module, targets: str, family: str) -> Stru
     if not _is_unet(diffusion_model):
         raise NothingToMask(
             f"The connected model ({family}, {type(diffusion_model).__name__}) is not a U-Net that MaskUNet knows. "
-            "Connect an SD 1.5, SD 2.x or SDXL model."
+            "Connect an SD 1.5, SD 2.x or SDXL model, or bypass the MaskUNet node: it has no masks for this kind."
         )
     parts, matches = TARGETS[targets]
     modules = dict(diffusion_model.named_modules())
@@ -188,5 +188,8 @@ def inspect_model(diffusion_model: nn.Module, targets: str, family: str) -> Stru
             layers = tuple(Layer(n, modules[n].out_features, modules[n].in_features) for n in found)
             blocks.append(Block(name, anchor, modules[anchor].channels, layers))
     if not blocks:
-        raise NothingToMask(f"No layer of the connected model ({family}) belongs to the target set '{targets}'.")
+        raise NothingToMask(
+            f"No layer of the connected model ({family}) belongs to the target set '{targets}'. Choose another set in "
+            "'targets', or connect another model."
+        )
     return Structure(family, diffusion_model.time_embed[2].out_features, tuple(blocks))

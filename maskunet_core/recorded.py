@@ -143,7 +143,10 @@ class RecordedMasks:
     def require_fit(self, model: Structure) -> None:
         """Raises IncompatibleMasks unless there is a step, and a model of this structure has all masked layers."""
         if not self.steps:
-            raise IncompatibleMasks("The connected masks hold no step. Record them again with at least one step.")
+            raise IncompatibleMasks(
+                "The connected masks hold no step: the search that recorded them made no update. Run MaskUNet Reward "
+                "Sampler again with masks on and at least one iteration, or choose other masks."
+            )
         difference = self.structure.difference(model)
         if difference:
             raise IncompatibleMasks(

@@ -56,6 +56,16 @@ class MaskUNetLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, maskunet_name: str | None) -> bool | str:
+        """Replaces the host's own check of the list, which would not say where generators come from."""
+        if maskunet_name is None or maskunet_name in folder_paths.get_filename_list(MASKUNET):
+            return True
+        return (
+            f"'{maskunet_name}' is not in models/maskunet. Put a generator file there and press R; `python -m trainer "
+            "train` makes one from pictures with captions. Without a generator, MaskUNet Reward Sampler finds masks."
+        )
+
+    @classmethod
     def fingerprint_inputs(cls, maskunet_name: str) -> float:
         return os.path.getmtime(folder_paths.get_full_path_or_raise(MASKUNET, maskunet_name))
 

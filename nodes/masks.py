@@ -116,6 +116,16 @@ class MaskUNetLoadMasks(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, masks_name: str | None) -> bool | str:
+        """Replaces the host's own check of the list, which would not say where masks come from."""
+        if masks_name is None or masks_name in folder_paths.get_filename_list(MASKS):
+            return True
+        return (
+            f"'{masks_name}' is neither in models/maskunet_masks nor in {SAVED_MASKS}/ of the output folder. Put it "
+            "into one of them and press R, or make one with MaskUNet Save Masks."
+        )
+
+    @classmethod
     def fingerprint_inputs(cls, masks_name: str) -> float:
         return os.path.getmtime(folder_paths.get_full_path_or_raise(MASKS, masks_name))
 

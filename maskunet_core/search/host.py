@@ -52,8 +52,9 @@ def load_for_gradients(patchers: Sequence[Any]) -> None:
         if missing > 0 or getattr(patcher.model, "lowvram_patch_counter", 0):
             raise NoRoomForGradients(
                 f"{type(patcher.model).__name__} does not fit on {patcher.load_device} beside the others "
-                f"({missing / 2**20:,.0f} MB are missing), and gradients need the models there as a whole. Connect "
-                "smaller models, load the rewards in half precision, or start ComfyUI without --lowvram."
+                f"({missing / 2**20:,.0f} MB are missing), and gradients need the models there as a whole. Set "
+                "dtype to fp16 in MaskUNet Reward Loader, connect a small decoder (TAESD) to gradient_vae, close other "
+                "programs that use the device, or start ComfyUI without --lowvram."
             )
         _make_constant(patcher.model)
 

@@ -73,7 +73,8 @@ def parse(prompt: str) -> Caption:
         raise UnreadablePrompt(
             f'The toy reward cannot read the prompt "{prompt}": name one object, or two joined by "and" or by '
             f'{", ".join(RELATIONS)}, each as [{" or ".join(SIZES)}] colour shape, such as "a red circle left of a '
-            f'small blue square" (colours: {", ".join(COLOURS)}; shapes: {", ".join(SHAPES)}).'
+            f'small blue square" (colours: {", ".join(COLOURS)}; shapes: {", ".join(SHAPES)}). '
+            "Other prompts need another reward: see MaskUNet Reward Loader."
         )
     first, joint, second = found.group(1, 2, 3), found.group(4), found.group(5, 6, 7)
     if joint is None:

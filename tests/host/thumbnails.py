@@ -65,19 +65,19 @@ THUMBNAILS = {
     ),
     "inpainting": Thumbnail(
         (
-            ("a picture", "First picture"),
             ("right part inpainted", "Save without a search"),
-            ("... with a search", "Save with a search"),
+            ("right part inpainted, with a search", "Save with a search"),
         )
     ),
     "sd15_generator_off_and_on": Thumbnail(_MASKS, runs="generator_off_and_on"),
     "sd15_reward_sampler": Thumbnail(_SEARCH, runs="reward_sampler"),
 }
+TOY_MODEL = "toy_model"
 TOY_PROMPTS = (
     "a red circle",
     "a small orange star",
     "a green star and a black ring",
-    "a cross above a yellow triangle",
+    "a red star above a blue ring",
 )
 Panel = tuple[str, list[Image.Image]]
 
@@ -178,11 +178,11 @@ def toy_panels(server: Server) -> list[Panel]:
 
 
 def draw(names: list[str]) -> None:
-    """Thumbnails of the templates by name, and the same pictures for the help pages that show them."""
+    """Thumbnails of the templates by name, and the same for the help pages that show them; TOY_MODEL for its own."""
     HELP_PICTURES.mkdir(parents=True, exist_ok=True)
     pages = "".join(path.read_text(encoding="utf-8") for path in HELP_PICTURES.parent.glob("*.md"))
     with Server() as server:
-        for name in names:
+        for name in (name for name in names if name in THUMBNAILS):
             thumbnail = THUMBNAILS[name]
             shown = drawn(server, thumbnail.runs or name)
             remark = "drawn by the toy model" if thumbnail.runs else ""
@@ -190,19 +190,20 @@ def draw(names: list[str]) -> None:
             save(picture, WORKFLOWS / f"{name}.jpg")
             if f"pictures/{name}.jpg" in pages:
                 save(picture, HELP_PICTURES / f"{name}.jpg")
-        if set(names) == set(THUMBNAILS):
-            save(compose(toy_panels(server)), HELP_PICTURES / "toy_model.jpg")
+        if TOY_MODEL in names:
+            save(compose(toy_panels(server)), HELP_PICTURES / f"{TOY_MODEL}.jpg")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make pictures", description=__doc__)
-    parser.add_argument("names", nargs="*", help="templates, all unless told")
+    parser.add_argument("names", nargs="*", help="of templates, or toy_model; all unless told")
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(THUMBNAILS)
+    every = [*THUMBNAILS, TOY_MODEL]
+    unknown = set(arguments.names) - set(every)
     if unknown:
-        parser.error(f"there is no template {', '.join(sorted(unknown))}; there are {', '.join(THUMBNAILS)}")
+        parser.error(f"there is no picture {', '.join(sorted(unknown))}; there are {', '.join(every)}")
     try:
-        draw(arguments.names or list(THUMBNAILS))
+        draw(arguments.names or every)
     except ServerError as error:
         print(error, file=sys.stderr)
         return 1

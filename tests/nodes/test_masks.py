@@ -148,7 +148,7 @@ def test_a_generator_among_the_masks_is_told_where_it_belongs(server, toy_struct
 
 @pytest.mark.parametrize("name", ["none.safetensors", "../../output/drawn_00001_.png"])
 def test_a_name_that_is_not_listed_is_refused(server, name):
-    with pytest.raises(ServerError, match="Value not in list"):
+    with pytest.raises(ServerError, match="is neither in models/maskunet_masks nor in masks/ of the output folder"):
         server.run(drawing(name))
 
 

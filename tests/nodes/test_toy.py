@@ -86,6 +86,17 @@ def test_the_hosts_objects_hold_the_shipped_weights(toy):
         assert all(torch.equal(state[key].float(), value) for key, value in weights.items())
 
 
+def test_the_host_can_make_a_copy_with_weights_of_its_own(toy):
+    """As Train LoRA asks for, and as hosts that stream weights do for a search."""
+    model = toy[0]
+    copied = model.clone(force_deepcopy=True)
+    ours, theirs = (patcher.model.diffusion_model.state_dict() for patcher in (model, copied))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name])
+        assert weight.data_ptr() != theirs[name].data_ptr()
+
+
 def test_the_trainers_text_path_equals_the_hosts(toy):
     from trainer.base import BaseModel
 
