@@ -56,6 +56,7 @@ NEW_PICTURES = """() => Object.entries(seen.files).every(([id, files]) => {
 
 GRAPH = """() => {
     const {nodes, links, groups} = app.graph.serialize()
+    for (const node of nodes) node.title ??= app.graph.getNodeById(node.id).title
     return {nodes, links, groups}
 }"""
 
@@ -209,7 +210,7 @@ class Desk:
         """Opens or closes the panel of saved graphs."""
         search = self.page.get_by_placeholder("Search Workflow")
         if search.is_visible() != shown:
-            self.page.get_by_role("button", name="Workflows").first.click()
+            self.page.get_by_role("button", name="Workflows (w)").click()
         expect(search).to_be_visible(visible=shown)
 
     def open_file(self, file: Path) -> None:
