@@ -18,9 +18,12 @@ SCREENSHOTS = PROJECT / "output" / "browser"
 
 
 def declared_models(name: str) -> list[dict[str, str]]:
-    """Files that a graph needs and does not bring, as its nodes declare them: name, directory, url."""
+    """Files that a graph needs and does not bring: those that its nodes declare, and generators that nobody ships."""
     nodes = load_workflow(name)["nodes"]
-    return [model for node in nodes for model in node.get("properties", {}).get("models", [])]
+    declared = [model for node in nodes for model in node.get("properties", {}).get("models", [])]
+    chosen = [node["widgets_values"][0] for node in nodes if node["type"] == "MaskUNetLoader"]
+    shipped = [file.name for file in (PROJECT / "maskunet_core" / "toy" / "generators").iterdir()]
+    return declared + [{"name": name, "directory": "maskunet"} for name in chosen if name not in shipped]
 
 
 @pytest.fixture(scope="package")

@@ -157,6 +157,9 @@ class Desk:
             "title => Object.values(app.canvas.selected_nodes).some(node => node.title === title)", arg=title
         )
 
+    def press_key_on_canvas(self, key: str) -> None:
+        self.page.locator("canvas#graph-canvas").press(key)
+
     def type_into(self, title: str, text: str) -> None:
         """Replaces the text of a node that shows one."""
         self.page.mouse.click(*self.on_screen(title, 60, 60))
@@ -193,7 +196,7 @@ class Desk:
         return self.page.evaluate(GRAPH)
 
     def save_as(self, name: str) -> None:
-        self.page.keyboard.press("Control+s")
+        self.press_key_on_canvas("Control+s")
         dialog = self.page.get_by_role("dialog")
         dialog.get_by_role("textbox").fill(name)
         dialog.get_by_role("button", name="Confirm").click()
@@ -215,7 +218,7 @@ class Desk:
 
     def open_file(self, file: Path) -> None:
         with self.page.expect_file_chooser() as chooser:
-            self.page.keyboard.press("Control+o")
+            self.press_key_on_canvas("Control+o")
         chooser.value.set_files(file)
         self._settle(file.stem)
 

@@ -27,7 +27,9 @@ TEXT_SHOWN = (
 )
 TEXT_CUT = """([id, name]) => {
     const {element} = app.graph.getNodeById(id).widgets.find(widget => widget.name === name)
-    return [element, ...element.children].some(part => part.clientHeight && part.scrollHeight > part.clientHeight + 1)
+    // A note holds the field in which it is edited, too, unseen.
+    const parts = [element, ...element.children].filter(part => part === element || part.tagName !== 'TEXTAREA')
+    return parts.some(part => part.clientHeight && part.scrollHeight > part.clientHeight + 1)
 }"""
 
 

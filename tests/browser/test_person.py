@@ -113,7 +113,8 @@ def test_an_error_of_a_node_is_shown_as_its_sentence(desk):
     file = desk.server.base / "models" / "maskunet" / "broken.safetensors"
     file.write_bytes(b"no tensors at all")
     desk.open_template(GRAPH)
-    desk.page.keyboard.press("r")  # new files appear in the lists
+    desk.type_into("Negative prompt", "of no other test")  # whose pictures would be remembered with this graph
+    desk.press_key_on_canvas("r")  # new files appear in the lists
     desk.choose("Generator", "broken.safetensors")
     desk.press_run()
     assert desk.wait_for_end() == "error"

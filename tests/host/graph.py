@@ -25,7 +25,9 @@ def _widgets(info: dict[str, Any]) -> list[tuple[str, bool]]:
             options = options[0] if options else {}
             if options.get("forceInput") or not (isinstance(kind, list) or kind in _WIDGET_TYPES):
                 continue
-            widgets.append((name, bool(options.get("control_after_generate"))))
+            # The front end gives that control to every whole number with one of these names.
+            controlled = options.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed"))
+            widgets.append((name, bool(controlled)))
     return widgets
 
 

@@ -14,7 +14,7 @@ INFO = {
         "input": {
             "required": {
                 "model": ["MODEL", {}],
-                "seed": ["INT", {"control_after_generate": True}],
+                "seed": ["INT", {}],
                 "on": ["BOOLEAN", {}],
             }
         },
