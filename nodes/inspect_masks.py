@@ -36,7 +36,12 @@ class MaskUNetInspect(io.ComfyNode):
                     tooltip="Recorded masks: from MaskUNet Masks of Run, Reward Sampler or Load Masks.",
                 ),
                 io.Int.Input(
-                    "sample", default=0, min=0, max=4095, tooltip="Which image of the recorded batch; 0 is the first."
+                    "sample",
+                    default=0,
+                    min=0,
+                    max=4095,
+                    step=1,
+                    tooltip="Which image of the recorded batch; 0 is the first.",
                 ),
                 io.Combo.Input(
                     "branch",
@@ -56,6 +61,7 @@ class MaskUNetInspect(io.ComfyNode):
                     default=0,
                     min=0,
                     max=4095,
+                    step=1,
                     optional=True,
                     tooltip="Which image of the other batch. Connect one recording to both inputs to compare two "
                     "images of a batch.",
