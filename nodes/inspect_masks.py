@@ -7,7 +7,7 @@ import comfy.utils
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..maskunet_core.mask_statistics import BRANCHES, ImageMasks, mask_statistics, to_table, weight_statistics
+from ..maskunet_core.mask_statistics import GUIDANCE, ImageMasks, mask_statistics, to_table, weight_statistics
 from ..maskunet_core.patch import presented_weights, structure_of
 from ..maskunet_core.recorded import RecordedMasks
 from .mask_plots import difference_map, keep_map, time_curves, weight_histograms
@@ -45,8 +45,8 @@ class MaskUNetInspect(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "branch",
-                    options=list(BRANCHES),
-                    default=BRANCHES[0],
+                    options=list(GUIDANCE),
+                    default=GUIDANCE[0],
                     tooltip="Masks of which branch of classifier-free guidance: with the positive prompt, or with the "
                     "negative. A generator gives each its own.",
                 ),

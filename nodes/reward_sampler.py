@@ -91,7 +91,7 @@ class MaskUNetRewardSampler(io.ComfyNode):
                     options=["fast", "quality", "paper", "reference", CUSTOM, "few_step"],
                     default="quality",
                     tooltip="fast: about the cost of 4 plain images. quality: about 16. paper, reference: the "
-                    "schedules of the paper and of its authors' release. custom: the folded settings. few_step: for "
+                    "schedules of the paper and of its authors' release. custom: the advanced settings. few_step: for "
                     "distilled models (Turbo, LCM, Lightning) at 1 to 8 steps and CFG 1, about 10 of their images.",
                 ),
                 io.Int.Input(

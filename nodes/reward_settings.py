@@ -18,7 +18,7 @@ def _of_custom(text: str) -> str:
 
 
 def custom_inputs() -> list[io.Input]:
-    """The settings that a preset fixes, folded away."""
+    """The settings that a preset fixes: advanced inputs, which the newer way of drawing nodes folds away."""
 
     def number(name: str, low: float, high: float, step: float, tooltip: str) -> io.Input:
         value = getattr(_OPEN, name)

@@ -66,6 +66,22 @@ def tiny_sd15_layout() -> dict[str, list[int] | int]:
     return shallow | {"transformer_depth_output": [1, 1, 0, 0], "transformer_depth_middle": 1}
 
 
+SDXL = {
+    "channel_mult": [1, 2, 4],
+    "num_res_blocks": [2, 2, 2],
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+    "context_dim": 2048,
+    "num_heads": -1,
+    "num_head_channels": 64,
+    "use_linear_in_transformer": True,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+}
+"""What SDXL's U-Net has otherwise than SD 1.5's, for `sd15_unet`."""
+
+
 def sd15_unet(**changes) -> torch.nn.Module:
     """ComfyUI's U-Net in SD 1.5's shapes on the meta device: structure without memory."""
     import comfy.ops

@@ -27,7 +27,7 @@ from .config import Config
 from .files import replacing
 
 
-class MaskStatistics:
+class MaskCounts:
     """Keep ratio, and the share of weights whose bit differs inside a batch, per layer of the calls since `reset`."""
 
     def __init__(self):
@@ -61,7 +61,7 @@ class MaskStatistics:
 class _Method:
     """What all methods share. base: the frozen model; module: the trained parameters."""
 
-    statistics: MaskStatistics | None = None
+    statistics: MaskCounts | None = None
     module: nn.Module
 
     def __init__(self, base: BaseModel, config: Config):
@@ -94,7 +94,7 @@ class MaskMethod(_Method):
         super().__init__(base, config)
         torch.manual_seed(config.seed)
         self.module = _new_generator(self.structure, base.unet, config)
-        self.statistics = MaskStatistics()
+        self.statistics = MaskCounts()
         self.source = LearningGenerator(self.module, config.generator.noise)
 
     def groups(self) -> list[dict[str, Any]]:

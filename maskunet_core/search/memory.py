@@ -34,6 +34,9 @@ class Graph:
     def peak(self) -> float:
         return self.bytes + _AT_WORK * self.largest
 
+    def times(self, images: int) -> "Graph":
+        return Graph(images * self.bytes, images * self.largest)
+
 
 @dataclass(frozen=True)
 class Need:
@@ -166,9 +169,9 @@ def estimate_need(
     reward = max(rewards, key=lambda graph: graph.peak)
     masks, slopes = _of_masks(RewardSearch(model, once, judge, 1, targets=targets).structure, settings)
     of_features = extrapolated(features, height * width)
-    times = lambda graph: Graph(images * graph.bytes, images * graph.largest)  # noqa: E731
     laid_out = 2 * max(weight.nbytes for weight in weights)
-    return Need(images * masks, images * slopes, images * of_features, laid_out, times(unet), times(vae), times(reward))
+    graphs = [graph.times(images) for graph in (unet, vae, reward)]
+    return Need(images * masks, images * slopes, images * of_features, laid_out, *graphs)
 
 
 def _begin(sample: Callable[[Any, Tensor], Any], model: Any, noise: Tensor) -> None:

@@ -9,23 +9,8 @@ from maskunet_core.rewards.blip import ImageReward, ImageRewardModel
 from maskunet_core.rewards.clip import ImageTower
 from maskunet_core.rewards.preprocess import normalise
 from maskunet_core.rewards.reward import BoundModel, BoundReward, BoundSum
-from tests.builders import sd15_unet
+from tests.builders import SDXL, sd15_unet
 from trainer.base import BaseModel
-
-SDXL = {
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": [1, 2, 4],
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    "transformer_depth_middle": 10,
-    "context_dim": 2048,
-    "num_heads": -1,
-    "num_head_channels": 64,
-    "use_linear_in_transformer": True,
-    "num_classes": "sequential",
-    "adm_in_channels": 2816,
-}
-"""What SDXL's U-Net has otherwise than SD 1.5's."""
 
 
 def random_unet(**changes) -> torch.nn.Module:
@@ -37,33 +22,24 @@ def random_unet(**changes) -> torch.nn.Module:
     return unet
 
 
-def random_base(family: str, dtype: torch.dtype) -> BaseModel:
-    """SD 1.5 or SDXL to sample with, on the host's device; without text encoder and VAE."""
-    import comfy.model_management
+def random_base(
+    family: str = "SD 1.5",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    small: bool = False,
+) -> BaseModel:
+    """SD 1.5 or SDXL whose U-Net is `random_unet`, or one that takes little memory; without text encoder and VAE."""
     import comfy.model_patcher
     import comfy.supported_models
 
     kind = {"SD 1.5": comfy.supported_models.SD15, "SDXL": comfy.supported_models.SDXL}[family]
-    config = kind({"in_channels": 4, "adm_in_channels": 2816, "disable_unet_model_creation": True})
+    changes = SDXL if family == "SDXL" else {}
+    config = kind({"in_channels": 4, "disable_unet_model_creation": True, **changes})
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, device="cpu")
-    model.diffusion_model = random_unet(**(SDXL if family == "SDXL" else {})).to(dtype)
-    devices = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    patcher = comfy.model_patcher.ModelPatcher(model, *devices)
+    model.diffusion_model = (_drawn(sd15_unet(**changes)) if small else random_unet(**changes)).to(dtype)
+    patcher = comfy.model_patcher.ModelPatcher(model, torch.device(device), torch.device("cpu"))
     return BaseModel(patcher, None, None, f"{family}, random weights")
-
-
-def random_sd15(small: bool = False) -> BaseModel:
-    """A base whose U-Net is `random_unet`, or one that takes little memory; without text encoder and VAE."""
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    config = comfy.supported_models.SD15({"in_channels": 4, "disable_unet_model_creation": True})
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, device="cpu")
-    model.diffusion_model = _drawn(sd15_unet()) if small else random_unet()
-    cpu = torch.device("cpu")
-    return BaseModel(comfy.model_patcher.ModelPatcher(model, cpu, cpu), None, None, "SD 1.5, random weights")
 
 
 _POOL = 1 << 25

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from maskunet_core.families import Structure
 from maskunet_core.patch import attach, structure_of
@@ -20,6 +19,7 @@ from tests.bench.models import random_base
 from tests.builders import make_generator
 from trainer.base import BaseModel, load_toy_base
 from trainer.cost import MB, PeakMemory
+from trainer.reward_compare.costs import Operations
 
 UNMASKED, OURS = "unmasked", "MaskUNet"
 CFG = 7.5
@@ -181,9 +181,9 @@ def _seconds(action: Callable[[], Any], device: torch.device) -> float:
 def _first(size: Size, model: Any, device: torch.device) -> tuple[int, int]:
     """Operations of a step, and its peak memory in bytes; also warms up."""
     gc.collect()
-    with PeakMemory(device) as memory, FlopCounterMode(display=False) as counter:
+    with PeakMemory(device) as memory, Operations() as counter:
         _step(size, model)
-    return counter.get_total_flops(), memory.peak
+    return counter.total, memory.peak
 
 
 def _rows(size: Size, base: BaseModel, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -223,11 +223,14 @@ def _rows(size: Size, base: BaseModel, dtype: torch.dtype) -> list[dict[str, Any
 
 def measure(sizes: tuple[Size, ...]) -> list[dict[str, Any]]:
     """The table of all sizes; a GPU measures each in fp16 and bf16."""
+    import comfy.model_management
+
+    device = comfy.model_management.get_torch_device()
     dtypes = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float32]
     rows = []
     for model in dict.fromkeys(size.model for size in sizes):
         for dtype in dtypes if model != "toy" else [torch.float32]:
-            base = load_toy_base() if model == "toy" else random_base(model, dtype)
+            base = load_toy_base() if model == "toy" else random_base(model, dtype, device)
             for size in (size for size in sizes if size.model == model):
                 rows += _rows(size, base, dtype)
             del base

@@ -22,7 +22,7 @@ from maskunet_core.search.judge import Judge
 from maskunet_core.search.masks import SearchedMasks
 from maskunet_core.search.sampling import RewardSearch
 from maskunet_core.search.settings import PRESETS, SMALL_SIDE, SearchSettings
-from tests.bench.models import random_rewards, random_sd15, random_vae
+from tests.bench.models import random_base, random_rewards, random_vae
 from trainer.cost import MB, PeakMemory
 from trainer.reward_compare.costs import Operations
 
@@ -48,7 +48,7 @@ class Scene:
     @classmethod
     def build(cls, pixels: int) -> "Scene":
         return cls(
-            random_sd15(small=True).patcher, random_vae(small=False), random_vae(small=True), random_rewards(), pixels
+            random_base(small=True).patcher, random_vae(small=False), random_vae(small=True), random_rewards(), pixels
         )
 
     def decode(self, small: bool = False) -> Callable[[Tensor], Tensor]:

@@ -14,17 +14,13 @@ from tests.builders import make_generator, sd15_unet
 from trainer.host import PROJECT
 
 _IMPORT = """
-import asyncio, importlib.util, sys, time
-sys.path.insert(0, {project!r})
+import asyncio, time
+from tests.host.extension import load_extension
 from trainer.host import enter_host
 enter_host()
 import nodes, comfy.sample, comfy.samplers, comfy_api.latest, folder_paths, latent_preview, server
 began = time.perf_counter()
-spec = importlib.util.spec_from_file_location("extension", {project!r} + "/__init__.py",
-                                              submodule_search_locations=[{project!r}])
-package = importlib.util.module_from_spec(spec)
-sys.modules["extension"] = package
-spec.loader.exec_module(package)
+package = load_extension()
 async def enter():
     extension = await package.comfy_entrypoint()
     await extension.on_load()
@@ -37,8 +33,7 @@ print("took", time.perf_counter() - began)
 
 def _import_seconds() -> float:
     """Of the extension and its schemas, in a fresh process that holds the host already, as ComfyUI does."""
-    script = _IMPORT.format(project=str(PROJECT))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PROJECT)
+    done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True, cwd=PROJECT)
     return float(done.stdout.split("took")[-1])
 
 

@@ -13,7 +13,7 @@ import torch
 from maskunet_core.gumbel import straight_through
 from maskunet_core.patch import installed
 from maskunet_core.sources import Call, LearningGenerator
-from tests.bench.models import random_sd15
+from tests.bench.models import random_base
 from trainer.base import BaseModel, load_toy_base
 from trainer.config_file import parse_config
 from trainer.cost import MB, PeakMemory
@@ -103,7 +103,7 @@ def _peak(name: str, base: BaseModel, batch: int, pixels: int) -> int:
 def measure(model: str, pixels: int, batches: list[int], repetitions: int) -> list[dict]:
     """A row per batch and method: steps in turns, medians, and the median of the ratios to LoRA's within a turn."""
     torch.manual_seed(0)
-    base = load_toy_base() if model == "toy" else random_sd15()
+    base = load_toy_base() if model == "toy" else random_base()
     rows = []
     for batch in batches:
         peaks = {name: _peak(name, base, batch, pixels) for name in METHODS}

@@ -3,21 +3,7 @@ import torch
 from torch import nn
 
 from maskunet_core.families import TARGETS, NothingToMask, Structure, inspect_model
-from tests.builders import sd15_unet
-
-SDXL = {
-    "channel_mult": [1, 2, 4],
-    "num_res_blocks": [2, 2, 2],
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    "transformer_depth_middle": 10,
-    "context_dim": 2048,
-    "num_heads": -1,
-    "num_head_channels": 64,
-    "use_linear_in_transformer": True,
-    "num_classes": "sequential",
-    "adm_in_channels": 2816,
-}
+from tests.builders import SDXL, sd15_unet
 
 
 def test_decoder_attention_of_sd15_is_what_the_paper_masks(sd15_structure):

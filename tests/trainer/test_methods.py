@@ -9,7 +9,7 @@ from maskunet_core.sources import GeneratorMasks
 from trainer.base import load_toy_base
 from trainer.config_file import parse_config
 from trainer.loop import Run
-from trainer.methods import MaskStatistics, build_method
+from trainer.methods import MaskCounts, build_method
 from trainer.train import load_data, make_accelerator, start
 
 
@@ -174,7 +174,7 @@ def test_the_authors_generator_begins_as_the_base_and_goes_through_a_file(freed,
 
 
 def test_statistics_count_what_is_kept_and_what_differs():
-    statistics = MaskStatistics()
+    statistics = MaskCounts()
     statistics("a", torch.tensor([[[1.0, 1.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]]))
     statistics("b", torch.ones(1, 2, 2))
     assert statistics.keep_ratio == (5 + 4) / 12
