@@ -68,6 +68,7 @@ class Server:
 
     `with Server() as server: images = server.run(prompt)`. folder_name: of the extension inside custom_nodes.
     arguments: more of them for main.py. other_nodes: files that lie beside the extension in custom_nodes.
+    extension: its folder. packages: a folder of packages that the server gets in place of this environment's.
     """
 
     def __init__(
@@ -76,9 +77,13 @@ class Server:
         port: int | None = None,
         arguments: tuple[str, ...] = (),
         other_nodes: tuple[Path, ...] = (),
+        extension: Path = PROJECT,
+        packages: Path | None = None,
     ):
         self.folder_name = folder_name
         self.other_nodes = other_nodes
+        self.extension = extension
+        self.packages = packages
         self.port = require_free(port) if port else free_port()
         self.arguments = arguments
         self.base = Path(tempfile.mkdtemp(prefix="comfyui-"))
@@ -90,7 +95,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> "Server":
-        link_folder(self.base / "custom_nodes" / self.folder_name, PROJECT)
+        link_folder(self.base / "custom_nodes" / self.folder_name, self.extension)
         for file in self.other_nodes:
             shutil.copy(file, self.base / "custom_nodes")
         for folder in ("models", "input", "output", "temp", "user"):
@@ -108,16 +113,24 @@ class Server:
             link.unlink()
         shutil.rmtree(self.base, ignore_errors=True)
 
+    def interpreter(self) -> tuple[list[str], dict[str, str]]:
+        """Python with its options, and its environment variables."""
+        if self.packages is None:
+            return [sys.executable], dict(os.environ)
+        # Without the module `site`, Python has no packages but those on PYTHONPATH.
+        return [sys.executable, "-S"], {**os.environ, "PYTHONPATH": str(self.packages)}
+
     def start(self, timeout: float = 180) -> None:
         import torch
 
-        command = [sys.executable, "main.py", "--listen", "127.0.0.1", "--port", str(self.port)]
+        python, environment = self.interpreter()
+        command = [*python, "main.py", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--disable-auto-launch", "--disable-api-nodes", "--preview-method", "latent2rgb"]
         command += [] if torch.cuda.is_available() else ["--cpu"]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [*command, *self.arguments], cwd=find_host(), stdout=log, stderr=subprocess.STDOUT
+                [*command, *self.arguments], cwd=find_host(), env=environment, stdout=log, stderr=subprocess.STDOUT
             )
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
