@@ -54,9 +54,9 @@ class RewardRun:
         patchers = [looking.patcher, vae.patcher, *reward.patchers(), *(watch.patchers() if watch else ())]
         self.helpers = list({id(patcher): patcher for patcher in patchers}.values())
         self.model.set_additional_models(KEY, self.helpers)
-        self.samples = comfy.sample.fix_empty_latent_channels(
-            self.model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
-        )
+        # A host knows just those ratios that its own nodes put into a latent.
+        ratios = {key: value for key, value in latent.items() if key.startswith("downscale_ratio_")}
+        self.samples = comfy.sample.fix_empty_latent_channels(self.model, latent["samples"], **ratios)
         self.format = self.model.get_model_object("latent_format")
         self.bound: BoundReward = reward.reward.bind(prompt)
         watched = watch.reward.bind(prompt) if watch else None

@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share."""
 
+import contextlib
 import os
 import sys
 
@@ -41,3 +42,25 @@ def server():
     """A running ComfyUI with the extension, and a reward that fails on demand, for all tests of the session."""
     with Server(other_nodes=(PROJECT / "tests" / "host" / "faulty_reward.py",)) as running:
         yield running
+
+
+@pytest.fixture
+def streamed_in(monkeypatch):
+    """A block in which the host loads diffusion models as where memory is scarce: weights come as they are used."""
+    import comfy.model_management
+    from comfy.model_patcher import ModelPatcher
+
+    whole = ModelPatcher.load
+
+    def piece_by_piece(patcher, device_to=None, *_, **__):
+        whole(patcher, device_to, lowvram_model_memory=1)
+
+    @contextlib.contextmanager
+    def block():
+        comfy.model_management.unload_all_models()
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelPatcher, "load", piece_by_piece)
+            yield
+            comfy.model_management.unload_all_models()
+
+    return block

@@ -246,6 +246,20 @@ def test_lora_before_or_after_gives_the_same_bits(toy, toy_structure, lively):
     assert (result - sample(attach(model, source, 1.0, 0.0, 1.0), clip)).abs().max() > 1e-3
 
 
+def test_a_model_that_is_streamed_in_gives_the_same_bits(toy, toy_structure, lively, streamed_in):
+    """Its LoRA is added to each weight as that is used, so masks must see the weight as the layer gets it."""
+    import comfy.sd
+
+    model, clip, _ = toy
+    with_lora = comfy.sd.load_lora_for_models(model, None, lora_file(toy_structure), 1.0, 0.0)[0]
+    masked = attach(with_lora, GeneratorMasks(lively), 1.0, 0.0, 1.0)
+    whole = sample(masked, clip)
+    assert masked.loaded_size() == masked.model_size()
+    with streamed_in():
+        assert torch.equal(sample(masked, clip), whole)
+        assert masked.loaded_size() < masked.model_size() / 10
+
+
 def test_masks_act_inside_the_window_alone(toy, toy_structure):
     model, clip, _ = toy
     seen = []

@@ -11,7 +11,7 @@ import torch
 
 from maskunet_core.rewards.reward import CombinedReward, value_and_gradient
 from maskunet_core.rewards.toy import ToyReward
-from maskunet_core.search.host import NoRoomForGradients, latent_decoder
+from maskunet_core.search.host import NoRoomForGradients, latent_decoder, load_for_gradients
 from maskunet_core.search.judge import Judge
 from maskunet_core.search.memory import Graph, Need, estimate_need, extrapolated, require_room
 from maskunet_core.search.sampling import RewardSearch
@@ -146,3 +146,10 @@ def test_what_is_lowered_already_is_not_advised():
     settings = replace(SETTINGS, branches="positive", small_decode=True)
     with pytest.raises(NoRoomForGradients, match=r"What makes it smaller: lower the size or the batch\.$"):
         require_room(need_of(8, 3, 1), GB, settings, "cpu", small_vae=True)
+
+
+def test_a_model_that_is_streamed_in_is_refused(streamed_in):
+    model, _, _ = load_toy_model()
+    load_for_gradients([model])
+    with streamed_in(), pytest.raises(NoRoomForGradients, match=r"does not fit on cpu .* without --lowvram\.$"):
+        load_for_gradients([model])
