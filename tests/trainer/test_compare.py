@@ -66,7 +66,7 @@ def test_every_arm_has_as_many_trials_and_final_runs_as_every_other():
         plan = make_plan(scale)
         counts = Counter((job.kind, job.task.name, job.arm) for job in plan if job.task and not job.ablation)
         for task in scale.tasks:
-            for arm in ARMS:
+            for arm in task.arms:
                 assert counts["trial", task.name, arm] == len(scale.factors)
                 assert counts["final", task.name, arm] == scale.seeds
     assert Scale().seeds == 3
@@ -75,9 +75,9 @@ def test_every_arm_has_as_many_trials_and_final_runs_as_every_other():
 
 @pytest.mark.parametrize("task", Scale().tasks, ids=lambda task: task.name)
 def test_arms_differ_in_the_method_and_its_rates_alone(task, tmp_path):
-    configs = [configuration(task, arm, 1.0, 0, tmp_path) for arm in ARMS]
+    configs = [configuration(task, arm, 1.0, 0, tmp_path) for arm in task.arms]
     for config in configs:
-        assert (config.loop.steps, config.loop.batch) == (task.steps, task.batch)
+        assert (config.loop.steps, config.loop.batch, config.targets) == (task.steps, task.batch, task.targets)
         same = {"loop": config.loop, "data": config.data, "prior": config.prior, "targets": config.targets}
         assert same == {key: getattr(configs[0], key) for key in same}
         rates = {"lr": 0.0, "lr_bias": 0.0}
@@ -141,7 +141,7 @@ def test_jobs_come_after_what_they_need_and_tables_fill_evenly():
         assert all(places[need] < places[job.name] for need in job.needs)
     for task in Scale().tasks:
         for seeds in pairwise(range(3)):
-            earlier, later = ([places[f"{task.name}/{arm}/seed-{seed}"] for arm in ARMS] for seed in seeds)
+            earlier, later = ([places[f"{task.name}/{arm}/seed-{seed}"] for arm in task.arms] for seed in seeds)
             assert max(earlier) < min(later)
     assert all(job.ablation for job in plan[-3 * len(ABLATIONS) :])
 

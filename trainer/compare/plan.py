@@ -6,7 +6,8 @@ a step of 16, 140 losses and 4.5 pictures a second, and 10 s to start a job:
     base and data                                 1,800
     noise     30 trials x  68, 18 finals x 169    5,100
     style     30 trials x  68, 18 finals x 169    5,100     ablations  33 x 100   3,300
-    subject   60 trials x  36, 36 finals x 137    7,100     together             22,400
+      on more layers   20 trials x 75, 12 finals x 180      3,700
+    subject   60 trials x  36, 36 finals x 137    7,100     together             26,100
 
 A final measures 4,096 losses for its last state, as many for its best one where that is another, and 192 pictures.
 """
@@ -19,13 +20,15 @@ from ..config import Config
 from ..config_file import parse_config
 from .worlds import CLASS
 
+ARMS = ("static_mask", "maskunet", "reference_released", "reference_freed", "lora", "full")
+
 
 @dataclass(frozen=True)
 class Task:
-    """world: what is tuned to, and from which base; two tasks may share one. steps, batch: of every arm alike.
+    """world: what is tuned to, and from which base; tasks may share one. steps, batch, targets: of every arm alike.
 
     weighs_forgetting: settings are chosen by gain plus forgetting, not by gain alone. prior: the base's own pictures
-    of the class make half of every batch.
+    of the class make half of every batch. targets: the layers that are masked or trained.
     """
 
     name: str
@@ -34,6 +37,8 @@ class Task:
     batch: int
     weighs_forgetting: bool = True
     prior: bool = False
+    targets: str = "decoder attention"
+    arms: tuple[str, ...] = ARMS
 
 
 @dataclass(frozen=True)
@@ -87,13 +92,20 @@ class Scale:
         return (
             Task("noise", "noise", self.noise_steps, 16, weighs_forgetting=False),
             Task("style", "style", self.style_steps, 16),
+            Task(
+                "style, more layers",
+                "style",
+                self.style_steps,
+                16,
+                targets="decoder attention and feed-forward",
+                arms=("static_mask", "maskunet", "lora", "full"),
+            ),
             Task("subject", "subject", self.subject_steps, 8),
             Task("subject, prior", "subject", self.subject_steps, 8, prior=True),
         )
 
 
 WORLDS = ("noise", "style", "subject")
-ARMS = ("static_mask", "maskunet", "reference_released", "reference_freed", "lora", "full")
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no t_emb": {"generator": {"use_time": False}},
     "no sample": {"generator": {"use_sample": False}},
@@ -150,6 +162,7 @@ def configuration(
     values = arm_values(arm, factor, task.steps)
     for key, value in (changes or {}).items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    values = {"targets": task.targets} | values
     values |= {
         "output": str(output),
         "seed": seed,
@@ -197,16 +210,14 @@ def make_plan(scale: Scale, worlds: tuple[str, ...] = WORLDS) -> list[Job]:
     jobs = []
     tasks = [task for task in scale.tasks if task.world in worlds]
     for task in tasks:
-        if task.world == "noise":
-            jobs.append(Job("noise/base", "base", "noise"))
-        if not task.prior:
-            needs = ("noise/base",) if task.world == "noise" else ()
-            jobs.append(Job(f"{task.world}/data", "data", task.world, needs))
-        for arm in ARMS:
+        base = [Job("noise/base", "base", "noise")] if task.world == "noise" else []
+        data = Job(f"{task.world}/data", "data", task.world, tuple(job.name for job in base))
+        jobs += [job for job in (*base, data) if job not in jobs]
+        for arm in task.arms:
             jobs += _trials(task, arm, scale)
-        jobs += [_final(task, arm, 0, scale) for arm in ARMS]
+        jobs += [_final(task, arm, 0, scale) for arm in task.arms]
     for seed in range(1, scale.seeds):
-        jobs += [_final(task, arm, seed, scale) for task in tasks for arm in ARMS]
+        jobs += [_final(task, arm, seed, scale) for task in tasks for arm in task.arms]
     for task in tasks:
         if task.name == ABLATED:
             jobs += [_final(task, "maskunet", seed, scale, name) for seed in range(scale.seeds) for name in ABLATIONS]

@@ -10,11 +10,12 @@ from ..job_board import result_of
 from ..tables import machine, to_markdown
 from .figures import write_figures
 from .jobs import NEW, OLD
-from .plan import ABLATED, ABLATIONS, ARMS, Scale, Task, make_plan, scale_to_values
+from .plan import ABLATED, ABLATIONS, Scale, Task, make_plan, scale_to_values
 
 TITLES = {
     "noise": "Noise: a base of half wrong captions, tuned on right ones",
     "style": "Style: {style_pictures} pictures of another background and tilted shapes",
+    "style, more layers": "Style, on the feed-forward layers too",
     "subject": "Subject: {subject_pictures} pictures of a two-coloured star",
     "subject, prior": "Subject with prior preservation",
 }
@@ -87,7 +88,7 @@ def task_rows(output: Path, task: Task, scale: Scale) -> list[dict[str, Any]]:
     rows = [make_row(task, "base", [data["base"] | {"last": still}])]
     if "shipped" in data:
         rows.append(make_row(task, "base, as shipped", [data["shipped"]]))
-    for arm in ARMS:
+    for arm in task.arms:
         results = _finals(output, task, arm, scale.seeds)
         if results:
             rows.append(make_row(task, arm, results))
