@@ -40,7 +40,8 @@ def _save(figure: Any, path: Path) -> None:
 def _gain_and_forgetting(path: Path, rows: list[dict[str, Any]], scale: Scale) -> None:
     import matplotlib.pyplot as plt
 
-    tasks = [task.name for task in scale.tasks if any(row["task"] == task.name for row in rows)]
+    trained = {row["task"] for row in rows if row["method"] in ARMS}
+    tasks = [task.name for task in scale.tasks if task.name in trained]
     if not tasks:
         return
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.8), squeeze=False)
