@@ -10,7 +10,6 @@ from torch import Tensor
 from ..maskunet_core.mask_statistics import GUIDANCE, ImageMasks, mask_statistics, to_table, weight_statistics
 from ..maskunet_core.patch import presented_weights, structure_of
 from ..maskunet_core.recorded import RecordedMasks
-from .mask_plots import difference_map, keep_map, time_curves, weight_histograms
 from .types import MasksType
 
 
@@ -98,6 +97,9 @@ class MaskUNetInspect(io.ComfyNode):
         other_masks: RecordedMasks | None = None,
         other_sample: int = 0,
     ) -> io.NodeOutput:
+        # Imported here: ComfyUI's start does not wait for it.
+        from .mask_plots import difference_map, keep_map, time_curves, weight_histograms
+
         masks.require_fit(structure_of(model, masks.targets))
         other = None if other_masks is None else ImageMasks(other_masks, other_sample, branch, "other_masks")
         chosen = ImageMasks(masks, sample, branch)

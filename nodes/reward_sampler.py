@@ -10,8 +10,6 @@ from comfy_api.latest import io
 from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.families import TARGETS
 from ..maskunet_core.search.host import outside_inference_mode
-from .reward_curve import reward_curve
-from .reward_run import RewardRun
 from .reward_settings import CUSTOM, chosen_settings, custom_inputs
 from .rewards import LoadedReward
 from .types import MasksType, RewardType, seed_input
@@ -197,6 +195,10 @@ class MaskUNetRewardSampler(io.ComfyNode):
             )
         # Gradients cannot flow through tensors that were made in the inference mode that nodes run in.
         with torch.inference_mode(False), torch.no_grad():
+            # Half of what the extension would take to import: ComfyUI's start does not wait for it.
+            from .reward_curve import reward_curve
+            from .reward_run import RewardRun
+
             run = RewardRun(
                 model=model,
                 vae=vae,

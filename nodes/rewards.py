@@ -12,10 +12,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..maskunet_core.rewards.files import KNOWN, load
 from ..maskunet_core.rewards.preprocess import letterbox
 from ..maskunet_core.rewards.reward import BoundModel, CombinedReward, Reward
-from ..maskunet_core.rewards.toy import ToyReward
 from .folders import REWARD
 from .legend import captioned
 from .types import RewardType
@@ -108,6 +106,8 @@ class MaskUNetRewardLoader(io.ComfyNode):
         """Replaces the host's own check of the list, which would not say where the file is to be had."""
         if reward_name in (None, TOY_REWARD) or folder_paths.get_full_path(REWARD, reward_name):
             return True
+        from ..maskunet_core.rewards.files import KNOWN
+
         return f"'{reward_name}' is not in models/reward. These files can be put there: {KNOWN}."
 
     @classmethod
@@ -119,6 +119,10 @@ class MaskUNetRewardLoader(io.ComfyNode):
     @classmethod
     def execute(cls, reward_name: str, dtype: str, checkpointing: bool) -> io.NodeOutput:
         with torch.inference_mode(False):
+            # The architectures are imported where one is wanted: ComfyUI's start does not wait for them.
+            from ..maskunet_core.rewards.files import load
+            from ..maskunet_core.rewards.toy import ToyReward
+
             if reward_name == TOY_REWARD:
                 return io.NodeOutput(LoadedReward(ToyReward()))
             path = Path(folder_paths.get_full_path_or_raise(REWARD, reward_name))

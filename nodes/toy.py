@@ -2,8 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..maskunet_core.toy.model import load_toy_model
-
 
 class MaskUNetToyModel(io.ComfyNode):
     @classmethod
@@ -27,4 +25,7 @@ class MaskUNetToyModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
+        # Imported here: ComfyUI's start does not wait for it.
+        from ..maskunet_core.toy.model import load_toy_model
+
         return io.NodeOutput(*load_toy_model())
