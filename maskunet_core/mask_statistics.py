@@ -10,8 +10,6 @@ from .errors import MaskUNetError
 from .families import Layer
 from .recorded import EACH, IncompatibleMasks, RecordedMasks, count_ones, pack_bits, unpack_bits
 
-GUIDANCE = ("positive", "negative")
-"""Branches of classifier-free guidance, by the number that the host gives them."""
 _DECADES, _BINS_PER_DECADE = 4, 12
 
 
@@ -22,7 +20,7 @@ class NoSuchImage(MaskUNetError):
 class ImageMasks:
     """The masks of one image in one branch of guidance.
 
-    image: counted from 0. branch: one of GUIDANCE. name: of the masks in messages. Raises NoSuchImage.
+    image: counted from 0. branch: one of `recorded.GUIDANCE`. name: of the masks in messages. Raises NoSuchImage.
     """
 
     def __init__(self, masks: RecordedMasks, image: int = 0, branch: str = "positive", name: str = "masks"):

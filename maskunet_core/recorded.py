@@ -17,6 +17,8 @@ BRANCHES = ("both", "positive")
 """Branches of classifier-free guidance that masks act on, where an image has one mask."""
 EACH = "each"
 """Each branch has a mask of its own."""
+GUIDANCE = ("positive", "negative")
+"""The branches, by the number that the host gives them."""
 
 
 class IncompatibleMasks(MaskUNetError):

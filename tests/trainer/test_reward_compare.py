@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from maskunet_core.rewards.toy import ToyReward
 from trainer import job_board
@@ -52,6 +53,17 @@ def test_operations_of_a_product_are_counted_forward_and_backward():
     with Operations() as counted:
         (a @ b).sum().backward()
     assert counted.total == 3 * (2 * 3 * 4 * 5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_layers_are_counted_where_they_arrive_whole(mode):
+    rows, weight, bias = torch.randn(2, 7, 32), torch.randn(64, 32), torch.randn(64)
+    image, kernel, heads = torch.randn(1, 4, 16, 16), torch.randn(8, 4, 3, 3), torch.randn(1, 2, 16, 8)
+    with mode(), Operations() as counted:
+        F.linear(rows, weight, bias)
+        F.conv2d(image, kernel, padding=1)
+        F.scaled_dot_product_attention(heads, heads, heads)
+    assert counted.total == 2 * 2 * 7 * 32 * 64 + 2 * 8 * 4 * 9 * 16 * 16 + 2 * (2 * 2 * 16 * 16 * 8)
 
 
 def test_particles_follow_the_reward(stage, captions):

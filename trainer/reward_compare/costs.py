@@ -33,7 +33,10 @@ class Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         count = COUNTED.get(function._overloadpacket)
         if count is None:
-            return function(*args, **kwargs)
+            # In inference mode linear layers and convolutions arrive whole.
+            with self:
+                result = function.decompose(*args, **kwargs)
+            return function(*args, **kwargs) if result is NotImplemented else result
         result = self.execute(function, args, kwargs)
         self.total += count(*args, **kwargs, out_val=result)
         return result
