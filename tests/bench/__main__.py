@@ -2,6 +2,8 @@
 
 import argparse
 
+import torch
+
 from trainer.host import PROJECT, enter_host
 from trainer.tables import write_table
 
@@ -37,16 +39,18 @@ def _search(quick: bool):
 
 
 TABLES = {"starting": _starting, "sampling": _sampling, "training": _training, "search": _search}
-ALONE = ("search",)
-"""Measured where they are asked for: at full size it takes more than an hour."""
+ALONE = ("training", "search")
+"""Measured where they are asked for: at full size they take a quarter of an hour, and more than an hour."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: 3 minutes")
-    parser.add_argument("--only", choices=TABLES, help="one table alone; search is not among the others")
+    parser.add_argument("--only", choices=TABLES, help="one table alone; training and search are not among the others")
     arguments = parser.parse_args()
     enter_host()
+    # Seconds of the processor are those of work, and a process that has used several threads cannot be forked.
+    torch.set_num_threads(1)
     for table, measure in TABLES.items():
         if arguments.only == table or (arguments.only is None and table not in ALONE):
             rows, settings = measure(arguments.quick)

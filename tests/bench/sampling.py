@@ -4,9 +4,9 @@ import gc
 import importlib
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from maskunet_core.patch import attach, structure_of
 from maskunet_core.recorded import RecordedMasks, RecordedSource
 from maskunet_core.reference import ReferenceGenerator, authors_maps
 from maskunet_core.sources import GeneratorMasks, RandomMasks
+from tests.bench.clock import seconds
 from tests.bench.models import random_base
 from tests.builders import make_generator
 from trainer.base import BaseModel, load_toy_base
@@ -30,7 +31,8 @@ FAMILIES = {"SD 1.5": (768, 77), "SDXL": (2048, 77), "toy": (128, 16)}
 
 @dataclass(frozen=True)
 class Size:
-    """What is drawn: `images` pictures of `pixels` a side, two samples each (CFG), in so many turns."""
+    """What is drawn: `images` pictures of `pixels` a side, two samples each (CFG). turns: after the one that warms up,
+    which counts itself where there is no other."""
 
     model: str
     pixels: int
@@ -119,37 +121,33 @@ VARIANTS: dict[str, Build] = {
 }
 MASKS = (UNMASKED, OURS)
 SIZES = (
-    Size("SD 1.5", 256, 1, 3, tuple(VARIANTS)),
-    Size("SD 1.5", 512, 1, 3, (*MASKS, "authors' networks")),
+    Size("SD 1.5", 256, 1, 5, tuple(VARIANTS)),
+    Size("SD 1.5", 512, 1, 3, MASKS),
     Size("SD 1.5", 256, 1, 2, MASKS, "decoder attention and feed-forward"),
     Size("SD 1.5", 256, 1, 2, MASKS, "all attention"),
     Size("SD 1.5", 256, 4, 2, MASKS),
-    Size("SD 1.5", 256, 16, 1, MASKS),
-    Size("SD 1.5", 512, 4, 1, MASKS),
-    Size("SD 1.5", 1024, 1, 1, MASKS),
-    Size("SDXL", 256, 1, 2, MASKS),
+    Size("SD 1.5", 256, 16, 0, MASKS),
+    Size("SD 1.5", 1024, 1, 0, MASKS),
+    Size("SDXL", 256, 1, 1, MASKS),
     Size("toy", 64, 1, 20, tuple(VARIANTS)),
     Size("toy", 64, 4, 20, MASKS),
 )
-QUICK = (Size("SD 1.5", 256, 1, 2, tuple(VARIANTS)), Size("toy", 64, 1, 5, tuple(VARIANTS)))
+ON_CUDA = (Size("SD 1.5", 512, 1, 10, tuple(VARIANTS)), Size("SD 1.5", 512, 4, 5, MASKS))
+"""Besides: a CPU would take minutes for a step."""
+QUICK = (Size("SD 1.5", 256, 1, 1, tuple(VARIANTS)), Size("toy", 64, 1, 5, tuple(VARIANTS)))
 
 
-def _step(size: Size, model: Any) -> float:
-    """Seconds of a run of one step, as the host's sampler node makes it."""
+def _step(size: Size, model: Any) -> None:
+    """A run of one step, as the host's sampler node makes it."""
     import comfy.sample
 
     stream = torch.Generator().manual_seed(0)
     noise = torch.randn(size.images, 4, size.pixels // 8, size.pixels // 8, generator=stream)
     positive, negative = size.prompt(stream), size.prompt(stream)
-    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    synchronise()
-    began = time.perf_counter()
     with torch.inference_mode():
         comfy.sample.sample(
             model, noise, 1, CFG, "euler", "normal", positive, negative, noise, disable_pbar=True, seed=0
         )
-    synchronise()
-    return time.perf_counter() - began
 
 
 @dataclass(frozen=True)
@@ -159,31 +157,35 @@ class Speed:
     operations: float
     bytes: float
 
+    def floor(self, operations: float, size: float) -> float:
+        """Seconds that so many operations and bytes take at least: both may go on at once."""
+        return max(operations / self.operations, size / self.bytes)
+
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> "Speed":
-        side = 4096 if device.type == "cuda" else 1024
+        side = 4096 if device.type == "cuda" else 1536
         left, right = torch.randn(2, side, side, device=device).to(dtype)
         source = torch.empty(64 * MB, dtype=torch.uint8, device=device).fill_(1)
         target = torch.empty_like(source)
-        product = min(_seconds(lambda: torch.mm(left, right), device) for _ in range(5))
-        copy = min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
+        product = min(seconds(lambda: torch.mm(left, right)) for _ in range(10))
+        copy = min(seconds(lambda: target.copy_(source)) for _ in range(10))
         return cls(2 * side**3 / product, 2 * source.numel() / copy)
 
 
-def _seconds(action: Callable[[], Any], device: torch.device) -> float:
-    began = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+@dataclass(frozen=True)
+class First:
+    """A step that also warms up. operations: floating-point; peak: of memory, in bytes."""
 
+    seconds: float
+    operations: int
+    peak: int
 
-def _first(size: Size, model: Any, device: torch.device) -> tuple[int, int]:
-    """Operations of a step, and its peak memory in bytes; also warms up."""
-    gc.collect()
-    with PeakMemory(device) as memory, Operations() as counter:
-        _step(size, model)
-    return counter.total, memory.peak
+    @classmethod
+    def of(cls, size: Size, model: Any, device: torch.device) -> "First":
+        gc.collect()
+        with PeakMemory(device) as memory, Operations() as counter:
+            took = seconds(partial(_step, size, model))
+        return cls(took, counter.total, memory.peak)
 
 
 def _say(text: str) -> None:
@@ -195,14 +197,17 @@ def _rows(size: Size, base: BaseModel, dtype: torch.dtype) -> list[dict[str, Any
     device = base.patcher.load_device
     speed = Speed.of(device, dtype)
     variants = {name: VARIANTS[name](base, size.targets) for name in size.variants}
-    first = {name: _first(size, variant.model, device) for name, variant in variants.items()}
-    turns = [{n: _step(size, variant.model) for n, variant in variants.items()} for _ in range(size.turns)]
+    first = {name: First.of(size, variant.model, device) for name, variant in variants.items()}
+    turns = [
+        {name: seconds(partial(_step, size, variant.model)) for name, variant in variants.items()}
+        for _ in range(size.turns)
+    ] or [{name: step.seconds for name, step in first.items()}]
     unmasked = statistics.median(turn[UNMASKED] for turn in turns)
     rows = []
     for name, variant in variants.items():
         ratios = [turn[name] / turn[UNMASKED] for turn in turns]
-        operations, peak = first[name]
-        extra = (operations - first[UNMASKED][0]) / speed.operations + variant.bytes / speed.bytes
+        operations, peak = first[name].operations, first[name].peak
+        extra = speed.floor(operations - first[UNMASKED].operations, variant.bytes)
         rows.append(
             {
                 "model": size.model,
@@ -215,10 +220,10 @@ def _rows(size: Size, base: BaseModel, dtype: torch.dtype) -> list[dict[str, Any
                 "ratio": round(statistics.median(ratios), 3),
                 "from": round(min(ratios), 3),
                 "to": round(max(ratios), 3),
-                "floor of ratio": round(1 + max(0.0, extra) / unmasked, 3),
-                "floor s": round(operations / speed.operations + variant.bytes / speed.bytes, 3),
+                "floor of ratio": round(1 + extra / unmasked, 3),
+                "floor s": round(speed.floor(operations, _weights(base.unet) + variant.bytes), 3),
                 "GFLOP": round(operations / 1e9, 1),
-                "extra peak MB": round((peak - first[UNMASKED][1]) / MB),
+                "extra peak MB": round((peak - first[UNMASKED].peak) / MB),
                 "patch MB": round(variant.bytes / MB, 1),
             }
         )
@@ -232,6 +237,8 @@ def measure(sizes: tuple[Size, ...]) -> list[dict[str, Any]]:
 
     device = comfy.model_management.get_torch_device()
     dtypes = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float32]
+    if torch.cuda.is_available():
+        sizes += ON_CUDA
     rows = []
     for model in dict.fromkeys(size.model for size in sizes):
         for dtype in dtypes if model != "toy" else [torch.float32]:

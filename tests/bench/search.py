@@ -214,8 +214,6 @@ def difference(ours: Iteration, other: Iteration) -> float:
 
 def measure(pixels: int, repetitions: int) -> list[dict]:
     """A row per variant, in turns: medians, and the medians of the ratios to the direct loop's within a turn."""
-    # One thread: a process that has used several cannot be forked, and seconds of the processor are those of work.
-    torch.set_num_threads(1)
     scene = Scene.build(pixels)
     with tempfile.TemporaryDirectory() as folder:
         turns = [

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from maskunet_core.gumbel import straight_through
 from maskunet_core.patch import installed
 from maskunet_core.sources import Call, LearningGenerator
+from tests.bench.clock import seconds
 from tests.bench.models import random_base
 from trainer.base import BaseModel, load_toy_base
 from trainer.config_file import parse_config
@@ -82,12 +82,14 @@ def _step(base: BaseModel, trained: _Trained, batch: int, pixels: int) -> float:
     width, tokens = (128, 16) if base.name == "toy" else (768, 77)
     clean, noise = torch.randn(2, batch, 4, pixels // 8, pixels // 8)
     conditions = {"cross_attn": torch.randn(batch, tokens, width)}
-    began = time.perf_counter()
-    with trained.acting():
-        base.diffusion_loss(clean, conditions, torch.randint(1000, (batch,)), noise).mean().backward()
-    trained.optimiser.step()
-    trained.optimiser.zero_grad(set_to_none=True)
-    return time.perf_counter() - began
+
+    def step() -> None:
+        with trained.acting():
+            base.diffusion_loss(clean, conditions, torch.randint(1000, (batch,)), noise).mean().backward()
+        trained.optimiser.step()
+        trained.optimiser.zero_grad(set_to_none=True)
+
+    return seconds(step)
 
 
 def _peak(name: str, base: BaseModel, batch: int, pixels: int) -> int:

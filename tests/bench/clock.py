@@ -1,0 +1,20 @@
+"""How long work takes: seconds of one core on the CPU, whose clock on the wall tells as much of its other guests."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    """Of the processor where there is no GPU (torch should have one thread then: waiting threads count, too)."""
+    if not torch.cuda.is_available():
+        began = time.process_time()
+        action()
+        return time.process_time() - began
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
