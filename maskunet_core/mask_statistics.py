@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .errors import MaskUNetError
 from .families import Layer
-from .recorded import EACH, IncompatibleMasks, RecordedMasks, count_ones, pack_bits, unpack_bits
+from .recorded import EACH, GUIDANCE, IncompatibleMasks, RecordedMasks, count_ones, pack_bits, unpack_bits
 
 _DECADES, _BINS_PER_DECADE = 4, 12
 
@@ -32,9 +32,9 @@ class ImageMasks:
         self.recorded = masks
         self.layers = masks.layers
         self.sigmas = masks.sigmas
-        negative = branch == "negative"
-        self._row = image + masks.images if negative and masks.branches == EACH else image
-        self._acts = not negative or masks.branches != "positive"
+        number = GUIDANCE.index(branch)
+        self._row = image + number * masks.images if masks.branches == EACH else image
+        self._acts = number == 0 or masks.branches != "positive"
 
     def packed(self, sigma: float, layer: str) -> Tensor | None:
         """[1, ceil(out * in / 8)] of the nearest recorded step, or None where everything is kept."""

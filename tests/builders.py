@@ -66,6 +66,24 @@ def tiny_sd15_layout() -> dict[str, list[int] | int]:
     return shallow | {"transformer_depth_output": [1, 1, 0, 0], "transformer_depth_middle": 1}
 
 
+SD15 = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "context_dim": 768,
+    "num_heads": 8,
+    "num_head_channels": -1,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "legacy": False,
+}
+"""What the host tells SD 1.5's U-Net."""
 SDXL = {
     "channel_mult": [1, 2, 4],
     "num_res_blocks": [2, 2, 2],
@@ -87,21 +105,4 @@ def sd15_unet(**changes) -> torch.nn.Module:
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    config = {
-        "image_size": 32,
-        "in_channels": 4,
-        "out_channels": 4,
-        "model_channels": 320,
-        "num_res_blocks": [2, 2, 2, 2],
-        "channel_mult": [1, 2, 4, 4],
-        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-        "transformer_depth_middle": 1,
-        "context_dim": 768,
-        "num_heads": 8,
-        "num_head_channels": -1,
-        "use_spatial_transformer": True,
-        "use_linear_in_transformer": False,
-        "legacy": False,
-    }
-    return UNetModel(**config | changes, device="meta", operations=comfy.ops.manual_cast)
+    return UNetModel(**SD15 | changes, device="meta", operations=comfy.ops.manual_cast)

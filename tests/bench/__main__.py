@@ -26,8 +26,8 @@ def _sampling(quick: bool):
 def _training(quick: bool):
     from tests.bench import training
 
-    rows = [] if quick else [*training.measure("SD 1.5", 256, [1], 3), *training.measure("SD 1.5", 256, [4], 1)]
-    return rows + training.measure("toy", 64, [32], 3 if quick else 10), {"seed": 0, "precision": "fp32"}
+    rows = [] if quick else training.measure("SD 1.5", 256, {1: 3, 4: 1})
+    return rows + training.measure("toy", 64, {32: 3 if quick else 10}), {"seed": 0, "precision": "fp32"}
 
 
 def _search(quick: bool):

@@ -9,7 +9,7 @@ from maskunet_core.rewards.blip import ImageReward, ImageRewardModel
 from maskunet_core.rewards.clip import ImageTower
 from maskunet_core.rewards.preprocess import normalise
 from maskunet_core.rewards.reward import BoundModel, BoundReward, BoundSum
-from tests.builders import SDXL, sd15_unet
+from tests.builders import SD15, SDXL, sd15_unet
 from trainer.base import BaseModel
 
 
@@ -34,7 +34,7 @@ def random_base(
 
     kind = {"SD 1.5": comfy.supported_models.SD15, "SDXL": comfy.supported_models.SDXL}[family]
     changes = SDXL if family == "SDXL" else {}
-    config = kind({"in_channels": 4, "model_channels": 320, "disable_unet_model_creation": True, **changes})
+    config = kind({**SD15, **changes, "disable_unet_model_creation": True})
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, device="cpu")
     model.diffusion_model = (_drawn(sd15_unet(**changes)) if small else random_unet(**changes)).to(dtype)

@@ -4,30 +4,28 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from maskunet_core.checkpoint import load, save
 from maskunet_core.families import inspect_model
+from tests.bench.clock import seconds
 from tests.builders import make_generator, sd15_unet
 from trainer.host import PROJECT
 
 _IMPORT = """
-import asyncio, time
+import asyncio
+from tests.bench.clock import seconds
 from tests.host.extension import load_extension
 from trainer.host import enter_host
 enter_host()
 import nodes, comfy.sample, comfy.samplers, comfy_api.latest, folder_paths, latent_preview, server
-began = time.perf_counter()
-package = load_extension()
 async def enter():
-    extension = await package.comfy_entrypoint()
+    extension = await load_extension().comfy_entrypoint()
     await extension.on_load()
     for node in await extension.get_node_list():
         node.GET_SCHEMA()
-asyncio.run(enter())
-print("took", time.perf_counter() - began)
+print("took", seconds(lambda: asyncio.run(enter())))
 """
 
 
@@ -35,12 +33,6 @@ def _import_seconds() -> float:
     """Of the extension and its schemas, in a fresh process that holds the host already, as ComfyUI does."""
     done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True, cwd=PROJECT)
     return float(done.stdout.split("took")[-1])
-
-
-def _seconds(action) -> float:
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
 
 
 def measure(repetitions: int) -> list[dict[str, Any]]:
@@ -53,20 +45,20 @@ def measure(repetitions: int) -> list[dict[str, Any]]:
         found = {
             "import of the extension": [_import_seconds() for _ in range(repetitions)],
             f"load a generator for the toy model ({_megabytes(toy)})": [
-                _seconds(lambda: load(toy)) for _ in range(repetitions)
+                seconds(lambda: load(toy)) for _ in range(repetitions)
             ],
             f"load a generator for SD 1.5 ({_megabytes(large)})": [
-                _seconds(lambda: load(large)) for _ in range(repetitions)
+                seconds(lambda: load(large)) for _ in range(repetitions)
             ],
         }
     return [
         {
             "what": what,
-            "ms": round(1000 * statistics.median(seconds), 1),
-            "from": round(1000 * min(seconds), 1),
-            "to": round(1000 * max(seconds), 1),
+            "ms": round(1000 * statistics.median(took), 1),
+            "from": round(1000 * min(took), 1),
+            "to": round(1000 * max(took), 1),
         }
-        for what, seconds in found.items()
+        for what, took in found.items()
     ]
 
 

@@ -102,15 +102,18 @@ def _peak(name: str, base: BaseModel, batch: int, pixels: int) -> int:
     return memory.peak
 
 
-def measure(model: str, pixels: int, batches: list[int], repetitions: int) -> list[dict]:
-    """A row per batch and method: steps in turns, medians, and the median of the ratios to LoRA's within a turn."""
+def measure(model: str, pixels: int, turns_of: dict[int, int]) -> list[dict]:
+    """A row per batch and method: steps in turns, medians, and the median of the ratios to LoRA's within a turn.
+
+    turns_of: how many, by batch; one more warms up.
+    """
     torch.manual_seed(0)
     base = load_toy_base() if model == "toy" else random_base()
     rows = []
-    for batch in batches:
+    for batch, count in turns_of.items():
         peaks = {name: _peak(name, base, batch, pixels) for name in METHODS}
         trained = {name: _start(name, base) for name in METHODS}
-        turns = [{n: _step(base, t, batch, pixels) for n, t in trained.items()} for _ in range(repetitions + 1)][1:]
+        turns = [{n: _step(base, t, batch, pixels) for n, t in trained.items()} for _ in range(count + 1)][1:]
         for name in METHODS:
             rows.append(
                 {

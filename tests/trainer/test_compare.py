@@ -40,6 +40,8 @@ from trainer.toy.judge import fully_right, read
 from trainer.toy.world import render, sample_captioned
 
 JOBS = "trainer.compare.jobs"
+TWO_ARMS = ("static_mask", "maskunet")
+TWO_ABLATIONS = ("no sample", "with feed-forward")
 TINY = dataclasses.replace(Scale.quick(), factors=(1.0,), style_steps=2, style_pictures=16, pairs=16, sampling_steps=2)
 
 
@@ -91,6 +93,15 @@ def test_factors_scale_all_learning_rates_of_an_arm(arm, tmp_path):
     base = load_toy_base()
     rates = [[group["lr"] for group in build_method(base, config).groups()] for config in (one, three)]
     assert rates[1] == pytest.approx([3 * rate for rate in rates[0]])
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_change_the_generator_or_the_layers_alone(name, tmp_path, base):
+    task = Scale().tasks[1]
+    plain, changed = (configuration(task, "maskunet", 1.0, 0, tmp_path, changes=c) for c in ({}, ABLATIONS[name]))
+    assert changed != plain
+    assert dataclasses.replace(changed, generator=plain.generator, targets=plain.targets) == plain
+    assert build_method(base, changed).groups()
 
 
 def test_no_seed_of_the_tables_is_used_for_tuning():
@@ -278,10 +289,11 @@ def test_a_failed_job_leaves_its_traceback_and_the_others_go_on(tmp_path, capsys
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A comparison of the style task with two steps, two arms done in processes by the runner."""
+    """A comparison of the style task with two steps, two arms and ablations done in processes by the runner."""
     output = tmp_path_factory.mktemp("compare")
     job_board.claim(output, scale_to_values(TINY))
-    plan = [job for job in make_plan(TINY, ("style",)) if job.arm in ("", "static_mask", "maskunet")]
+    jobs_of_task = [job for job in make_plan(TINY, ("style",)) if job.task in (None, TINY.tasks[1])]
+    plan = [job for job in jobs_of_task if job.arm in ("", *TWO_ARMS) and job.ablation in ("", *TWO_ABLATIONS)]
     job_board.run_jobs(plan, output, JOBS, 1, lambda finished: report.write_report(output, TINY, bool(finished)))
     return output
 
@@ -289,13 +301,14 @@ def done(tmp_path_factory):
 def test_a_comparison_writes_its_tables(done):
     table = json.loads((done / "table.json").read_text())
     rows = {row["method"]: row for row in table["rows"]}
-    assert set(rows) == {"base", "static_mask", "maskunet"}
+    assert set(rows) == {"base", *TWO_ARMS}
     assert rows["base"]["new"] == 0.0
     for row in rows.values():
         assert {"one", "two", "relation", "frechet_new", "frechet_old", "diversity"} <= set(row)
     assert rows["static_mask"]["between_timesteps"] == rows["static_mask"]["between_samples"] == 0.0
     assert rows["maskunet"]["parameters"] > rows["static_mask"]["parameters"] == 524_288
     assert {(trial["method"], trial["trial"]) for trial in table["trials"]} == {("static_mask", 0), ("maskunet", 0)}
+    assert [row["method"] for row in table["ablations"]] == ["maskunet", *TWO_ABLATIONS]
     assert table["machine"]["torch"]
     told = (done / "table.md").read_text()
     assert "## Style" in told

@@ -24,7 +24,7 @@ def write_figures(output: Path, rows: list[dict[str, Any]], scale: Scale) -> Non
         path = folder_of(output, f"{task.name}/maskunet/seed-0") / "masks.json"
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            name = task.name.replace(", ", "_")
+            name = task.name.replace(",", "").replace(" ", "_")
             _keep_ratio(output / "figures" / f"masks_{name}.png", found, task.name)
             _principal_axes(output / "figures" / f"pca_{name}.png", found, task.name)
 

@@ -159,10 +159,9 @@ def configuration(
 
     validated: five times on the way, so that the best state is known.
     """
-    values = arm_values(arm, factor, task.steps)
+    values = {"targets": task.targets, **arm_values(arm, factor, task.steps)}
     for key, value in (changes or {}).items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
-    values = {"targets": task.targets} | values
     values |= {
         "output": str(output),
         "seed": seed,
