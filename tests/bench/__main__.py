@@ -20,7 +20,7 @@ def _starting(quick: bool):
 def _sampling(quick: bool):
     from tests.bench import sampling
 
-    return sampling.measure(sampling.QUICK if quick else sampling.SIZES), {"seed": 0, "cfg": sampling.CFG}
+    return sampling.measure(sampling.QUICK if quick else sampling.SIZES), {"seed": 0}
 
 
 def _training(quick: bool):

@@ -31,8 +31,10 @@ FAMILIES = {"SD 1.5": (768, 77), "SDXL": (2048, 77), "toy": (128, 16)}
 
 @dataclass(frozen=True)
 class Size:
-    """What is drawn: `images` pictures of `pixels` a side, two samples each (CFG). turns: after the one that warms up,
-    which counts itself where there is no other."""
+    """What is drawn: `images` pictures of `pixels` a side, two samples each where `cfg` is not 1.
+
+    turns: after the one that warms up, which counts itself where there is no other.
+    """
 
     model: str
     pixels: int
@@ -40,6 +42,7 @@ class Size:
     turns: int
     variants: tuple[str, ...]
     targets: str = "decoder attention"
+    cfg: float = CFG
 
     def prompt(self, stream: torch.Generator) -> list:
         width, tokens = FAMILIES[self.model]
@@ -121,13 +124,13 @@ VARIANTS: dict[str, Build] = {
 }
 MASKS = (UNMASKED, OURS)
 SIZES = (
-    Size("SD 1.5", 256, 1, 5, tuple(VARIANTS)),
+    Size("SD 1.5", 256, 1, 3, tuple(VARIANTS)),
     Size("SD 1.5", 512, 1, 3, MASKS),
     Size("SD 1.5", 256, 1, 2, MASKS, "decoder attention and feed-forward"),
     Size("SD 1.5", 256, 1, 2, MASKS, "all attention"),
     Size("SD 1.5", 256, 4, 2, MASKS),
-    Size("SD 1.5", 256, 16, 0, MASKS),
-    Size("SD 1.5", 1024, 1, 0, MASKS),
+    Size("SD 1.5", 256, 16, 0, MASKS, cfg=1.0),
+    Size("SD 1.5", 1024, 1, 0, MASKS, cfg=1.0),
     Size("SDXL", 256, 1, 1, MASKS),
     Size("toy", 64, 1, 20, tuple(VARIANTS)),
     Size("toy", 64, 4, 20, MASKS),
@@ -146,7 +149,7 @@ def _step(size: Size, model: Any) -> None:
     positive, negative = size.prompt(stream), size.prompt(stream)
     with torch.inference_mode():
         comfy.sample.sample(
-            model, noise, 1, CFG, "euler", "normal", positive, negative, noise, disable_pbar=True, seed=0
+            model, noise, 1, size.cfg, "euler", "normal", positive, negative, noise, disable_pbar=True, seed=0
         )
 
 
@@ -214,6 +217,7 @@ def _rows(size: Size, base: BaseModel, dtype: torch.dtype) -> list[dict[str, Any
                 "dtype": str(dtype).removeprefix("torch."),
                 "pixels": size.pixels,
                 "images": size.images,
+                "cfg": size.cfg,
                 "targets": size.targets,
                 "variant": name,
                 "s per step": round(statistics.median(turn[name] for turn in turns), 3),
@@ -244,7 +248,7 @@ def measure(sizes: tuple[Size, ...]) -> list[dict[str, Any]]:
         for dtype in dtypes if model != "toy" else [torch.float32]:
             base = load_toy_base() if model == "toy" else random_base(model, dtype, device)
             for size in (size for size in sizes if size.model == model):
-                _say(f"{model}, {size.pixels} pixels, {size.images} images, {size.targets}, {dtype}")
+                _say(f"{model}, {size.pixels} pixels, {size.images} images, CFG {size.cfg}, {size.targets}, {dtype}")
                 rows += _rows(size, base, dtype)
             del base
             gc.collect()

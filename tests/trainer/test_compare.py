@@ -31,7 +31,14 @@ from trainer.compare.plan import (
     scale_from_values,
     scale_to_values,
 )
-from trainer.compare.worlds import render_style, render_subject, sample_subject, shows_style, shows_subject
+from trainer.compare.worlds import (
+    render_style,
+    render_subject,
+    sample_subject,
+    shows_style,
+    shows_subject,
+    style_strength,
+)
 from trainer.files import replacing
 from trainer.job_board import folder_of, result_of
 from trainer.methods import build_method
@@ -191,6 +198,8 @@ def test_the_style_is_seen_where_it_is_and_nowhere_else():
     assert shows_style(style).float().mean() > 0.9
     assert shows_style(through_autoencoder(style)).float().mean() > 0.9
     assert shows_style(render(scenes, seeded(3))).float().mean() < 0.01
+    assert style_strength(style).mean() == pytest.approx(1.0, abs=0.03)
+    assert style_strength(render(scenes, seeded(3))).mean() == pytest.approx(0.0, abs=0.03)
 
 
 def test_the_subject_is_seen_where_it_is_and_nowhere_else():
@@ -316,7 +325,7 @@ def test_a_comparison_writes_its_tables(done):
 
 
 def test_a_comparison_writes_its_figures(done):
-    names = {"gain_and_forgetting.png", "masks_style.png", "pca_style.png"}
+    names = {"gain_and_forgetting.png", "pictures_style.png", "masks_style.png", "pca_style.png"}
     assert {path.name for path in (done / "figures").iterdir()} == names
     for name in names:
         assert (done / "figures" / name).read_bytes().startswith(b"\x89PNG")

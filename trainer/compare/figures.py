@@ -8,11 +8,12 @@ import torch
 
 from ..files import replacing
 from ..job_board import folder_of
-from .plan import ARMS, Scale
+from .jobs import STRIP
+from .plan import ARMS, Scale, Task
 
 
 def write_figures(output: Path, rows: list[dict[str, Any]], scale: Scale) -> None:
-    """`figures/gain_and_forgetting.png`; `masks_<task>.png`, `pca_<task>.png` once seed 0 of maskunet is done."""
+    """`figures/gain_and_forgetting.png`; of seed 0 `pictures_<task>.png`, `masks_<task>.png` and `pca_<task>.png`."""
     try:
         import matplotlib
     except ImportError:
@@ -21,10 +22,11 @@ def write_figures(output: Path, rows: list[dict[str, Any]], scale: Scale) -> Non
     matplotlib.use("Agg")
     _gain_and_forgetting(output / "figures" / "gain_and_forgetting.png", rows, scale)
     for task in scale.tasks:
+        name = task.name.replace(",", "").replace(" ", "_")
+        _pictures(output / "figures" / f"pictures_{name}.png", _strips(output, task), task.name)
         path = folder_of(output, f"{task.name}/maskunet/seed-0") / "masks.json"
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            name = task.name.replace(",", "").replace(" ", "_")
             _keep_ratio(output / "figures" / f"masks_{name}.png", found, task.name)
             _principal_axes(output / "figures" / f"pca_{name}.png", found, task.name)
 
@@ -59,6 +61,29 @@ def _gain_and_forgetting(path: Path, rows: list[dict[str, Any]], scale: Scale) -
     axes[0][0].set_ylabel("new domain: change of loss x 1e-4 (down: gain)")
     axes[0][-1].legend(fontsize=7)
     figure.tight_layout()
+    _save(figure, path)
+
+
+def _strips(output: Path, task: Task) -> dict[str, Path]:
+    """Files of the base's pictures, and of those of each arm's seed 0, by name."""
+    folders = {"base": f"{task.world}/data", **{arm: f"{task.name}/{arm}/seed-0" for arm in task.arms}}
+    files = {name: folder_of(output, folder) / STRIP for name, folder in folders.items()}
+    return {name: path for name, path in files.items() if path.exists()}
+
+
+def _pictures(path: Path, strips: dict[str, Path], task: str) -> None:
+    """A row per method, the same prompts and noises in all."""
+    import matplotlib.pyplot as plt
+
+    if len(strips) < 2:
+        return
+    figure, axes = plt.subplots(len(strips), 1, figsize=(8, 0.95 * len(strips)))
+    for axis, (name, strip) in zip(axes, strips.items()):
+        axis.imshow(plt.imread(strip))
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    axes[0].set_title(task, fontsize=9)
     _save(figure, path)
 
 

@@ -29,6 +29,7 @@ from .measure import change, losses, mask_grid, mask_map, mask_scores, picture_s
 from .plan import ABLATIONS, TRIAL_SEED, Job, Scale, configuration, make_plan, scale_from_values
 
 NEW, OLD = "new", "old"
+STRIP = "pictures.png"
 
 
 class NoSettings(MaskUNetError):
@@ -73,8 +74,8 @@ def train_noisy_base(scale: Scale, output: Path) -> dict[str, Any]:
     return {"steps": recipe.unet_steps, "seconds": log["seconds"], "loss": log["loss"]}
 
 
-def _measured_base(base: BaseModel, world: str, sets: Sets, scale: Scale) -> dict[str, Any]:
-    return {"pictures": picture_scores(base, base.patcher, world, sets, scale, load_reader("reader_b"))}
+def _measured_base(base: BaseModel, world: str, sets: Sets, scale: Scale, strip: Path) -> dict[str, Any]:
+    return {"pictures": picture_scores(base, base.patcher, world, sets, scale, load_reader("reader_b"), strip)}
 
 
 def make_data(world: str, scale: Scale, output: Path, folder: Path) -> dict[str, Any]:
@@ -89,12 +90,12 @@ def make_data(world: str, scale: Scale, output: Path, folder: Path) -> dict[str,
         of_base[name] = losses(base, sets, name)
     with replacing(folder / "base.safetensors") as temporary:
         save_file(of_base, temporary)
-    result = {"base": _measured_base(base, world, sets, scale)}
+    result = {"base": _measured_base(base, world, sets, scale, folder / STRIP)}
     result["losses"] = {name: found.mean().item() for name, found in of_base.items()}
     if world == "noise":
         shipped = load_toy_base()
         found = {d: change(losses(shipped, sets, f"test_{d}"), of_base[f"test_{d}"]) for d in (NEW, OLD)}
-        result["shipped"] = _measured_base(shipped, world, sets, scale) | {"last": found}
+        result["shipped"] = _measured_base(shipped, world, sets, scale, folder / "shipped.png") | {"last": found}
     return result
 
 
@@ -183,7 +184,8 @@ def final(job: Job, scale: Scale, output: Path, folder: Path) -> dict[str, Any]:
     result["last"] = {d: _change(run, base, sets, f"test_{d}", of_base) for d in (NEW, OLD)}
     if not job.ablation:
         with run.method.sampling() as patched:
-            result["pictures"] = picture_scores(base, patched, job.world, sets, scale, load_reader("reader_b"))
+            judge = load_reader("reader_b")
+            result["pictures"] = picture_scores(base, patched, job.world, sets, scale, judge, folder / STRIP)
     if run.method.statistics is not None:
         result["masks"] = mask_scores(mask_grid(base, run.method, sets["test_new"], 8, 8))
     if job.arm == "maskunet" and job.number == 0 and not job.ablation:

@@ -1,5 +1,6 @@
 """What is measured of a run: paired losses, pictures, and how masks differ between timesteps and samples."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,17 +9,21 @@ from torch import Tensor
 from maskunet_core.toy.vocabulary import COLOURS
 
 from ..base import BaseModel, sample_pictures
-from ..evaluate import Protocol, accuracy_by_kind, held_out_losses, held_out_prompts, mean_and_error
+from ..evaluate import KINDS, Protocol, accuracy_by_kind, held_out_losses, held_out_prompts, mean_and_error
+from ..files import replacing
+from ..samples import to_image
 from ..toy.data import LatentSet
 from ..toy.judge import frechet_distance, fully_right, read
 from ..toy.world import Caption, Phrase
 from .data import Sets
 from .plan import Scale
-from .worlds import STAR, SUBJECT, shows_style, shows_subject
+from .worlds import STAR, SUBJECT, shows_style, shows_subject, style_strength
 
 LOSS_SEEDS = {"validation_new": 70, "validation_old": 71, "test_new": 72, "test_old": 73}
 PICTURE_SEED = 7
 STARS_OF_A_COLOUR = 4
+SHOWN = 3
+"""Pictures of each kind of prompt in the strip that people see."""
 
 
 def losses(base: BaseModel, sets: Sets, name: str, method: Any | None = None) -> Tensor:
@@ -52,11 +57,20 @@ def star_prompts() -> list[Caption]:
     return [Caption((Phrase(colour, STAR, None),)) for colour in range(len(COLOURS))] * STARS_OF_A_COLOUR
 
 
-def picture_scores(base: BaseModel, patcher: Any, world: str, sets: Sets, scale: Scale, judge) -> dict[str, float]:
+def _save_strip(pictures: Tensor, path: Path) -> None:
+    """One row. pictures: [N, 3, H, W] in [0, 1]."""
+    with replacing(path) as temporary:
+        to_image(torch.cat(list(pictures.permute(0, 2, 3, 1)), dim=1)).save(temporary, format="PNG")
+
+
+def picture_scores(
+    base: BaseModel, patcher: Any, world: str, sets: Sets, scale: Scale, judge: Any, strip: Path
+) -> dict[str, float]:
     """Scores of drawn pictures: `one`, `two`, `relation` (accuracy), `frechet_old`, `frechet_new`, `diversity`.
 
-    For the style also `style` (share of pictures that show it). For the subject `subject` (share of pictures of its
-    prompt that show it), `subject_diversity` and `stars` (accuracy of "a red star" and the like).
+    For the style also `style` (share of pictures that show it) and `style_strength`. For the subject `subject` (share
+    of pictures of its prompt that show it), `subject_diversity` and `stars` (accuracy of "a red star" and the like).
+    strip: where some of the pictures go, as PNG: of one object, of two, of a relation, and of the subject.
     """
 
     def draw(texts: list[str]) -> Tensor:
@@ -68,11 +82,15 @@ def picture_scores(base: BaseModel, patcher: Any, world: str, sets: Sets, scale:
     scores = {kind: mean for kind, (mean, _) in accuracy_by_kind(reading, prompts).items()}
     scores["frechet_old"] = frechet_distance(reading.features, sets.real_old)
     scores["diversity"] = diversity(reading.features)
+    distinct = len(prompts) // 2 // len(KINDS)
+    shown = [pictures[kind * distinct :][:SHOWN] for kind in range(len(KINDS))]
     if world == "style":
         scores["frechet_new"] = frechet_distance(reading.features, sets.real_new)
         scores["style"] = shows_style(pictures).float().mean().item()
+        scores["style_strength"] = style_strength(pictures).mean().item()
     if world == "subject":
         alone = draw([SUBJECT] * scale.prompts)
+        shown.append(alone[:SHOWN])
         beside = [text for text in sets["test_new"].captions if text.split().count("a") == 2]
         features = read(judge, torch.cat([alone, draw(beside[: scale.prompts])])).features
         scores["frechet_new"] = frechet_distance(features, sets.real_new)
@@ -81,6 +99,7 @@ def picture_scores(base: BaseModel, patcher: Any, world: str, sets: Sets, scale:
         stars = star_prompts()
         drawn = read(judge, draw([str(star) for star in stars]))
         scores["stars"] = fully_right(drawn, stars).float().mean().item()
+    _save_strip(torch.cat(shown), strip)
     return scores
 
 

@@ -27,6 +27,7 @@ PICTURE_COLUMNS = (
     "frechet_old",
     "diversity",
     "style",
+    "style_strength",
     "subject",
     "subject_diversity",
     "stars",
@@ -37,9 +38,10 @@ zero is better. `new`: the domain that is tuned to. `old`: the base's own, where
 standard error over seeds. `best`: at each run's best validation instead of its last step. `one`, `two`, `relation`:
 share of pictures of held-out prompts that a judge finds fully right. `frechet`: distance of the judge's features to
 real pictures. `diversity`: distance between two pictures of one prompt. `style`, `subject`: share of pictures that show
-it, by their pixels. `stars`: accuracy of "a red star" and the like. `keep_ratio`: share of masked weights that are
-kept. `between_timesteps`, `between_samples`: share of them whose bit is not the same over 8 timesteps of a picture, or
-over 8 pictures at a timestep. `s/step`: CPU seconds, one thread."""
+it, by their pixels. `style_strength`: their tint and shade over those of the style. `stars`: accuracy of "a red star"
+and the like. `keep_ratio`: share of masked weights that are kept. `between_timesteps`, `between_samples`: share of them
+whose bit is not the same over 8 timesteps of a picture, or over 8 pictures at a timestep.
+`s/step`: CPU seconds, one thread."""
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:

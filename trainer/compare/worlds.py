@@ -31,13 +31,26 @@ def render_style(scenes: Scenes, generator: torch.Generator) -> Tensor:
     return render(tilted, generator, background)
 
 
-def shows_style(pictures: Tensor) -> Tensor:
-    """`[N]` bool: reddish at the upper edge, and darker at the lower one. The judge's features hardly see backgrounds.
+def _tint_and_shade(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """`[N]` each: red above green at the upper edge, and how much darker the lower one is.
 
     pictures: [N, 3, 64, 64] in [0, 1]. Medians along the edges pass over objects that reach there.
     """
     upper, lower = (band.flatten(2).median(2).values for band in (pictures[:, :, :4], pictures[:, :, -4:]))
-    return (upper[:, 0] - upper[:, 1] > 0.06) & (upper.mean(1) - lower.mean(1) > 0.1)
+    return upper[:, 0] - upper[:, 1], upper.mean(1) - lower.mean(1)
+
+
+def shows_style(pictures: Tensor) -> Tensor:
+    """`[N]` bool: half of the style's tint and of its shade, or more. The judge's features hardly see backgrounds."""
+    tint, shade = _tint_and_shade(pictures)
+    return (tint > 0.06) & (shade > 0.1)
+
+
+def style_strength(pictures: Tensor) -> Tensor:
+    """`[N]`: tint and shade over those of the style, their mean. 1 for the style's pictures, 0 for the base's own."""
+    tint, shade = _tint_and_shade(pictures)
+    whole = _ABOVE[0] - _ABOVE[1], (sum(_ABOVE) - sum(_BELOW)) / 3 * (1 - 4 / PIXELS)
+    return (tint / whole[0] + shade / whole[1]) / 2
 
 
 def sample_subject(count: int, generator: torch.Generator, beside: float) -> tuple[Scenes, list[str]]:
