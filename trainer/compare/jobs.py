@@ -170,7 +170,7 @@ def chosen_factor(job: Job, scale: Scale, output: Path) -> float:
 
 
 def final(job: Job, scale: Scale, output: Path, folder: Path) -> dict[str, Any]:
-    """One run at the chosen settings, measured on the test sets. Ablations draw no pictures."""
+    """One run at the chosen settings, measured on the test sets."""
     factor = chosen_factor(job, scale, output)
     changes = ABLATIONS[job.ablation] if job.ablation else {}
     weights = weights_of(output, job.world)
@@ -182,10 +182,9 @@ def final(job: Job, scale: Scale, output: Path, folder: Path) -> dict[str, Any]:
     result["parameters"] = sum(p.numel() for p in run.module.parameters())
     result["seconds_per_step"] = statistics.median(run.durations) if run.durations else None
     result["last"] = {d: _change(run, base, sets, f"test_{d}", of_base) for d in (NEW, OLD)}
-    if not job.ablation:
-        with run.method.sampling() as patched:
-            judge = load_reader("reader_b")
-            result["pictures"] = picture_scores(base, patched, job.world, sets, scale, judge, folder / STRIP)
+    with run.method.sampling() as patched:
+        judge = load_reader("reader_b")
+        result["pictures"] = picture_scores(base, patched, job.world, sets, scale, judge, folder / STRIP)
     if run.method.statistics is not None:
         result["masks"] = mask_scores(mask_grid(base, run.method, sets["test_new"], 8, 8))
     if job.arm == "maskunet" and job.number == 0 and not job.ablation:

@@ -5,9 +5,9 @@ a step of 16, 140 losses and 4.5 pictures a second, and 10 s to start a job:
 
     base and data                                 1,800
     noise     30 trials x  68, 18 finals x 169    5,100
-    style     30 trials x  68, 18 finals x 169    5,100     ablations  33 x 100   3,300
+    style     30 trials x  68, 18 finals x 169    5,100     ablations  36 x 140   5,000
       on more layers   20 trials x 75, 12 finals x 180      3,700
-    subject   60 trials x  36, 36 finals x 137    7,100     together             26,100
+    subject   60 trials x  36, 36 finals x 137    7,100     together             27,800
 
 A final measures 4,096 losses for its last state, as many for its best one where that is another, and 192 pictures.
 """
@@ -118,6 +118,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "tau 5": {"generator": {"tau": 5.0}},
     "start 0.3": {"generator": {"start": 0.3}},
     "bias per row and column": {"generator": {"bias": "row_column"}},
+    "min-SNR 1": {"loop": {"min_snr": 1.0}},
 }
 """Changes of `maskunet`, at the learning rates that were chosen for it."""
 
@@ -159,10 +160,9 @@ def configuration(
 
     validated: five times on the way, so that the best state is known.
     """
-    values = {"targets": task.targets, **arm_values(arm, factor, task.steps)}
-    for key, value in (changes or {}).items():
-        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
-    values |= {
+    values = {
+        "targets": task.targets,
+        **arm_values(arm, factor, task.steps),
         "output": str(output),
         "seed": seed,
         "base": {"weights": str(weights) if weights else ""},
@@ -171,6 +171,8 @@ def configuration(
     }
     if task.prior:
         values["prior"] = {"prompt": CLASS, "share": 0.5, "weight": 1.0}
+    for key, value in (changes or {}).items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return parse_config(values)
 
 

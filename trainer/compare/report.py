@@ -103,8 +103,7 @@ def ablation_rows(output: Path, task: Task, scale: Scale) -> list[dict[str, Any]
         results = _finals(output, task, name, scale.seeds)
         if results:
             row = make_row(task, name, results)
-            kept = ("task", "method", "seeds", "parameters", "factor", "seconds_per_step", "new", "old", "sum")
-            rows.append({key: value for key, value in row.items() if key.startswith((*kept, *MASK_COLUMNS))})
+            rows.append({key: value for key, value in row.items() if not key.startswith("best_")})
     return rows if len(rows) > 1 else []
 
 
