@@ -137,7 +137,8 @@ SIZES = (
 )
 ON_CUDA = (Size("SD 1.5", 512, 1, 10, tuple(VARIANTS)), Size("SD 1.5", 512, 4, 5, MASKS))
 """Besides: a CPU would take minutes for a step."""
-QUICK = (Size("SD 1.5", 256, 1, 1, tuple(VARIANTS)), Size("toy", 64, 1, 5, tuple(VARIANTS)))
+FEW = (UNMASKED, "strength 0", OURS, "authors' networks", "FreeU", "PAG")
+QUICK = (Size("SD 1.5", 256, 1, 1, FEW), Size("toy", 64, 1, 5, tuple(VARIANTS)))
 
 
 def _step(size: Size, model: Any) -> None:
