@@ -22,7 +22,7 @@ def write_figures(output: Path, rows: list[dict[str, Any]], scale: Scale) -> Non
     matplotlib.use("Agg")
     _gain_and_forgetting(output / "figures" / "gain_and_forgetting.png", rows, scale)
     for task in scale.tasks:
-        name = task.name.replace(",", "").replace(" ", "_")
+        name = folder_of(output, task.name).name
         _pictures(output / "figures" / f"pictures_{name}.png", _strips(output, task), task.name)
         path = folder_of(output, f"{task.name}/maskunet/seed-0") / "masks.json"
         if path.exists():

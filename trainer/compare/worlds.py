@@ -41,7 +41,7 @@ def _tint_and_shade(pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shows_style(pictures: Tensor) -> Tensor:
-    """`[N]` bool: half of the style's tint and of its shade, or more. The judge's features hardly see backgrounds."""
+    """`[N]` bool: about half of the style's tint and shade, or more. The judge's features hardly see backgrounds."""
     tint, shade = _tint_and_shade(pictures)
     return (tint > 0.06) & (shade > 0.1)
 
