@@ -1,7 +1,6 @@
 """What a training step costs: MaskUNet beside LoRA, the authors' generator, and masks kept for the backward pass."""
 
 import contextlib
-import gc
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from maskunet_core.gumbel import straight_through
 from maskunet_core.patch import installed
 from maskunet_core.sources import Call, LearningGenerator
+from tests.bench.allocator import keep_freed_memory, return_freed_memory
 from tests.bench.clock import seconds
 from tests.bench.models import random_base
 from trainer.base import BaseModel, load_toy_base
@@ -96,7 +96,7 @@ def _peak(name: str, base: BaseModel, batch: int, pixels: int) -> int:
     """Peak memory in bytes of the second step of a method that is alone in memory with the base."""
     trained = _start(name, base)
     _step(base, trained, batch, pixels)
-    gc.collect()
+    return_freed_memory()
     with PeakMemory(torch.device("cpu")) as memory:
         _step(base, trained, batch, pixels)
     return memory.peak
@@ -108,6 +108,7 @@ def measure(model: str, pixels: int, turns_of: dict[int, int]) -> list[dict]:
     turns_of: how many, by batch; one more warms up.
     """
     torch.manual_seed(0)
+    keep_freed_memory()
     base = load_toy_base() if model == "toy" else random_base()
     rows = []
     for batch, count in turns_of.items():
