@@ -4,14 +4,18 @@ A job has a `name`, which is also its folder, and `needs`, the names of jobs tha
 `python -m MODULE OUTPUT NAME` and writes `result.json` into its folder when it is done.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
 
 from maskunet_core.errors import MaskUNetError
 
@@ -26,6 +30,10 @@ class Job(Protocol):
 
 class OtherScale(MaskUNetError):
     """The folder holds a comparison of another size."""
+
+
+class InUse(MaskUNetError):
+    """Another process does jobs in the folder."""
 
 
 def claim(output: Path, values: dict[str, Any]) -> None:
@@ -125,24 +133,43 @@ class _Board:
         return finished
 
 
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """No other process does jobs in the folder, and SIGTERM ends the block as Ctrl-C does. Raises InUse."""
+    lock = FileLock(output / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InUse(
+            f"Another process does jobs in '{output}'. Wait for it, stop it, or choose another folder by --output."
+        ) from None
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        lock.release()
+
+
 def run_jobs(jobs: Sequence[Job], output: Path, module: str, at_once: int, report: Callable[[list[Job]], None]) -> None:
     """Do all jobs, `at_once` at a time. report: called with those that have just been finished.
 
-    Raises MaskUNetError at the end where jobs failed; the others are done.
+    Raises MaskUNetError at the end where jobs failed; the others are done. Raises InUse.
     """
-    board = _Board(jobs, output, module)
-    try:
-        while board.waiting or board.running:
-            while len(board.running) < at_once and (job := board.next_job()) is not None:
-                board.start(job)
-            finished = board.collect()
-            if finished:
-                report(finished)
-            time.sleep(0.2)
-    finally:
-        for _, process in board.running.values():
-            process.terminate()
-            process.wait()
+    with _alone(output):
+        board = _Board(jobs, output, module)
+        try:
+            while board.waiting or board.running:
+                while len(board.running) < at_once and (job := board.next_job()) is not None:
+                    board.start(job)
+                finished = board.collect()
+                if finished:
+                    report(finished)
+                time.sleep(0.2)
+        finally:
+            for _, process in board.running.values():
+                process.terminate()
+                process.wait()
     if board.failed:
         raise MaskUNetError(
             f"{len(board.failed)} of {len(jobs)} jobs failed, the first by name is {min(board.failed)}. The same "

@@ -362,6 +362,17 @@ def test_a_killed_job_goes_on_from_its_state_and_ends_the_same(done, tmp_path):
     assert not state.exists()
 
 
+def test_a_state_of_other_settings_is_not_gone_on_from(done, tmp_path):
+    data = folder_of(tmp_path, "style/data")
+    data.parent.mkdir(parents=True)
+    data.symlink_to(folder_of(done, "style/data"))
+    job = next(job for job in make_plan(TINY, ("style",)) if job.name == "style/static_mask/trial-0")
+    state = folder_of(tmp_path, job.name) / "run" / "state" / "last.pt"
+    state.parent.mkdir(parents=True)
+    torch.save({"config": "of another version"}, state)
+    assert do(job, TINY, tmp_path)["score"] == result_of(done, job.name)["score"]
+
+
 def test_the_command_tells_what_it_can_do():
     told = trainer_command("compare", "--help").stdout
     assert all(option in told for option in ("--quick", "--output", "--jobs", "--task"))

@@ -1,5 +1,6 @@
 """Does one job of the plan, in a process of its own: `python -m trainer.compare.jobs FOLDER NAME`."""
 
+import contextlib
 import json
 import shutil
 import statistics
@@ -21,7 +22,7 @@ from ..config import Config, to_toml_values
 from ..files import replacing
 from ..host import enter_host
 from ..job_board import folder_of, result_of, write_result
-from ..loop import Diverged, Run
+from ..loop import CannotResume, Diverged, Run
 from ..seeds import seeded
 from ..toy.data import ToyData, latent_set
 from .data import OLD_NOISE, FixedSplit, Sets, load_sets, make_sets, save_sets
@@ -131,7 +132,9 @@ def trained(config: Config, base: BaseModel, sets: Sets, prior: bool) -> _Run:
     options = {"prior": ToyData(sets["prior"], base.encode_tokens)} if prior else {}
     run = _Run(config, base, data, make_accelerator(config), **options)
     if run.state_file.exists():
-        run.load_state()
+        # A version with other settings may have left it.
+        with contextlib.suppress(CannotResume):
+            run.load_state()
     run.run()
     return run
 
