@@ -23,10 +23,14 @@ def masked_weight(weight: Tensor, mask: Tensor, strength: float = 1.0) -> Tensor
 
 
 def shared_by_all_samples(mask: Tensor) -> Tensor:
-    """`[B, out, in]` becomes `[out, in]` where all samples have the same bits; other masks come back as they are."""
-    if mask.ndim == 3 and not mask.requires_grad and all(torch.equal(mask[0], other) for other in mask[1:]):
-        return mask[0]
-    return mask
+    """`[B, out, in]` becomes `[out, in]` where all samples have the same bits; other masks come back as they are.
+
+    Beyond the CPU bits are not looked at: to wait for them at every layer would leave the device without work.
+    """
+    if mask.ndim != 3 or mask.requires_grad:
+        return mask
+    looked_at = mask.device.type == "cpu" and all(torch.equal(mask[0], other) for other in mask[1:])
+    return mask[0] if looked_at or len(mask) == 1 or mask.stride(0) == 0 else mask
 
 
 def linear_per_sample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,8 +48,9 @@ def linear_per_sample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return products.reshape(*x.shape[:-1], weight.shape[1])
 
 
-BLOCK = 1 << 18
-"""Logits that are computed at once where only their signs are wanted: few enough to stay in a core's cache."""
+BLOCK, DEVICE_BLOCK = 1 << 18, 1 << 24
+"""Logits that are computed at once where only their signs are wanted: few enough to stay in a core's cache; on other
+devices than the CPU enough that starting the work is not most of it, in 64 MB at most."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,12 @@ class MaskLogits:
         masks, rows, columns = len(self.left), self.left.shape[1], len(self.right)
         static = self.static.expand(*self.static.shape[:-2], rows, columns)
         kept = self.left.new_empty(masks, rows, columns, dtype=torch.bool)
-        step = max(1, BLOCK // (masks * columns))
+        block = BLOCK if kept.device.type == "cpu" else DEVICE_BLOCK
+        step = max(1, block // (masks * columns))
         for start in range(0, rows, step):
-            block = slice(start, start + step)
-            logits = MaskLogits(static[..., block, :], self.left[:, block], self.right).full()
-            torch.gt(logits, threshold, out=kept[:, block])
+            part = slice(start, start + step)
+            logits = MaskLogits(static[..., part, :], self.left[:, part], self.right).full()
+            torch.gt(logits, threshold, out=kept[:, part])
         return kept
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskunet_core.gumbel import straight_through
 from maskunet_core.masked_linear import (
@@ -65,6 +66,30 @@ def test_equal_masks_are_shared_and_different_ones_are_not(parts):
     masks = parts[3]
     assert shared_by_all_samples(masks[:1].expand(4, -1, -1)).shape == (6, 5)
     assert shared_by_all_samples(masks).shape == (3, 6, 5)
+
+
+class Started(TorchDispatchMode):
+    """Counts the operations that a device is asked to start."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_another_device_than_the_cpu_is_not_waited_for():
+    """`meta` has no values to look at: it raises where one is asked for."""
+    terms = MaskLogits(*(torch.randn(shape, device="meta") for shape in ((640, 640), (2, 640, 8), (640, 8))))
+    with Started() as started:
+        masks = shared_by_all_samples(terms.above(0.3))
+    assert masks.shape == (2, 640, 640)
+    assert started.names.count("baddbmm") == started.names.count("gt") == 1
+    assert (
+        shared_by_all_samples(masks[:1]).shape == shared_by_all_samples(masks[:1].expand(4, -1, -1)).shape == (640, 640)
+    )
 
 
 def test_masks_multiply_in_any_order(parts):
