@@ -130,6 +130,7 @@ SIZES = (
     Size("SD 1.5", 256, 1, 2, MASKS, "decoder attention and feed-forward"),
     Size("SD 1.5", 256, 1, 2, MASKS, "all attention"),
     Size("SD 1.5", 256, 4, 2, MASKS),
+    Size("SD 1.5", 512, 4, 0, MASKS),
     Size("SD 1.5", 256, 16, 1, MASKS, cfg=1.0),
     Size("SD 1.5", 1024, 1, 0, MASKS, cfg=1.0),
     Size("SDXL", 256, 1, 1, MASKS),
