@@ -27,15 +27,15 @@ class LowRankSettings:
     rank: of the dynamic part of a layer's logits; 0 makes a static mask, the same for every step and sample. width:
     channels of z' and of the hidden layers. bias: `weight` (one logit per weight) or `row_column` (one per row plus one
     per column). start: logit at which every weight begins, above the threshold. tau, delta: temperature and threshold
-    on the probability (Eq. 5). use_time, use_sample: the inputs of Eq. 3, for ablations. codes: a network for every
-    `block`, or for every `layer`.
+    on the probability (Eq. 5); the lower tau, the more the gradient is that of weights near the threshold. use_time,
+    use_sample: the inputs of Eq. 3, for ablations. codes: a network for every `block`, or for every `layer`.
     """
 
     rank: int = 8
     width: int = 64
     bias: str = "weight"
     start: float = 1.0
-    tau: float = 1.0
+    tau: float = 0.2
     delta: float = 0.5
     use_time: bool = True
     use_sample: bool = True

@@ -150,14 +150,12 @@ class _ThresholdedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 of_rows = torch.bmm(gradient, (logits > threshold).to(weight.dtype).mul_(weight))
             slope = torch.bmm(gradient.transpose(1, 2), rows).mul_(weight).to(logits.dtype)
-            probability = torch.sigmoid(logits if tau == 1.0 else logits / tau)
+            probability = (logits / tau).sigmoid_()
             torch.ops.aten.sigmoid_backward.grad_input(slope, probability, grad_input=slope)
-            if tau != 1.0:
-                slope = slope / tau
             of_left = of_right = None
             if left is not None:
-                of_left = slope @ right
-                of_right = slope.flatten(0, 1).T @ left.flatten(0, 1)
+                of_left = (slope @ right).div_(tau)
+                of_right = (slope.flatten(0, 1).T @ left.flatten(0, 1)).div_(tau)
             shared = slope[0] if len(slope) == 1 else slope.sum(0)
             of_static = slope if static.ndim == 3 else shared.sum_to_size(static.shape)
-        return of_rows, None, of_static, of_left, of_right, None
+        return of_rows, None, of_static.div_(tau), of_left, of_right, None

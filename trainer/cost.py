@@ -1,4 +1,4 @@
-"""What a training step takes: peak memory and seconds, from a forward and backward pass of one and of two samples."""
+"""What a training step takes: peak memory and seconds, from forward and backward passes of few samples."""
 
 import threading
 import time
@@ -80,8 +80,40 @@ def _pass(base: BaseModel, method: Any, accelerator: Any, device: torch.device, 
     return memory.peak, time.monotonic() - began
 
 
+LARGEST = 8
+"""Samples of the largest pass of an estimate."""
+
+
+def _total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Through the two largest of the measured passes. passes: (samples, peak bytes, seconds) each, in rising order."""
+
+    passes: list[tuple[int, int, float]]
+
+    def _at(self, count: int, index: int) -> float:
+        end = self.passes[-1]
+        if len(self.passes) == 1:
+            return end[index]
+        before = self.passes[-2]
+        return end[index] + (count - end[0]) * max(0.0, end[index] - before[index]) / (end[0] - before[0])
+
+    def peak(self, count: int) -> int:
+        return round(self._at(count, 1))
+
+    def seconds(self, count: int) -> float:
+        return self._at(count, 2)
+
+
 def estimate(base: BaseModel, method: Any, config: Config, accelerator: Any, size: tuple[int, int]) -> Cost:
-    """The cost of a step at the configured batch, extrapolated from passes of one and of two samples.
+    """The cost of a step at the configured batch, from passes of 1, 2, 4 and 8 samples as far as those fit.
 
     size: (width, height) of the pictures in pixels. Nothing is updated; gradients are dropped.
     """
@@ -89,13 +121,17 @@ def estimate(base: BaseModel, method: Any, config: Config, accelerator: Any, siz
     method.module.to(device)
     parameters = list(method.module.parameters())
     trained = sum(p.numel() for p in parameters)
+    count = config.loop.batch // accelerator.num_processes // config.loop.accumulate
     # The first pass sets up kernels and buffers and leaves the gradients, which stay.
     _pass(base, method, accelerator, device, 1, size)
-    (one, first), (two, second) = (_pass(base, method, accelerator, device, count, size) for count in (1, 2))
+    line = _Line([(1, *_pass(base, method, accelerator, device, 1, size))])
+    room = 0.8 * _total_memory(device)
+    while (measured := line.passes[-1][0]) < min(count, LARGEST):
+        wider = min(2 * measured, count, LARGEST)
+        if measured > 1 and line.peak(wider) > room:
+            break
+        line = _Line([*line.passes, (wider, *_pass(base, method, accelerator, device, wider, size))])
     for parameter in parameters:
         parameter.grad = None
-    count = config.loop.batch // accelerator.num_processes // config.loop.accumulate
     extra = 4 * trained * (2 + (config.loop.ema > 0))
-    peak = one + (count - 1) * max(0, two - one) + extra
-    seconds = config.loop.accumulate * (first + (count - 1) * max(0.0, second - first))
-    return Cost(peak, seconds, trained)
+    return Cost(line.peak(count) + extra, config.loop.accumulate * line.seconds(count), trained)

@@ -29,12 +29,12 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_table(folder: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """`folder/table.md` and `folder/table.json`; returns the Markdown."""
+def write_table(folder: Path, rows: list[dict[str, Any]], settings: dict[str, Any], name: str = "table") -> str:
+    """`folder/<name>.md` and `folder/<name>.json`; returns the Markdown."""
     markdown = to_markdown(rows)
-    with replacing(folder / "table.md") as temporary:
+    with replacing(folder / f"{name}.md") as temporary:
         temporary.write_text(markdown + "\n", encoding="utf-8")
-    with replacing(folder / "table.json") as temporary:
+    with replacing(folder / f"{name}.json") as temporary:
         content = {"rows": rows, "settings": settings, "machine": machine()}
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return markdown

@@ -14,7 +14,7 @@ import tests.bench.models  # noqa: F401  isort: skip
 def _starting(quick: bool):
     from tests.bench import starting
 
-    return starting.measure(3 if quick else 9), {}
+    return starting.measure(2 if quick else 5), {}
 
 
 def _sampling(quick: bool):

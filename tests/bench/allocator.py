@@ -13,7 +13,8 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def _glibc() -> Any:
-    return ctypes.CDLL(None) if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt") else None
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") else None
 
 
 def keep_freed_memory() -> None:

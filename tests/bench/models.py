@@ -22,12 +22,19 @@ def random_unet(**changes) -> torch.nn.Module:
     return unet
 
 
+class RandomBase(BaseModel):
+    """Has no text encoder: what it says of a prompt is random."""
+
+    def encode_text(self, text: str) -> dict[str, torch.Tensor]:
+        return {"cross_attn": torch.randn(77, self.model.model_config.unet_config["context_dim"])}
+
+
 def random_base(
     family: str = "SD 1.5",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     small: bool = False,
-) -> BaseModel:
+) -> RandomBase:
     """SD 1.5 or SDXL whose U-Net is `random_unet`, or one that takes little memory; without text encoder and VAE."""
     import comfy.model_patcher
     import comfy.supported_models
@@ -39,7 +46,7 @@ def random_base(
     model = config.get_model({}, device="cpu")
     model.diffusion_model = (_drawn(sd15_unet(**changes)) if small else random_unet(**changes)).to(dtype)
     patcher = comfy.model_patcher.ModelPatcher(model, torch.device(device), torch.device("cpu"))
-    return BaseModel(patcher, None, None, f"{family}, random weights")
+    return RandomBase(patcher, None, None, f"{family}, random weights")
 
 
 _POOL = 1 << 25

@@ -1,5 +1,7 @@
 """What the extension costs before anything is sampled: its import, and reading a generator file."""
 
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,10 +31,24 @@ print("took", seconds(lambda: asyncio.run(enter())))
 """
 
 
-def _import_seconds() -> float:
+def _import_seconds(environment: dict[str, str]) -> float:
     """Of the extension and its schemas, in a fresh process that holds the host already, as ComfyUI does."""
-    done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True, cwd=PROJECT)
+    command = [sys.executable, "-c", _IMPORT]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT, env=environment)
     return float(done.stdout.split("took")[-1])
+
+
+def _imports(repetitions: int) -> dict[str, list[float]]:
+    """With the bytecode that an earlier start left, and with none of the extension's."""
+    with tempfile.TemporaryDirectory() as bytecode:
+        keeping = os.environ | {"PYTHONPYCACHEPREFIX": bytecode, "PYTHONDONTWRITEBYTECODE": ""}
+        _import_seconds(keeping)
+        later = [_import_seconds(keeping) for _ in range(repetitions)]
+        for package in ("nodes", "maskunet_core"):
+            shutil.rmtree(Path(bytecode) / (PROJECT / package).relative_to(PROJECT.anchor))
+        dropping = keeping | {"PYTHONDONTWRITEBYTECODE": "1"}
+        first = [_import_seconds(dropping) for _ in range(repetitions)]
+    return {"import of the extension": later, "import of the extension, first start": first}
 
 
 def measure(repetitions: int) -> list[dict[str, Any]]:
@@ -43,7 +59,7 @@ def measure(repetitions: int) -> list[dict[str, Any]]:
         structure = inspect_model(sd15_unet(), "decoder attention", "SD 1.5")
         save(large, make_generator(structure), "decoder attention", {})
         found = {
-            "import of the extension": [_import_seconds() for _ in range(repetitions)],
+            **_imports(repetitions),
             f"load a generator for the toy model ({_megabytes(toy)})": [
                 seconds(lambda: load(toy)) for _ in range(repetitions)
             ],

@@ -4,6 +4,7 @@ import contextlib
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from tests.bench.clock import seconds
 from tests.bench.models import random_base
 from trainer.base import BaseModel, load_toy_base
 from trainer.config_file import parse_config
-from trainer.cost import MB, PeakMemory
+from trainer.cost import MB, PeakMemory, estimate
 from trainer.methods import build_method
 from trainer.optimisers import build_optimiser
+from trainer.train import make_accelerator
 
 
 class _Kept:
@@ -52,17 +54,22 @@ METHODS = (LORA, "MaskUNet", KEPT, AUTHORS)
 SETTINGS = {LORA: {"method": "lora"}, AUTHORS: {"generator": {"architecture": "reference", "freed": True}}}
 
 
-def _build(name: str, base: BaseModel) -> tuple[torch.nn.Module, Any]:
-    """(trained module, context manager around a call and its backward pass)."""
+@dataclass
+class _Method:
+    """A method to train. acting: context manager around a call and its backward pass."""
+
+    module: torch.nn.Module
+    acting: Any
+
+
+def _build(name: str, base: BaseModel) -> _Method:
     method = build_method(base, parse_config(SETTINGS.get(name, {})))
-    if name == KEPT:
-        return method.module, lambda: _acting(base, _Kept(method.source))
-    return method.module, method.acting
+    return _Method(method.module, partial(_acting, base, _Kept(method.source)) if name == KEPT else method.acting)
 
 
 @dataclass
 class _Trained:
-    """A method that is being trained. acting: context manager around a call and its backward pass."""
+    """A method that is being trained."""
 
     parameters: list[torch.nn.Parameter]
     acting: Any
@@ -70,18 +77,17 @@ class _Trained:
 
 
 def _start(name: str, base: BaseModel) -> _Trained:
-    module, acting = _build(name, base)
-    parameters = list(module.parameters())
+    method = _build(name, base)
+    parameters = list(method.module.parameters())
     settings = parse_config({}).optimiser
     optimiser = build_optimiser([{"params": parameters}], settings.name, settings.arguments)
-    return _Trained(parameters, acting, optimiser)
+    return _Trained(parameters, method.acting, optimiser)
 
 
 def _step(base: BaseModel, trained: _Trained, batch: int, pixels: int) -> float:
     """Seconds of one training step."""
-    width, tokens = (128, 16) if base.name == "toy" else (768, 77)
     clean, noise = torch.randn(2, batch, 4, pixels // 8, pixels // 8)
-    conditions = {"cross_attn": torch.randn(batch, tokens, width)}
+    conditions = {"cross_attn": base.encode_text("")["cross_attn"].repeat(batch, 1, 1)}
 
     def step() -> None:
         with trained.acting():
@@ -102,6 +108,13 @@ def _peak(name: str, base: BaseModel, batch: int, pixels: int) -> int:
     return memory.peak
 
 
+def _estimated(name: str, base: BaseModel, batch: int, pixels: int) -> int:
+    """What `check` would say of the peak, in bytes."""
+    config = parse_config({"loop": {"batch": batch}})
+    return_freed_memory()
+    return estimate(base, _build(name, base), config, make_accelerator(config), (pixels, pixels)).peak
+
+
 def measure(model: str, pixels: int, turns_of: dict[int, int]) -> list[dict]:
     """A row per batch and method: steps in turns, medians, and the median of the ratios to LoRA's within a turn.
 
@@ -112,6 +125,7 @@ def measure(model: str, pixels: int, turns_of: dict[int, int]) -> list[dict]:
     base = load_toy_base() if model == "toy" else random_base()
     rows = []
     for batch, count in turns_of.items():
+        estimates = {name: _estimated(name, base, batch, pixels) for name in METHODS}
         peaks = {name: _peak(name, base, batch, pixels) for name in METHODS}
         trained = {name: _start(name, base) for name in METHODS}
         turns = [{n: _step(base, t, batch, pixels) for n, t in trained.items()} for _ in range(count + 1)][1:]
@@ -127,6 +141,7 @@ def measure(model: str, pixels: int, turns_of: dict[int, int]) -> list[dict]:
                     "over LoRA": round(statistics.median(turn[name] / turn[LORA] for turn in turns), 3),
                     "peak MB": round(peaks[name] / MB),
                     "peak over LoRA": round(peaks[name] / peaks[LORA], 3),
+                    "estimate over peak": round(estimates[name] / peaks[name], 3),
                 }
             )
     return rows

@@ -162,7 +162,9 @@ def test_jobs_come_after_what_they_need_and_tables_fill_evenly():
         for seeds in pairwise(range(3)):
             earlier, later = ([places[f"{task.name}/{arm}/seed-{seed}"] for arm in task.arms] for seed in seeds)
             assert max(earlier) < min(later)
-    assert all(job.ablation for job in plan[-3 * len(ABLATIONS) :])
+    ablated = 3 * sum(len(task.ablations) for task in Scale().tasks)
+    assert all(job.ablation for job in plan[-ablated:])
+    assert not any(job.ablation for job in plan[:-ablated])
 
 
 def test_one_task_leaves_out_the_others():

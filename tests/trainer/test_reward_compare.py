@@ -103,6 +103,7 @@ def test_a_method_is_measured_once_and_stands_in_the_table(tmp_path, monkeypatch
     few = {name: plan.METHODS[name] for name in ("base", "best of 2")}
     monkeypatch.setattr(plan, "METHODS", few)
     monkeypatch.setattr(report, "METHODS", few)
+    monkeypatch.setattr(report, "PAIRS", (("best of 2", "base"),))
     job_board.claim(tmp_path, vars(scale))
     module = "trainer.reward_compare.jobs"
     for _ in range(2):
@@ -112,5 +113,11 @@ def test_a_method_is_measured_once_and_stands_in_the_table(tmp_path, monkeypatch
     rows = {row["method"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     assert rows["base"]["operations"] == 1.0
     assert rows["best of 2"]["operations"] == pytest.approx(2.0, abs=0.2)
-    assert (tmp_path / "accuracy_over_compute.png").stat().st_size > 5000
+    for figure in ("accuracy_over_compute.png", "pictures.png"):
+        assert (tmp_path / figure).stat().st_size > 5000
+    (pair,) = json.loads((tmp_path / "differences.json").read_text())["rows"]
+    right = {name: jobs.result_of(tmp_path, f"{name}/seed-0")["right"] for name in few}
+    gained = sum(right["best of 2"]) / 2 - sum(right["base"]) / 2
+    assert float(pair["all prompts"].split(" ± ")[0]) == gained
+    assert pair["operations"] == pytest.approx(2.0, abs=0.2)
     assert jobs.result_of(tmp_path, plan.DIFFICULTY)["draws"] == 2

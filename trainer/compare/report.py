@@ -10,7 +10,7 @@ from ..job_board import result_of
 from ..tables import machine, to_markdown
 from .figures import write_figures
 from .jobs import NEW, OLD
-from .plan import ABLATED, ABLATIONS, Scale, Task, make_plan, scale_to_values
+from .plan import Scale, Task, make_plan, scale_to_values
 
 TITLES = {
     "noise": "Noise: a base of half wrong captions, tuned on right ones",
@@ -99,7 +99,7 @@ def task_rows(output: Path, task: Task, scale: Scale) -> list[dict[str, Any]]:
 
 def ablation_rows(output: Path, task: Task, scale: Scale) -> list[dict[str, Any]]:
     rows = []
-    for name in ("maskunet", *ABLATIONS):
+    for name in ("maskunet", *task.ablations):
         results = _finals(output, task, name, scale.seeds)
         if results:
             row = make_row(task, name, results)
@@ -149,10 +149,9 @@ def write_report(output: Path, scale: Scale, figures: bool) -> None:
         rows += found
         title = TITLES[task.name].format(**vars(scale))
         sections.append(f"## {title}\n\n{task.steps} steps of {task.batch}.\n\n{to_people(found)}")
-        if task.name == ABLATED:
-            ablations = ablation_rows(output, task, scale)
-    if ablations:
-        sections.append(f"## Ablations of maskunet on the task '{ABLATED}'\n\n{to_people(ablations)}")
+        if changed := ablation_rows(output, task, scale):
+            ablations += changed
+            sections.append(f"### Ablations of maskunet on the task '{task.name}'\n\n{to_people(changed)}")
     with replacing(output / "table.md") as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     content = {"rows": rows, "ablations": ablations, "trials": trial_rows(output, scale)}

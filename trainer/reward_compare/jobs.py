@@ -18,6 +18,8 @@ from .plan import DIFFICULTY, METHODS, Job, Scale, make_plan
 from .rivals import drawn_plainly
 from .stage import TABLE, Stage, held_out_prompts
 
+JUDGED = "judged.safetensors"
+"""The judge's `features` of all pictures, and the first `pictures`, in bytes."""
 _OTHER = 1000
 """Seed of the draws that tell how hard a prompt is: no method has it."""
 
@@ -37,8 +39,9 @@ def measure(stage: Stage, job: Job, scale: Scale, folder: Path) -> dict[str, Any
         verdicts.append(stage.verdict(latents, part))
     features = torch.cat([verdict.features for verdict in verdicts])
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "features.safetensors") as temporary:
-        save_file({"features": features}, temporary)
+    shown = (255 * verdicts[0].pictures).round().byte()
+    with replacing(folder / JUDGED) as temporary:
+        save_file({"features": features, "pictures": shown}, temporary)
     real_features, real_patches = stage.real()
     return {
         "frechet": frechet_distance(features, real_features),

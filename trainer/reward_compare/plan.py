@@ -75,6 +75,22 @@ METHODS: dict[str, Draw] = {
 """In the order of their jobs: what the others are held against comes first."""
 SLOW = ("paper", "reference")
 """Far above the budget of the others: measured on the first prompts alone."""
+PAIRS = (
+    ("fast", "best of 4"),
+    ("fast", "6 candidates, judged early"),
+    ("fast", "FK steering, 4 particles"),
+    ("fast", "paper"),
+    ("quality", "best of 16"),
+    ("quality", "28 candidates, judged early"),
+    ("quality", "FK steering, 16 particles"),
+    ("quality", "starting noise"),
+    ("quality", "noisy latents alone"),
+    ("quality", "quality, noisy latents for masks"),
+    ("quality", "paper"),
+)
+"""Compared prompt by prompt."""
+SHOWN = ("base", "paper", "best of 4", "fast", "best of 16", "FK steering, 16 particles", "quality")
+"""Whose pictures are shown side by side."""
 
 
 @dataclass(frozen=True)

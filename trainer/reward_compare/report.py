@@ -1,4 +1,4 @@
-"""The table and the plot of what is done so far."""
+"""The tables of what is done so far, and its figures."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..files import replacing
 from ..job_board import folder_of, result_of
 from ..tables import write_table
-from .plan import DIFFICULTY, METHODS, Scale
+from .figures import plot, sheet
+from .jobs import JUDGED
+from .plan import DIFFICULTY, METHODS, PAIRS, Scale
 
 CLASSES = ("never", "up to 1 in 4", "more")
+"""How often the base succeeds."""
 
 
 def classes_of(successes: list[int], draws: int) -> list[str]:
@@ -67,43 +69,50 @@ def rows_of(output: Path, scale: Scale) -> list[dict[str, Any]]:
         for name in ("frechet", "frechet_patches"):
             # Of fewer pictures it would not be comparable.
             row[name] = f"{sum(r[name] for r in results) / len(results):.3f}" if whole else ""
-        features = [load_file(folder_of(output, name) / "features.safetensors")["features"] for name, _ in found]
+        features = [load_file(folder_of(output, name) / JUDGED)["features"] for name, _ in found]
         row |= {"diversity": _diversity(features), "prompts": right.shape[1], "seeds": len(results)}
         rows.append(row)
     return rows
 
 
+def differences_of(output: Path, scale: Scale) -> list[dict[str, Any]]:
+    """A row per pair of PAIRS that was measured: how much more often the first is right on the same prompts and seeds.
+
+    operations, seconds: of the first over the second.
+    """
+    hard = result_of(output, DIFFICULTY)
+    rows = []
+    for method, rival in PAIRS:
+        both = [(_result(output, method, seed), _result(output, rival, seed)) for seed in range(scale.seeds)]
+        both = [pair for pair in both if None not in pair]
+        if not both or hard is None:
+            continue
+        count = min(len(result["right"]) for result in both[0])
+        mine, other = (torch.tensor([pair[side]["right"][:count] for pair in both]).float() for side in (0, 1))
+        classes = classes_of(hard["successes"], hard["draws"])[:count]
+        row = {"method": method, "rival": rival, "all prompts": share(mine - other)}
+        row |= {name: share((mine - other)[:, torch.tensor([c == name for c in classes])]) for name in CLASSES}
+        row["operations"] = round(both[0][0]["operations"] / both[0][1]["operations"], 2)
+        row["seconds"] = round(sum(a["seconds"] for a, _ in both) / sum(b["seconds"] for _, b in both), 2)
+        rows.append(row | {"prompts": count, "seeds": len(both)})
+    return rows
+
+
+def _result(output: Path, method: str, seed: int) -> dict[str, Any] | None:
+    return result_of(output, f"{method}/seed-{seed}")
+
+
 def write_report(output: Path, scale: Scale) -> None:
+    """`table` and `differences`, as Markdown and JSON, the plot, and the sheet of pictures."""
     rows = rows_of(output, scale)
-    if rows:
-        write_table(output, rows, asdict(scale))
-        _plot(output / "accuracy_over_compute.png", rows)
-
-
-def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    chain = [row for row in rows if row["method"] == "base" or row["method"].startswith("best of")]
-    chain.sort(key=lambda row: row["operations"])
-    axes.plot([row["operations"] for row in chain], [_value(row) for row in chain], "-", color="0.7", label="best of N")
-    for row in rows:
-        mean, error = _value(row), _error(row)
-        axes.errorbar(row["operations"], mean, yerr=error, fmt="o", markersize=4, capsize=2)
-        axes.annotate(row["method"], (row["operations"], mean), xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axes.set_xscale("log")
-    axes.set_xlabel("operations, in plain images")
-    axes.set_ylabel("pictures that the judge finds fully right")
-    axes.legend(loc="lower right", fontsize="small")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def _value(row: dict[str, Any]) -> float:
-    return float(row["right by the judge"].split(" ± ")[0])
-
-
-def _error(row: dict[str, Any]) -> float:
-    parts = row["right by the judge"].split(" ± ")
-    return float(parts[1]) if len(parts) > 1 else 0.0
+    if not rows:
+        return
+    write_table(output, rows, asdict(scale))
+    if differences := differences_of(output, scale):
+        write_table(output, differences, asdict(scale), "differences")
+    plot(output / "accuracy_over_compute.png", rows)
+    if (hard := result_of(output, DIFFICULTY)) is not None:
+        results = {method: _result(output, method, 0) for method in METHODS}
+        files = {m: folder_of(output, f"{m}/seed-0") / JUDGED for m, found in results.items() if found is not None}
+        right = {method: results[method]["right"] for method in files}
+        sheet(output / "pictures.png", hard["prompts"], classes_of(hard["successes"], hard["draws"]), files, right)

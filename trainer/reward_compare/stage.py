@@ -67,8 +67,10 @@ class Verdict:
     """What the readers say of N finished pictures. right: fully right by the judge; right_by_reward: by reader A.
 
     reward: the toy reward; features: the judge's, `[N, F]`; patches: see `patches_of`.
+    pictures: `[N, 3, H, W]` in [0, 1].
     """
 
+    pictures: Tensor
     right: Tensor
     right_by_reward: Tensor
     reward: Tensor
@@ -143,6 +145,7 @@ class Stage:
         pictures = self.decode(self.format.process_in(latents)).clamp(0, 1)
         of_reward, of_judge = read(self.reward, pictures), read(self.referee, pictures)
         return Verdict(
+            pictures,
             fully_right(of_judge, captions),
             fully_right(of_reward, captions),
             scores_of(of_reward, captions),
