@@ -1,15 +1,20 @@
 """What the C library does with memory that is freed; nothing happens where it is not glibc.
 
-Fresh pages from the kernel may take half of a step's time, and most of what two equal steps differ by.
+Fresh pages from the kernel may take half of a step's time, and most of what two equal steps differ by. Where freed
+memory stays, though, a peak also holds the gaps in which nothing fits.
 """
 
+import contextlib
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Names of `mallopt`."""
+_USUAL = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 2**17}
+_KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
 
 
 def _glibc() -> Any:
@@ -17,15 +22,28 @@ def _glibc() -> Any:
     return library if hasattr(library, "mallopt") else None
 
 
+def _set(options: dict[int, int]) -> None:
+    if glibc := _glibc():
+        for name, value in options.items():
+            glibc.mallopt(name, value)
+
+
 def keep_freed_memory() -> None:
     """From now on, for the life of the process, freed memory stays with it for the next step."""
-    if glibc := _glibc():
-        glibc.mallopt(_MMAP_MAX, 0)
-        glibc.mallopt(_TRIM_THRESHOLD, -1)
+    _set(_KEEPING)
 
 
-def return_freed_memory() -> None:
-    """Now, once: so that the next step's peak is its own."""
+@contextlib.contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Inside, large blocks go back to the system as soon as they are freed, and what was kept before does so first.
+
+    So a peak in it is one of what is used. Afterwards freed memory is kept.
+    """
     gc.collect()
     if glibc := _glibc():
+        _set(_USUAL)
         glibc.malloc_trim(0)
+    try:
+        yield
+    finally:
+        keep_freed_memory()

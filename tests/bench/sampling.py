@@ -1,13 +1,15 @@
 """What masks cost in sampling, what they cannot cost less than, and what the host's FreeU and PAG cost beside them."""
 
+import contextlib
 import gc
 import importlib
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -16,7 +18,7 @@ from maskunet_core.patch import attach, structure_of
 from maskunet_core.recorded import RecordedMasks, RecordedSource
 from maskunet_core.reference import ReferenceGenerator, authors_maps
 from maskunet_core.sources import GeneratorMasks, RandomMasks
-from tests.bench.allocator import keep_freed_memory, return_freed_memory
+from tests.bench.allocator import freed_at_once, keep_freed_memory
 from tests.bench.clock import seconds
 from tests.bench.models import random_base
 from tests.builders import make_generator
@@ -34,7 +36,7 @@ FAMILIES = {"SD 1.5": (768, 77), "SDXL": (2048, 77), "toy": (128, 16)}
 class Size:
     """What is drawn: `images` pictures of `pixels` a side, two samples each where `cfg` is not 1.
 
-    turns: after a step of each variant that gets its memory anew, which counts itself where there is no other.
+    turns: after a first step of each variant, which counts itself where there is no other.
     """
 
     model: str
@@ -182,7 +184,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class First:
-    """A step that also warms up. operations: floating-point; peak: of memory, in bytes."""
+    """A step that also warms up, on fresh pages. operations: floating-point; peak: of memory, in bytes."""
 
     seconds: float
     operations: int
@@ -190,8 +192,7 @@ class First:
 
     @classmethod
     def of(cls, size: Size, model: Any, device: torch.device) -> "First":
-        return_freed_memory()
-        with PeakMemory(device) as memory, Operations() as counter:
+        with freed_at_once(), PeakMemory(device) as memory, Operations() as counter:
             took = seconds(partial(_step, size, model))
         return cls(took, counter.total, memory.peak)
 
@@ -200,12 +201,29 @@ def _say(text: str) -> None:
     print(f"[bench] {text}", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _same_free_memory(device: torch.device) -> Iterator[None]:
+    """The host splits attention by the memory that is free, which differs between steps: halves of it, up to GBs."""
+    import comfy.model_management
+
+    free = comfy.model_management.get_free_memory(device)
+
+    def get_free_memory(dev: Any = None, torch_free_too: bool = False) -> Any:
+        return (free, free) if torch_free_too else free
+
+    with mock.patch.object(comfy.model_management, "get_free_memory", get_free_memory):
+        yield
+
+
 def _rows(size: Size, base: BaseModel, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """A row per variant: steps in turns, medians, and ratios to the unmasked step of the same turn."""
+    """A row per variant: steps in turns, medians, and ratios to the unmasked step of the same turn.
+
+    Of the first steps the unmasked one is the last, so that what a size sets up does not count against it.
+    """
     device = base.patcher.load_device
     speed = Speed.of(device, dtype)
     variants = {name: VARIANTS[name](base, size.targets) for name in size.variants}
-    first = {name: First.of(size, variant.model, device) for name, variant in variants.items()}
+    first = {name: First.of(size, variants[name].model, device) for name in reversed(size.variants)}
     turns = [
         {name: seconds(partial(_step, size, variant.model)) for name, variant in variants.items()}
         for _ in range(size.turns)
@@ -257,7 +275,8 @@ def measure(sizes: tuple[Size, ...]) -> list[dict[str, Any]]:
             _step(mine[0], base.patcher)
             for size in mine:
                 _say(f"{model}, {size.pixels} pixels, {size.images} images, CFG {size.cfg}, {size.targets}, {dtype}")
-                rows += _rows(size, base, dtype)
+                with _same_free_memory(device):
+                    rows += _rows(size, base, dtype)
             del base
             gc.collect()
     return rows

@@ -12,7 +12,7 @@ import torch
 from maskunet_core.gumbel import straight_through
 from maskunet_core.patch import installed
 from maskunet_core.sources import Call, LearningGenerator
-from tests.bench.allocator import keep_freed_memory, return_freed_memory
+from tests.bench.allocator import freed_at_once, keep_freed_memory
 from tests.bench.clock import seconds
 from tests.bench.models import random_base
 from trainer.base import BaseModel, load_toy_base
@@ -102,8 +102,7 @@ def _peak(name: str, base: BaseModel, batch: int, pixels: int) -> int:
     """Peak memory in bytes of the second step of a method that is alone in memory with the base."""
     trained = _start(name, base)
     _step(base, trained, batch, pixels)
-    return_freed_memory()
-    with PeakMemory(torch.device("cpu")) as memory:
+    with freed_at_once(), PeakMemory(torch.device("cpu")) as memory:
         _step(base, trained, batch, pixels)
     return memory.peak
 
@@ -111,8 +110,8 @@ def _peak(name: str, base: BaseModel, batch: int, pixels: int) -> int:
 def _estimated(name: str, base: BaseModel, batch: int, pixels: int) -> int:
     """What `check` would say of the peak, in bytes."""
     config = parse_config({"loop": {"batch": batch}})
-    return_freed_memory()
-    return estimate(base, _build(name, base), config, make_accelerator(config), (pixels, pixels)).peak
+    with freed_at_once():
+        return estimate(base, _build(name, base), config, make_accelerator(config), (pixels, pixels)).peak
 
 
 def measure(model: str, pixels: int, turns_of: dict[int, int]) -> list[dict]:
