@@ -127,11 +127,11 @@ VARIANTS: dict[str, Build] = {
 }
 MASKS = (UNMASKED, OURS)
 SIZES = (
-    Size("SD 1.5", 256, 1, 5, tuple(VARIANTS)),
-    Size("SD 1.5", 512, 1, 5, MASKS),
-    Size("SD 1.5", 256, 1, 2, MASKS, "decoder attention and feed-forward"),
-    Size("SD 1.5", 256, 1, 2, MASKS, "all attention"),
-    Size("SD 1.5", 256, 4, 2, MASKS),
+    Size("SD 1.5", 256, 1, 4, tuple(VARIANTS)),
+    Size("SD 1.5", 512, 1, 3, MASKS),
+    Size("SD 1.5", 256, 1, 1, MASKS, "decoder attention and feed-forward"),
+    Size("SD 1.5", 256, 1, 1, MASKS, "all attention"),
+    Size("SD 1.5", 256, 4, 1, MASKS),
     Size("SD 1.5", 512, 4, 0, MASKS),
     Size("SD 1.5", 256, 16, 1, MASKS, cfg=1.0),
     Size("SD 1.5", 1024, 1, 0, MASKS, cfg=1.0),
