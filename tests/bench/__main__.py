@@ -14,7 +14,7 @@ import tests.bench.models  # noqa: F401  isort: skip
 def _starting(quick: bool):
     from tests.bench import starting
 
-    return starting.measure(2 if quick else 3), {}
+    return starting.measure(1 if quick else 3), {}
 
 
 def _sampling(quick: bool):
