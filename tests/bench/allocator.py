@@ -39,9 +39,9 @@ def freed_at_once() -> Iterator[None]:
 
     So a peak in it is one of what is used. Afterwards freed memory is kept.
     """
+    _set(_USUAL)
     gc.collect()
     if glibc := _glibc():
-        _set(_USUAL)
         glibc.malloc_trim(0)
     try:
         yield

@@ -203,7 +203,7 @@ def _say(text: str) -> None:
 
 @contextlib.contextmanager
 def _same_free_memory(device: torch.device) -> Iterator[None]:
-    """The host splits attention by the memory that is free, which differs between steps: halves of it, up to GBs."""
+    """The host splits attention by the memory that is free; where that differs between steps, so do peaks, by GBs."""
     import comfy.model_management
 
     free = comfy.model_management.get_free_memory(device)

@@ -142,7 +142,7 @@ class Desk:
             " && app.graph._nodes.length === 0",
             arg=before,
         )
-        self._settle("")
+        self._settle("Unsaved Workflow")
 
     def show_all(self) -> None:
         self.page.get_by_role("button", name="Fit View").click()

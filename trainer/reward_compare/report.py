@@ -33,6 +33,18 @@ def share(values: Tensor) -> str:
     return f"{of_prompt.mean():.3f} ± {of_prompt.std() / len(of_prompt) ** 0.5:.3f}"
 
 
+def _shares(values: Tensor, classes: list[str]) -> dict[str, str]:
+    """By how hard the prompts are; values: `[seeds, prompts]` of the first prompts."""
+    of_prompts = classes[: values.shape[1]]
+    return {name: share(values[:, torch.tensor([c == name for c in of_prompts])]) for name in CLASSES}
+
+
+def _classes(output: Path) -> list[str] | None:
+    """How hard each prompt is, where that is measured."""
+    hard = result_of(output, DIFFICULTY)
+    return hard and classes_of(hard["successes"], hard["draws"])
+
+
 def _diversity(features: list[Tensor]) -> str:
     """Mean distance between the judge's features of one prompt's pictures at different seeds."""
     if len(features) < 2:
@@ -43,8 +55,7 @@ def _diversity(features: list[Tensor]) -> str:
 
 def rows_of(output: Path, scale: Scale) -> list[dict[str, Any]]:
     """A row per method that has a seed; costs in plain images, counted and in CPU seconds of the same machine."""
-    base = result_of(output, "base/seed-0")
-    hard = result_of(output, DIFFICULTY)
+    base, classes = _result(output, "base", 0), _classes(output)
     rows = []
     for method in METHODS:
         names = [f"{method}/seed-{seed}" for seed in range(scale.seeds)]
@@ -59,10 +70,8 @@ def rows_of(output: Path, scale: Scale) -> list[dict[str, Any]]:
             "seconds": round(sum(r["seconds"] for r in results) / len(results) / base["seconds"], 1),
             "right by the judge": share(right),
         }
-        if hard is not None:
-            classes = classes_of(hard["successes"], hard["draws"])[: right.shape[1]]
-            for name in CLASSES:
-                row[name] = share(right[:, torch.tensor([c == name for c in classes])])
+        if classes is not None:
+            row |= _shares(right, classes)
         row["right by the reward's reader"] = share(torch.tensor([result["right_by_reward"] for result in results]))
         row["reward"] = f"{sum(sum(r['reward']) / len(r['reward']) for r in results) / len(results):.2f}"
         whole = right.shape[1] == scale.prompts
@@ -80,18 +89,16 @@ def differences_of(output: Path, scale: Scale) -> list[dict[str, Any]]:
 
     operations, seconds: of the first over the second.
     """
-    hard = result_of(output, DIFFICULTY)
+    classes = _classes(output)
     rows = []
     for method, rival in PAIRS:
         both = [(_result(output, method, seed), _result(output, rival, seed)) for seed in range(scale.seeds)]
         both = [pair for pair in both if None not in pair]
-        if not both or hard is None:
+        if not both or classes is None:
             continue
         count = min(len(result["right"]) for result in both[0])
         mine, other = (torch.tensor([pair[side]["right"][:count] for pair in both]).float() for side in (0, 1))
-        classes = classes_of(hard["successes"], hard["draws"])[:count]
-        row = {"method": method, "rival": rival, "all prompts": share(mine - other)}
-        row |= {name: share((mine - other)[:, torch.tensor([c == name for c in classes])]) for name in CLASSES}
+        row = {"method": method, "rival": rival, "all prompts": share(mine - other), **_shares(mine - other, classes)}
         row["operations"] = round(both[0][0]["operations"] / both[0][1]["operations"], 2)
         row["seconds"] = round(sum(a["seconds"] for a, _ in both) / sum(b["seconds"] for _, b in both), 2)
         rows.append(row | {"prompts": count, "seeds": len(both)})
@@ -111,8 +118,8 @@ def write_report(output: Path, scale: Scale) -> None:
     if differences := differences_of(output, scale):
         write_table(output, differences, asdict(scale), "differences")
     plot(output / "accuracy_over_compute.png", rows)
-    if (hard := result_of(output, DIFFICULTY)) is not None:
+    if (classes := _classes(output)) is not None:
         results = {method: _result(output, method, 0) for method in METHODS}
         files = {m: folder_of(output, f"{m}/seed-0") / JUDGED for m, found in results.items() if found is not None}
         right = {method: results[method]["right"] for method in files}
-        sheet(output / "pictures.png", hard["prompts"], classes_of(hard["successes"], hard["draws"]), files, right)
+        sheet(output / "pictures.png", result_of(output, DIFFICULTY)["prompts"], classes, files, right)
