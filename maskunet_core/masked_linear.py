@@ -156,6 +156,7 @@ class _ThresholdedProduct(torch.autograd.Function):
             if left is not None:
                 of_left = (slope @ right).div_(tau)
                 of_right = (slope.flatten(0, 1).T @ left.flatten(0, 1)).div_(tau)
-            shared = slope[0] if len(slope) == 1 else slope.sum(0)
-            of_static = slope if static.ndim == 3 else shared.sum_to_size(static.shape)
+            of_static = slope
+            if static.ndim != 3:
+                of_static = (slope[0] if len(slope) == 1 else slope.sum(0)).sum_to_size(static.shape)
         return of_rows, None, of_static.div_(tau), of_left, of_right, None
