@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 """Names of `mallopt`."""
-_USUAL = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 2**17}
+_USUAL = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 2**17, _TRIM_THRESHOLD: 2**17}
 _KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
 
 
@@ -37,7 +37,8 @@ def keep_freed_memory() -> None:
 def freed_at_once() -> Iterator[None]:
     """Inside, large blocks go back to the system as soon as they are freed, and what was kept before does so first.
 
-    So a peak in it is one of what is used. Afterwards freed memory is kept.
+    So a peak in it is one of what is used: the size from which a block is large would otherwise have grown with
+    what was freed before. Afterwards freed memory is kept.
     """
     _set(_USUAL)
     gc.collect()
