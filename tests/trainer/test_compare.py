@@ -49,7 +49,7 @@ from trainer.toy.world import render, sample_captioned
 JOBS = "trainer.compare.jobs"
 TWO_ARMS = ("static_mask", "maskunet")
 TWO_ABLATIONS = ("no sample", "with feed-forward")
-TINY = dataclasses.replace(Scale.quick(), factors=(1.0,), style_steps=2, style_pictures=16, pairs=16, sampling_steps=2)
+TINY = dataclasses.replace(Scale.quick(), style_steps=2, style_pictures=16, pairs=16, sampling_steps=2)
 
 
 @pytest.fixture(scope="module")

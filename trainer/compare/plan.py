@@ -72,7 +72,7 @@ class Scale:
         """A few steps of everything: shows that the path works, not which arm is better."""
         return cls(
             seeds=1,
-            factors=(1.0, 3.0),
+            factors=(1.0,),
             base_steps=10,
             base_pictures=256,
             noise_steps=3,
