@@ -1,5 +1,6 @@
 """The comparison of searches, on few prompts."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -13,6 +14,7 @@ from trainer.reward_compare import jobs, plan, report
 from trainer.reward_compare.costs import Operations
 from trainer.reward_compare.rivals import Steering, optimise_noise, optimised_noise, steered
 from trainer.reward_compare.stage import TABLE, TUNING, Stage, held_out_prompts
+from trainer.reward_compare.student import SAMPLING, trajectories
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,28 @@ def test_the_starting_noise_climbs_and_stays_likely(stage, captions):
     assert optimised_noise(stage, captions[:1], 0, iterations=1).shape == (1, 4, 8, 8)
 
 
+def test_a_students_states_lie_on_the_hosts_own_trajectory(stage):
+    import comfy.sample
+
+    seen = trajectories(stage, 2)
+    assert seen["states"].shape == (2, SAMPLING.steps, 4, 8, 8)
+    noise = seen["states"][:, 0] / (1 + stage.base.model.model_sampling.sigma_max**2) ** 0.5
+    conditioning = [[stage.base.encode_tokens(seen["tokens"]), {}]]
+    host = comfy.sample.sample(
+        stage.base.patcher,
+        noise,
+        16,
+        stage.sampling.cfg,
+        "euler",
+        SAMPLING.scheduler,
+        conditioning,
+        stage.empty,
+        torch.zeros_like(noise),
+        disable_pbar=True,
+    )
+    torch.testing.assert_close(seen["ends"], host, rtol=1e-3, atol=1e-3)
+
+
 def test_prompts_are_sorted_by_how_often_the_base_succeeds():
     assert report.classes_of([0, 1, 4, 5, 16], 16) == ["never", "up to 1 in 4", "up to 1 in 4", "more", "more"]
 
@@ -99,10 +123,11 @@ def test_errors_are_over_prompts_not_over_pictures():
 
 
 def test_a_method_is_measured_once_and_stands_in_the_table(tmp_path, monkeypatch):
-    scale = plan.Scale(prompts=2, slow_prompts=2, seeds=1, batch=2, draws=2)
+    scale = dataclasses.replace(plan.Scale.quick(), prompts=2, batch=2, draws=2)
     few = {name: plan.METHODS[name] for name in ("base", "best of 2")}
-    monkeypatch.setattr(plan, "METHODS", few)
-    monkeypatch.setattr(report, "METHODS", few)
+    for part in (plan, report):
+        monkeypatch.setattr(part, "METHODS", few)
+        monkeypatch.setattr(part, "STUDENT_METHODS", {"4 steps": plan.STUDENT_METHODS["4 steps"]})
     monkeypatch.setattr(report, "PAIRS", (("best of 2", "base"),))
     job_board.claim(tmp_path, vars(scale))
     module = "trainer.reward_compare.jobs"
@@ -113,6 +138,8 @@ def test_a_method_is_measured_once_and_stands_in_the_table(tmp_path, monkeypatch
     rows = {row["method"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     assert rows["base"]["operations"] == 1.0
     assert rows["best of 2"]["operations"] == pytest.approx(2.0, abs=0.2)
+    # 4 steps without guidance beside 15 with it.
+    assert rows["4 steps"]["operations"] == pytest.approx(4 / 30, abs=0.01)
     for figure in ("accuracy_over_compute.png", "pictures.png"):
         assert (tmp_path / figure).stat().st_size > 5000
     (pair,) = json.loads((tmp_path / "differences.json").read_text())["rows"]

@@ -14,9 +14,10 @@ from ..host import enter_host
 from ..job_board import folder_of, result_of, write_result
 from ..toy.judge import frechet_distance
 from .costs import Operations
-from .plan import DIFFICULTY, METHODS, Job, Scale, make_plan
+from .plan import DIFFICULTY, METHODS, STUDENT, STUDENT_METHODS, Job, Scale, make_plan
 from .rivals import drawn_plainly
 from .stage import TABLE, Stage, held_out_prompts
+from .student import SAMPLING, train_student
 
 JUDGED = "judged.safetensors"
 """The judge's `features` of all pictures, and the first `pictures`, in bytes."""
@@ -27,7 +28,7 @@ _OTHER = 1000
 def measure(stage: Stage, job: Job, scale: Scale, folder: Path) -> dict[str, Any]:
     """Draw all prompts by the job's method, and judge. Times are CPU seconds of one thread per image."""
     captions = held_out_prompts(scale.prompts, TABLE)[: scale.prompts_of(job.method)]
-    draw = METHODS[job.method]
+    draw = (METHODS | STUDENT_METHODS)[job.method]
     with Operations() as counted:
         draw(stage, captions[:1], job.seed)
     verdicts, seconds = [], 0.0
@@ -66,6 +67,17 @@ def difficulty(stage: Stage, scale: Scale) -> dict[str, Any]:
     return {"successes": found.tolist(), "draws": scale.draws, "kinds": kinds, "prompts": [str(c) for c in captions]}
 
 
+def do(output: Path, job: Job, scale: Scale) -> dict[str, Any]:
+    """What the job finds; its files lie in its folder."""
+    if job.method == STUDENT:
+        return train_student(folder_of(output, job.name), scale.student_pictures, scale.student_steps)
+    if job.method == DIFFICULTY:
+        return difficulty(Stage(), scale)
+    is_few = job.method in STUDENT_METHODS
+    stage = Stage(SAMPLING, folder_of(output, STUDENT) / "unet.safetensors") if is_few else Stage()
+    return measure(stage, job, scale, folder_of(output, job.name))
+
+
 def main() -> int:
     output, name = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
@@ -73,10 +85,8 @@ def main() -> int:
     scale = Scale(**json.loads((output / "scale.json").read_text(encoding="utf-8")))
     job = next(job for job in make_plan(scale) if job.name == name)
     if result_of(output, name) is None:
-        began, stage = time.monotonic(), Stage()
-        is_difficulty = job.method == DIFFICULTY
-        found = difficulty(stage, scale) if is_difficulty else measure(stage, job, scale, folder_of(output, name))
-        write_result(output, name, found, began)
+        began = time.monotonic()
+        write_result(output, name, do(output, job, scale), began)
     return 0
 
 

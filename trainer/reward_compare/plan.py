@@ -14,7 +14,7 @@ from maskunet_core.search.settings import PRESETS, SearchSettings
 from maskunet_core.toy.captions import Caption
 
 from .rivals import drawn_plainly, optimised_noise, steered
-from .stage import STEPS, Stage
+from .stage import Stage
 
 Draw = Callable[[Stage, list[Caption], int], Tensor]
 """Latents `[N, ...]` of a batch of prompts, from a stage and a seed."""
@@ -35,7 +35,7 @@ def searched(settings: SearchSettings) -> Draw:
             settings=settings,
             judge=stage.judge(captions),
             score=lambda latents: stage.rewards(latents, captions),
-            steps=STEPS,
+            steps=stage.sampling.steps,
             seed=seed,
         )
         return found.latents
@@ -66,13 +66,22 @@ METHODS: dict[str, Draw] = {
     "noisy latents alone": searched(replace(_LATENTS, candidates=1, iterations=7)),
     "quality, and noisy latents": searched(replace(_LATENTS, masks=True, iterations=2)),
     "starting noise": optimised_noise,
-    "base, 60 steps": lambda stage, captions, seed: drawn_plainly(stage, captions, seed, steps=4 * STEPS),
+    "base, 60 steps": lambda stage, captions, seed: drawn_plainly(stage, captions, seed, steps=60),
     "best of 2": best_of(2),
     "best of 8": best_of(8),
     "reference": searched(PRESETS["reference"]),
     "paper": searched(PRESETS["paper"]),
 }
 """In the order of their jobs: what the others are held against comes first."""
+_FEW = PRESETS["few_step"]
+STUDENT_METHODS: dict[str, Draw] = {
+    "4 steps": drawn_plainly,
+    "4 steps, few_step": searched(_FEW),
+    "4 steps, best of 4": best_of(4),
+    "4 steps, best of 11": best_of(11),
+    "4 steps, 23 candidates, judged early": searched(replace(_FEW, iterations=0, candidates=23)),
+}
+"""Of a few-step student of the toy model: see `student`."""
 SLOW = ("paper", "reference")
 """Far above the budget of the others: measured on the first prompts alone."""
 PAIRS = (
@@ -87,6 +96,8 @@ PAIRS = (
     ("quality", "noisy latents alone"),
     ("quality", "quality, noisy latents for masks"),
     ("quality", "paper"),
+    ("4 steps, few_step", "4 steps, best of 11"),
+    ("4 steps, few_step", "4 steps, 23 candidates, judged early"),
 )
 """Compared prompt by prompt."""
 SHOWN = ("base", "paper", "best of 4", "fast", "best of 16", "FK steering, 16 particles", "quality")
@@ -95,17 +106,22 @@ SHOWN = ("base", "paper", "best of 4", "fast", "best of 16", "FK steering, 16 pa
 
 @dataclass(frozen=True)
 class Scale:
-    """prompts: of two objects and of relations, in turn; slow_prompts: for SLOW. batch: prompts drawn at once."""
+    """prompts: of two objects and of relations, in turn; slow_prompts: for SLOW. batch: prompts drawn at once.
+
+    draws: of the base, by which a prompt's difficulty is told. student_pictures, student_steps: of its training.
+    """
 
     prompts: int = 200
     slow_prompts: int = 50
     seeds: int = 3
     batch: int = 25
     draws: int = DRAWS
+    student_pictures: int = 3000
+    student_steps: int = 2500
 
     @classmethod
     def quick(cls) -> "Scale":
-        return cls(prompts=8, slow_prompts=2, seeds=1, batch=4, draws=4)
+        return cls(prompts=8, slow_prompts=2, seeds=1, batch=4, draws=4, student_pictures=16, student_steps=2)
 
     def prompts_of(self, method: str) -> int:
         return self.slow_prompts if method in SLOW else self.prompts
@@ -113,7 +129,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Job:
-    """One method with one seed; `method` "difficulty" draws how often the base succeeds on each prompt."""
+    """One method with one seed. Two are none: DIFFICULTY draws how often the base succeeds, STUDENT trains one."""
 
     name: str
     method: str
@@ -121,11 +137,14 @@ class Job:
     needs: tuple[str, ...] = ()
 
 
-DIFFICULTY = "difficulty"
+DIFFICULTY, STUDENT = "difficulty", "student"
 
 
 def make_plan(scale: Scale) -> list[Job]:
     """All jobs, seed by seed, so that what is done at any time makes a whole table."""
     jobs = [Job(f"{method}/seed-{seed}", method, seed) for seed in range(scale.seeds) for method in METHODS]
     jobs.insert(len(METHODS), Job(DIFFICULTY, DIFFICULTY))
+    jobs.append(Job(STUDENT, STUDENT))
+    for seed in range(scale.seeds):
+        jobs += [Job(f"{method}/seed-{seed}", method, seed, (STUDENT,)) for method in STUDENT_METHODS]
     return jobs

@@ -12,7 +12,7 @@ from ..job_board import folder_of, result_of
 from ..tables import write_table
 from .figures import plot, sheet
 from .jobs import JUDGED
-from .plan import DIFFICULTY, METHODS, PAIRS, Scale
+from .plan import DIFFICULTY, METHODS, PAIRS, STUDENT_METHODS, Scale
 
 CLASSES = ("never", "up to 1 in 4", "more")
 """How often the base succeeds."""
@@ -57,7 +57,7 @@ def rows_of(output: Path, scale: Scale) -> list[dict[str, Any]]:
     """A row per method that has a seed; costs in plain images, counted and in CPU seconds of the same machine."""
     base, classes = _result(output, "base", 0), _classes(output)
     rows = []
-    for method in METHODS:
+    for method in (*METHODS, *STUDENT_METHODS):
         names = [f"{method}/seed-{seed}" for seed in range(scale.seeds)]
         found = [(name, result) for name in names if (result := result_of(output, name)) is not None]
         if not found or base is None:
@@ -66,8 +66,8 @@ def rows_of(output: Path, scale: Scale) -> list[dict[str, Any]]:
         right = torch.tensor([result["right"] for result in results])
         row = {
             "method": method,
-            "operations": round(results[0]["operations"] / base["operations"], 1),
-            "seconds": round(sum(r["seconds"] for r in results) / len(results) / base["seconds"], 1),
+            "operations": round(results[0]["operations"] / base["operations"], 2),
+            "seconds": round(sum(r["seconds"] for r in results) / len(results) / base["seconds"], 2),
             "right by the judge": share(right),
         }
         if classes is not None:

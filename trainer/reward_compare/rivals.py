@@ -9,7 +9,7 @@ from maskunet_core.search.sampling import step_of
 from maskunet_core.toy.captions import Caption
 
 from ..seeds import seeded
-from .stage import CFG, Stage
+from .stage import Stage
 
 KEY = "reward_compare"
 
@@ -71,7 +71,7 @@ def _chain(stage: Stage, noise: Tensor, context: Tensor, steps: int) -> Tensor:
         positive, negative = stage.base.model.apply_model(
             torch.cat([x, x]), now.expand(2 * len(x)), c_crossattn=both
         ).chunk(2)
-        clean = negative + CFG * (positive - negative)
+        clean = negative + stage.sampling.cfg * (positive - negative)
         x = x + (x - clean) / now * (after - now)
     return x
 
@@ -112,5 +112,7 @@ def optimised_noise(
     return stage.sample(stage.base.patcher, captions, best, seed=seed)
 
 
-def drawn_plainly(stage: Stage, captions: list[Caption], seed: int, number: int = 0, steps: int = 15) -> Tensor:
+def drawn_plainly(
+    stage: Stage, captions: list[Caption], seed: int, number: int = 0, steps: int | None = None
+) -> Tensor:
     return stage.sample(stage.base.patcher, captions, stage.noise(captions, seed, number), steps=steps, seed=seed)

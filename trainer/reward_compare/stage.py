@@ -3,10 +3,12 @@
 import zlib
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from maskunet_core.rewards.reward import BoundReward, value_and_gradient
@@ -24,9 +26,18 @@ from ..toy.judge import fully_right, read
 from ..toy.world import render, sample_captioned
 
 KINDS = ("two", "relation")
-STEPS, CFG = 15, 5.0
 TUNING, TABLE = 70, 71
 """Streams of prompts: settings are chosen on other prompts than those of the table."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What the host's sampler is asked for."""
+
+    steps: int = 15
+    cfg: float = 5.0
+    sampler: str = "ddim"
+    scheduler: str = "normal"
 
 
 def held_out_prompts(count: int, stream: int) -> list[Caption]:
@@ -87,10 +98,16 @@ def patches_of(latents: Tensor) -> Tensor:
 
 
 class Stage:
-    """The toy model and its readers, for batches of different prompts."""
+    """The toy model and its readers, for batches of different prompts.
 
-    def __init__(self):
+    sampling: how pictures are drawn. unet: a file with other weights for the U-Net, None for those that ship.
+    """
+
+    def __init__(self, sampling: Sampling = Sampling(), unet: Path | None = None):
+        self.sampling = sampling
         self.base: BaseModel = load_toy_base()
+        if unet is not None:
+            self.base.unet.load_state_dict(load_file(unet))
         self.reward, self.referee = load_reader("reader_a"), load_reader("reader_b")
         self.format = self.base.patcher.get_model_object("latent_format")
         self.decode = latent_decoder(self.base.vae, self.format)
@@ -115,14 +132,33 @@ class Stage:
 
     @torch.no_grad()
     def sample(
-        self, model: Any, captions: list[Caption], noise: Tensor, *, steps=STEPS, sampler="ddim", seed=0, **options: Any
+        self,
+        model: Any,
+        captions: list[Caption],
+        noise: Tensor,
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        **options: Any,
     ) -> Tensor:
-        """Latents as the host's sampler gives them."""
+        """Latents as the host's sampler gives them; steps, sampler: other ones than the stage's."""
         import comfy.sample
 
-        parts = self.conditioning(captions), self.empty, torch.zeros_like(noise)
+        how = self.sampling
         return comfy.sample.sample(
-            model, noise, steps, CFG, sampler, "normal", *parts, disable_pbar=True, seed=seed, **options
+            model,
+            noise,
+            steps or how.steps,
+            how.cfg,
+            sampler or how.sampler,
+            how.scheduler,
+            self.conditioning(captions),
+            self.empty,
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=seed,
+            **options,
         )
 
     def estimate(self, captions: list[Caption], noise: Tensor, steps: int, seed: int) -> Tensor:
