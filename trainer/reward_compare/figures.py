@@ -11,6 +11,9 @@ from .plan import SHOWN
 
 COLUMNS = 8
 """Prompts of the sheet."""
+CHAINS = (("base", "best of "), ("4 steps", "4 steps, best of "))
+"""What is drawn plainly, and how its best of N are called."""
+TICKS = (0.25, 1, 4, 16, 64, 256)
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -25,22 +28,28 @@ def _accuracy(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The judge's accuracy over operations, a point per method; best of N is joined by a line. rows: of the table."""
+    """The judge's accuracy over operations, a point per method, the best named first. rows: of the table.
+
+    Plain drawing and best of N are joined by a line, and so are those of the student.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9.5, 5.2), dpi=120, layout="constrained")
     axes = figure.subplots()
-    chain = [row for row in rows if row["method"] == "base" or row["method"].startswith("best of")]
-    chain.sort(key=lambda row: row["operations"])
-    axes.plot([r["operations"] for r in chain], [_accuracy(r)[0] for r in chain], "-", color="0.7", label="best of N")
-    for row in rows:
+    for plain, best_of in CHAINS:
+        chain = [row for row in rows if row["method"] == plain or row["method"].startswith(best_of)]
+        points = sorted((row["operations"], _accuracy(row)[0]) for row in chain)
+        axes.plot([x for x, _ in points], [y for _, y in points], "-", color="0.8", zorder=1)
+    for number, row in enumerate(sorted(rows, key=_accuracy, reverse=True)):
         mean, error = _accuracy(row)
-        axes.errorbar(row["operations"], mean, yerr=error, fmt="o", markersize=4, capsize=2)
-        axes.annotate(row["method"], (row["operations"], mean), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        look = {"fmt": "osD^vPX"[number % 7], "color": f"C{number % 10}", "markersize": 5, "capsize": 2}
+        axes.errorbar(row["operations"], mean, yerr=error, label=row["method"], **look)
     axes.set_xscale("log")
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("operations, in plain images")
     axes.set_ylabel("pictures that the judge finds fully right")
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False)
     _save(figure, path)
 
 
