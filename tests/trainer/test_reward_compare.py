@@ -14,7 +14,7 @@ from trainer.reward_compare import jobs, plan, report
 from trainer.reward_compare.costs import Operations
 from trainer.reward_compare.rivals import Steering, optimise_noise, optimised_noise, steered
 from trainer.reward_compare.stage import TABLE, TUNING, Stage, held_out_prompts
-from trainer.reward_compare.student import SAMPLING, trajectories
+from trainer.reward_compare.student import SAMPLING, TEACHER, trajectories
 
 
 @pytest.fixture(scope="module")
@@ -91,26 +91,26 @@ def test_the_starting_noise_climbs_and_stays_likely(stage, captions):
     assert optimised_noise(stage, captions[:1], 0, iterations=1).shape == (1, 4, 8, 8)
 
 
-def test_a_students_states_lie_on_the_hosts_own_trajectory(stage):
+def test_from_each_of_a_students_states_the_teacher_arrives_at_the_end(stage):
     import comfy.sample
 
-    seen = trajectories(stage, 2)
-    assert seen["states"].shape == (2, SAMPLING.steps, 4, 8, 8)
-    noise = seen["states"][:, 0] / (1 + stage.base.model.model_sampling.sigma_max**2) ** 0.5
+    seen = trajectories(2)
     conditioning = [[stage.base.encode_tokens(seen["tokens"]), {}]]
-    host = comfy.sample.sample(
-        stage.base.patcher,
-        noise,
-        16,
-        stage.sampling.cfg,
-        "euler",
-        SAMPLING.scheduler,
-        conditioning,
-        stage.empty,
-        torch.zeros_like(noise),
-        disable_pbar=True,
-    )
-    torch.testing.assert_close(seen["ends"], host, rtol=1e-3, atol=1e-3)
+    for number, state in enumerate(seen["states"].unbind(1)):
+        end = comfy.sample.sample(
+            stage.base.patcher,
+            torch.zeros_like(state),
+            TEACHER.steps,
+            TEACHER.cfg,
+            TEACHER.sampler,
+            TEACHER.scheduler,
+            conditioning,
+            stage.empty,
+            stage.format.process_out(state),
+            start_step=number * TEACHER.steps // SAMPLING.steps,
+            disable_pbar=True,
+        )
+        torch.testing.assert_close(seen["ends"], stage.format.process_in(end), rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_are_sorted_by_how_often_the_base_succeeds():
@@ -124,10 +124,9 @@ def test_errors_are_over_prompts_not_over_pictures():
 
 def test_a_method_is_measured_once_and_stands_in_the_table(tmp_path, monkeypatch):
     scale = dataclasses.replace(plan.Scale.quick(), prompts=2, batch=2, draws=2)
-    few = {name: plan.METHODS[name] for name in ("base", "best of 2")}
+    few = {name: plan.METHODS[name] for name in ("base", "best of 2", "4 steps")}
     for part in (plan, report):
         monkeypatch.setattr(part, "METHODS", few)
-        monkeypatch.setattr(part, "STUDENT_METHODS", {"4 steps": plan.STUDENT_METHODS["4 steps"]})
     monkeypatch.setattr(report, "PAIRS", (("best of 2", "base"),))
     job_board.claim(tmp_path, vars(scale))
     module = "trainer.reward_compare.jobs"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from maskunet_core.errors import MaskUNetError
-from maskunet_core.toy.model import UNET_CONFIG, WEIGHTS, load_reader, read_weights
+from maskunet_core.toy.model import WEIGHTS, load_reader, read_weights
 
 from ..base import BaseModel, load_toy_base
 from ..config import Config, to_toml_values
@@ -49,14 +49,11 @@ def load_base(output: Path, world: str) -> BaseModel:
 
 def train_noisy_base(scale: Scale, output: Path) -> dict[str, Any]:
     """The shipped U-Net, trained further where half of the captions are wrong; everything else stays as shipped."""
-    import comfy.ops
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
-    from ..toy.train import Recipe, denoising_loss, fit, save_part, trainable_text_model
+    from ..toy.train import Recipe, denoising_loss, fit, save_part, trainable_text_model, trainable_unet
 
     recipe = Recipe(caption_noise=OLD_NOISE["noise"], pictures=scale.base_pictures, unet_steps=scale.base_steps)
     folder = weights_of(output, "noise")
-    unet = UNetModel(**UNET_CONFIG, device="cpu", operations=comfy.ops.manual_cast)
+    unet = trainable_unet()
     tensors, metadata = read_weights("unet")
     unet.load_state_dict(tensors)
     text = trainable_text_model()

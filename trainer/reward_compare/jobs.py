@@ -28,7 +28,7 @@ _OTHER = 1000
 def measure(stage: Stage, job: Job, scale: Scale, folder: Path) -> dict[str, Any]:
     """Draw all prompts by the job's method, and judge. Times are CPU seconds of one thread per image."""
     captions = held_out_prompts(scale.prompts, TABLE)[: scale.prompts_of(job.method)]
-    draw = (METHODS | STUDENT_METHODS)[job.method]
+    draw = METHODS[job.method]
     with Operations() as counted:
         draw(stage, captions[:1], job.seed)
     verdicts, seconds = [], 0.0

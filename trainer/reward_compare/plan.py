@@ -51,6 +51,15 @@ _QUALITY = PRESETS["quality"]
 _EARLY = _QUALITY.candidate_percent
 _LATENTS = replace(_QUALITY, masks=False, latent_lr=0.03, iterations=3, views=0)
 
+_FEW = PRESETS["few_step"]
+STUDENT_METHODS: dict[str, Draw] = {
+    "4 steps": drawn_plainly,
+    "4 steps, few_step": searched(_FEW),
+    "4 steps, best of 4": best_of(4),
+    "4 steps, best of 11": best_of(11),
+    "4 steps, 23 candidates, judged early": searched(replace(_FEW, iterations=0, candidates=23)),
+}
+"""Of a few-step student of the toy model: see `student`."""
 METHODS: dict[str, Draw] = {
     "base": drawn_plainly,
     "best of 4": best_of(4),
@@ -71,17 +80,9 @@ METHODS: dict[str, Draw] = {
     "best of 8": best_of(8),
     "reference": searched(PRESETS["reference"]),
     "paper": searched(PRESETS["paper"]),
+    **STUDENT_METHODS,
 }
 """In the order of their jobs: what the others are held against comes first."""
-_FEW = PRESETS["few_step"]
-STUDENT_METHODS: dict[str, Draw] = {
-    "4 steps": drawn_plainly,
-    "4 steps, few_step": searched(_FEW),
-    "4 steps, best of 4": best_of(4),
-    "4 steps, best of 11": best_of(11),
-    "4 steps, 23 candidates, judged early": searched(replace(_FEW, iterations=0, candidates=23)),
-}
-"""Of a few-step student of the toy model: see `student`."""
 SLOW = ("paper", "reference")
 """Far above the budget of the others: measured on the first prompts alone."""
 PAIRS = (
@@ -142,9 +143,10 @@ DIFFICULTY, STUDENT = "difficulty", "student"
 
 def make_plan(scale: Scale) -> list[Job]:
     """All jobs, seed by seed, so that what is done at any time makes a whole table."""
-    jobs = [Job(f"{method}/seed-{seed}", method, seed) for seed in range(scale.seeds) for method in METHODS]
-    jobs.insert(len(METHODS), Job(DIFFICULTY, DIFFICULTY))
-    jobs.append(Job(STUDENT, STUDENT))
+    jobs = []
     for seed in range(scale.seeds):
-        jobs += [Job(f"{method}/seed-{seed}", method, seed, (STUDENT,)) for method in STUDENT_METHODS]
+        for method in METHODS:
+            needs = (STUDENT,) if method in STUDENT_METHODS else ()
+            jobs.append(Job(f"{method}/seed-{seed}", method, seed, needs))
+    jobs[len(METHODS) : len(METHODS)] = [Job(DIFFICULTY, DIFFICULTY), Job(STUDENT, STUDENT)]
     return jobs

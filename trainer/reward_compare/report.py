@@ -12,7 +12,7 @@ from ..job_board import folder_of, result_of
 from ..tables import write_table
 from .figures import plot, sheet
 from .jobs import JUDGED
-from .plan import DIFFICULTY, METHODS, PAIRS, STUDENT_METHODS, Scale
+from .plan import DIFFICULTY, METHODS, PAIRS, Scale
 
 CLASSES = ("never", "up to 1 in 4", "more")
 """How often the base succeeds."""
@@ -57,7 +57,7 @@ def rows_of(output: Path, scale: Scale) -> list[dict[str, Any]]:
     """A row per method that has a seed; costs in plain images, counted and in CPU seconds of the same machine."""
     base, classes = _result(output, "base", 0), _classes(output)
     rows = []
-    for method in (*METHODS, *STUDENT_METHODS):
+    for method in METHODS:
         names = [f"{method}/seed-{seed}" for seed in range(scale.seeds)]
         found = [(name, result) for name in names if (result := result_of(output, name)) is not None]
         if not found or base is None:

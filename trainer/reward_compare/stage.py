@@ -55,6 +55,11 @@ def _half(caption: Caption) -> int:
     return sum(str(caption).encode()) % 2
 
 
+def tokens_of(captions: list[Caption]) -> Tensor:
+    """`[N, 16]`."""
+    return torch.tensor([vocabulary.encode_padded(str(caption)) for caption in captions])
+
+
 def scores_of(reading: Reading, captions: list[Caption]) -> Tensor:
     """`[N]`: the toy reward of picture n for caption n."""
     single = [Reading(*(getattr(reading, f.name)[n : n + 1] for f in fields(Reading))) for n in range(len(captions))]
@@ -127,8 +132,7 @@ class Stage:
             return self.base.vae.first_stage_model.encode(pictures * 2 - 1)
 
     def conditioning(self, captions: list[Caption]) -> list:
-        tokens = torch.tensor([vocabulary.encode_padded(str(caption)) for caption in captions])
-        return [[self.base.encode_tokens(tokens), {}]]
+        return [[self.base.encode_tokens(tokens_of(captions)), {}]]
 
     @torch.no_grad()
     def sample(

@@ -5,7 +5,7 @@ estimate is a picture already. It is trained at the noise levels of its own 4 st
 model (Luo et al., arXiv 2310.04378).
 """
 
-import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,66 +13,60 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from maskunet_core.toy import vocabulary
-from maskunet_core.toy.model import UNET_CONFIG
+from maskunet_core.toy.captions import Caption
 
 from ..files import replacing
 from ..seeds import seeded
-from ..toy.train import fit
+from ..toy.train import fit, trainable_unet
 from ..toy.world import sample_captioned
-from .stage import Sampling, Stage
+from .stage import Sampling, Stage, tokens_of
 
 SAMPLING = Sampling(steps=4, cfg=1.0, sampler="lcm", scheduler="sgm_uniform")
 _PER_STEP = 4
 """Steps of the teacher for one of the student."""
+TEACHER = replace(SAMPLING, steps=_PER_STEP * SAMPLING.steps, cfg=5.0, sampler="euler")
 
 
-def _sigmas(stage: Stage, steps: int) -> Tensor:
-    import comfy.samplers
+def _trajectory(stage: Stage, captions: list[Caption], noise: Tensor) -> tuple[Tensor, Tensor]:
+    seen = []
 
-    sampling = stage.base.patcher.get_model_object("model_sampling")
-    return comfy.samplers.calculate_sigmas(sampling, SAMPLING.scheduler, steps)
+    def keep(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+        if step % _PER_STEP == 0:
+            seen.append(x.clone())
+
+    latents = stage.sample(stage.base.patcher, captions, noise, callback=keep)
+    return torch.stack(seen, 1), stage.format.process_in(latents)
 
 
-@torch.no_grad()
-def trajectories(stage: Stage, count: int, batch: int = 100) -> dict[str, Tensor]:
+def trajectories(count: int, batch: int = 100) -> dict[str, Tensor]:
     """The teacher's, for captions that no prompt of the tables is among.
 
     states: `[count, 4, 4, 8, 8]` before each step of the student; ends: `[count, 4, 8, 8]`; tokens: `[count, 16]`.
     """
+    stage, stream = Stage(TEACHER), seeded(81)
     _, captions = sample_captioned(count, seeded(80))
-    tokens = torch.tensor([vocabulary.encode_padded(str(caption)) for caption in captions])
-    sigmas = _sigmas(stage, _PER_STEP * SAMPLING.steps)
-    stream, empty = seeded(81), stage.empty[0][0]
     states, ends = [], []
-    for part in tqdm(tokens.split(batch), desc="trajectories", mininterval=1):
-        context = torch.cat([stage.base.encode_tokens(part), empty.expand(len(part), -1, -1)])
-        x = torch.randn(len(part), 4, 8, 8, generator=stream) * torch.sqrt(1 + sigmas[0] ** 2)
-        seen = []
-        for now, after in itertools.pairwise(sigmas):
-            seen.append(x)
-            both = stage.base.model.apply_model(torch.cat([x, x]), now.expand(2 * len(x)), c_crossattn=context)
-            positive, negative = both.chunk(2)
-            clean = negative + stage.sampling.cfg * (positive - negative)
-            x = x + (x - clean) / now * (after - now)
-        states.append(torch.stack(seen[::_PER_STEP], 1))
-        ends.append(x)
-    return {"states": torch.cat(states), "ends": torch.cat(ends), "tokens": tokens}
+    for start in tqdm(range(0, count, batch), desc="trajectories", mininterval=1):
+        part = captions[start : start + batch]
+        of_states, of_ends = _trajectory(stage, part, torch.randn(len(part), 4, 8, 8, generator=stream))
+        states.append(of_states)
+        ends.append(of_ends)
+    return {"states": torch.cat(states), "ends": torch.cat(ends), "tokens": tokens_of(captions)}
 
 
 def train_student(folder: Path, count: int, steps: int, batch: int = 32, lr: float = 2e-4) -> dict:
     """Writes `unet.safetensors` to `folder`; goes on where it was stopped. Returns the log of `fit`."""
-    import comfy.ops
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    import comfy.samplers
 
-    stage, data = Stage(), folder / "trajectories.safetensors"
+    stage, data = Stage(SAMPLING), folder / "trajectories.safetensors"
     if not data.exists():
         with replacing(data) as temporary:
-            save_file(trajectories(stage, count), temporary)
+            save_file(trajectories(count), temporary)
     seen = load_file(data)
-    sigmas = _sigmas(stage, SAMPLING.steps)[:-1]
-    timesteps = stage.base.model.model_sampling.timestep(sigmas).float()
-    unet = UNetModel(**UNET_CONFIG, device="cpu", operations=comfy.ops.manual_cast)
+    schedule = stage.base.model.model_sampling
+    sigmas = comfy.samplers.calculate_sigmas(schedule, SAMPLING.scheduler, SAMPLING.steps)[:-1]
+    timesteps = schedule.timestep(sigmas).float()
+    unet = trainable_unet()
     unet.load_state_dict(stage.base.unet.state_dict())
 
     def step_loss(step: int) -> Tensor:

@@ -250,6 +250,14 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
+def trainable_unet() -> nn.Module:
+    """The host's U-Net, with weights still to be set."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    return UNetModel(**UNET_CONFIG, device="cpu", operations=comfy.ops.manual_cast)
+
+
 def trainable_text_model() -> nn.Module:
     """The host's text transformer, whose in-place residual sums would overwrite what the backward pass needs."""
     import comfy.ops
@@ -288,11 +296,8 @@ def denoising_loss(unet: nn.Module, text: nn.Module, data: LatentSet, recipe: Re
 
 
 def train_unet(recipe: Recipe, output: Path) -> None:
-    import comfy.ops
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
     torch.manual_seed(recipe.seed)
-    unet = UNetModel(**UNET_CONFIG, device="cpu", operations=comfy.ops.manual_cast)
+    unet = trainable_unet()
     text = trainable_text_model()
     for module in (unet, text):
         initialise(module)
