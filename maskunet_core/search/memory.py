@@ -204,9 +204,9 @@ def require_room(need: Need, free: int, settings: SearchSettings, device: str, s
         if not small_vae:
             changes.append("connect a TAESD to gradient_vae")
         if not settings.small_decode:
-            changes.append("switch small_decode on (preset fast has it)")
+            changes.append("switch small_decode on (preset quality has it)")
     if settings.branches != "positive":
-        changes.append("set branches to positive (preset fast has it)")
+        changes.append("set branches to positive (preset quality has it)")
     if need.reward.bytes > need.unet.bytes / 4:
         changes.append("load the reward with checkpointing")
     changes.append("lower the size or the batch")

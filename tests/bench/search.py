@@ -28,9 +28,9 @@ from trainer.reward_compare.costs import Operations
 
 STEPS, CFG = 15, 7.5
 DIRECT, EXACT, SMALL = "direct loop", "exact", "exact, TAESD"
-FAST, FAST_SMALL = "as fast does", "as fast does, TAESD"
+LEAN, LEAN_SMALL = "positive branch, small picture", "positive branch, small picture, TAESD"
 _ONE = SearchSettings(iterations=1, optimiser="AdamW", lr=1e-2)
-_FAST = replace(_ONE, branches=PRESETS["fast"].branches, small_decode=True)
+_LEAN = replace(_ONE, branches="positive", small_decode=True)
 WHOLE_IMAGES = (("fast", STEPS, CFG), ("quality", STEPS, CFG), ("few_step", 4, 1.0), ("few_step", 1, 1.0))
 """(preset, steps, cfg)."""
 
@@ -150,8 +150,8 @@ VARIANTS = {
     DIRECT: _Variant(None),
     EXACT: _Variant(_ONE),
     SMALL: _Variant(_ONE, small_vae=True),
-    FAST: _Variant(_FAST),
-    FAST_SMALL: _Variant(_FAST, small_vae=True),
+    LEAN: _Variant(_LEAN),
+    LEAN_SMALL: _Variant(_LEAN, small_vae=True),
 }
 
 

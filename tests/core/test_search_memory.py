@@ -137,8 +137,8 @@ def test_what_does_not_fit_is_told_with_what_to_lower():
         require_room(need_of(2, 3, 1), 6 * GB, SETTINGS, "cpu", small_vae=False)
     assert str(told.value) == (
         "The search would take about 7.0 GB beside the models on cpu, where 6.0 GB are free. What makes it smaller: "
-        "connect a TAESD to gradient_vae, switch small_decode on (preset fast has it), set branches to positive "
-        "(preset fast has it), load the reward with checkpointing, lower the size or the batch."
+        "connect a TAESD to gradient_vae, switch small_decode on (preset quality has it), set branches to positive "
+        "(preset quality has it), load the reward with checkpointing, lower the size or the batch."
     )
 
 

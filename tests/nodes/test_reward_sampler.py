@@ -89,6 +89,21 @@ def test_saved_masks_repeat_the_images_without_a_reward(server, case):
     assert not torch.equal(again.latents("plain"), result.latents("rewarded"))
 
 
+def test_fast_finds_a_starting_noise_and_needs_no_masks(server):
+    graph = Graph()
+    graph.scored(graph.plain("plain"))
+    graph.scored(graph.rewarded("rewarded", preset="fast", candidates=0))
+    graph["save masks"] = node("MaskUNetSaveMasks", masks=["rewarded", 1], filename_prefix="masks/fast")
+    result = Result(server, graph)
+    name = result.outputs["save masks"]["masks"][0]["filename"]
+    (seed,) = mask_file.load(server.base / "output" / "masks" / name).record["seeds"]
+
+    replay = Graph()
+    replay.plain("replayed", seed=seed)
+    assert torch.equal(Result(server, replay).latents("replayed"), result.latents("rewarded"))
+    assert result.scores("rewarded")[0] > result.scores("plain")[0]
+
+
 def test_candidates_without_masks_are_the_best_of_n(server):
     graph, count = Graph(batch=2), 3
     graph.scored(graph.rewarded("best", preset="fast", candidates=count, masks=False))
