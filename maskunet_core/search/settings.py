@@ -92,11 +92,10 @@ PRESETS = {
         small_decode=True,
         patience=6,
     ),
-    # Distilled models (Turbo, LCM, Lightning: 1 to 8 steps, CFG 1), whose first estimate is sharp: candidates are
-    # judged by it, and every step is worth updates.
+    # Distilled models (Turbo, LCM, Lightning: 1 to 8 steps, CFG 1): a whole image is cheap, and its first estimate
+    # tells little of what the noise of later steps makes of it.
     "few_step": SearchSettings(
         candidates=8,
-        candidate_percent=0.1,
         iterations=2,
         lr=3e-2,
         branches="positive",

@@ -123,6 +123,6 @@ def test_the_negative_branch_is_never_computed(small_world):
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
-def test_candidates_are_judged_after_the_first_step_and_every_step_is_improved(steps):
-    assert FEW.candidate_steps(steps) == 1
+def test_candidates_are_drawn_to_the_end_and_every_step_is_improved(steps):
+    assert FEW.candidate_steps(steps) == steps
     assert [FEW.iterations_at(step, steps) for step in range(steps)] == [FEW.iterations] * steps

@@ -52,13 +52,11 @@ _EARLY = _QUALITY.candidate_percent
 _MASKS_FAST = replace(_QUALITY, candidates=5, iterations=1, start_percent=0.6, end_percent=0.73, lr=3e-2, views=0)
 _LATENTS = replace(_QUALITY, masks=False, latent_lr=0.03, iterations=3, views=0)
 
-_FEW = PRESETS["few_step"]
 STUDENT_METHODS: dict[str, Draw] = {
     "4 steps": drawn_plainly,
-    "4 steps, few_step": searched(_FEW),
+    "4 steps, few_step": searched(PRESETS["few_step"]),
     "4 steps, best of 4": best_of(4),
-    "4 steps, best of 11": best_of(11),
-    "4 steps, 23 candidates, judged early": searched(replace(_FEW, iterations=0, candidates=23)),
+    "4 steps, best of 15": best_of(15),
 }
 """Of a few-step student of the toy model: see `student`."""
 METHODS: dict[str, Draw] = {
@@ -98,8 +96,7 @@ PAIRS = (
     ("quality", "noisy latents alone"),
     ("quality", "quality, noisy latents for masks"),
     ("quality", "paper"),
-    ("4 steps, few_step", "4 steps, best of 11"),
-    ("4 steps, few_step", "4 steps, 23 candidates, judged early"),
+    ("4 steps, few_step", "4 steps, best of 15"),
 )
 """Compared prompt by prompt."""
 SHOWN = ("base", "paper", "best of 4", "fast", "best of 16", "FK steering, 16 particles", "quality")
