@@ -91,7 +91,7 @@ class MaskUNetRewardSampler(io.ComfyNode):
                     tooltip="fast: the best of 6 starting noises, about the cost of 4 plain images. quality: the best "
                     "of 14, and masks, about 16. paper, reference: the schedules of the paper and of its authors' "
                     "release. custom: the advanced settings. few_step: for distilled models (Turbo, LCM, Lightning) at "
-                    "1 to 8 steps and CFG 1, about 16 of their images.",
+                    "1 to 8 steps and CFG 1, about 25 of their images.",
                 ),
                 io.Int.Input(
                     "candidates",

@@ -35,14 +35,16 @@ def custom_inputs() -> list[io.Input]:
             0.0,
             1.0,
             0.01,
-            "Share of the steps after which updates begin. The first steps, of pure noise, tell a reward little.",
+            "Where updates begin: 0 is the first step, 1 the last. The first steps, of pure noise, tell a reward "
+            "little.",
         ),
         number(
             "end_percent",
             0.0,
             1.0,
             0.01,
-            "Share of the steps after which updates end. Late updates can please the reward without a better image.",
+            "Where updates end: 0 is the first step, 1 the last. Late updates can please the reward without a better "
+            "image.",
         ),
         io.Combo.Input(
             "optimiser",

@@ -13,19 +13,19 @@ SMALL_SIDE = 224
 class SearchSettings:
     """Hyper-parameters of algorithm 1, for each step of the sampler.
 
-    iterations: updates at a step between `start_percent` and `end_percent` of the steps; early_iterations: at a step
-    before that. optimiser: AdamW as in the paper, or SGD on gradients that are divided by their root mean square over
-    all logits of an image, with `momentum`. lr: in units of logits. start: logit of every weight; those above 0 are
-    kept. noise: Gumbel noise on the logits. clip: of the gradient's norm per image, 0 for none. keep_best: a step is
-    taken with the best masks seen, else with the last. carry: share of what was learned at a step that the next begins
-    with. patience: iterations of a step without a better reward before it stops, 0 for any; target: reward that is good
-    enough, None to go on. views: shifted, blurred and noised copies that the reward is averaged over, against reward
-    hacking. branches: of classifier-free guidance that are masked; with the positive one alone an iteration costs half.
-    small_decode: the reward looks at a picture no larger than it needs. latent_lr: of the noisy latent itself, which is
-    then changed along with the masks (Adam); 0 leaves it alone. masks: off searches by `latent_lr` and candidates
-    alone. candidates: starting noises that are drawn and judged first; candidate_percent: share of the steps after
-    which they are judged by their estimates; at 1, and where nothing else is searched for, they are drawn to the end.
-    seconds: after which no iteration begins, 0 for no limit.
+    iterations: updates at a step from `start_percent` to `end_percent`, where 0 is the first step and 1 the last;
+    early_iterations: at a step before that. optimiser: AdamW as in the paper, or SGD on gradients that are divided by
+    their root mean square over all logits of an image, with `momentum`. lr: in units of logits. start: logit of every
+    weight; those above 0 are kept. noise: Gumbel noise on the logits. clip: of the gradient's norm per image, 0 for
+    none. keep_best: a step is taken with the best masks seen, else with the last. carry: share of what was learned at a
+    step that the next begins with. patience: iterations of a step without a better reward before it stops, 0 for any;
+    target: reward that is good enough, None to go on. views: shifted, blurred and noised copies that the reward is
+    averaged over, against reward hacking. branches: of classifier-free guidance that are masked; with the positive one
+    alone an iteration costs half. small_decode: the reward looks at a picture no larger than it needs. latent_lr: of
+    the noisy latent itself, which is then changed along with the masks (Adam); 0 leaves it alone. masks: off searches
+    by `latent_lr` and candidates alone. candidates: starting noises that are drawn and judged first; candidate_percent:
+    share of the steps after which they are judged by their estimates; at 1, and where nothing else is searched for,
+    they are drawn to the end. seconds: after which no iteration begins, 0 for no limit.
     """
 
     iterations: int = 10
@@ -55,10 +55,10 @@ class SearchSettings:
         """Updates at `step` of `steps`, counted from 0; none where there is nothing to improve."""
         if not (self.masks or self.latent_lr):
             return 0
-        position = step / steps
+        position = step / (steps - 1) if steps > 1 else 1.0
         if position < self.start_percent:
             return self.early_iterations
-        return self.iterations if position < self.end_percent else 0
+        return self.iterations if position <= self.end_percent else 0
 
     def candidate_steps(self, steps: int) -> int:
         """After how many of the steps a candidate is judged."""
@@ -93,10 +93,11 @@ PRESETS = {
         patience=6,
     ),
     # Distilled models (Turbo, LCM, Lightning: 1 to 8 steps, CFG 1): a whole image is cheap, and its first estimate
-    # tells little of what the noise of later steps makes of it.
+    # tells little of what the noise of later steps makes of it. At the last step the estimate is the image.
     "few_step": SearchSettings(
-        candidates=8,
-        iterations=2,
+        candidates=16,
+        iterations=8,
+        start_percent=1.0,
         lr=3e-2,
         branches="positive",
         small_decode=True,

@@ -328,3 +328,10 @@ def test_presets_say_where_the_iterations_go():
     assert PRESETS["paper"].total_iterations(15) == 225
     assert [PRESETS["reference"].iterations_at(step, 15) for step in range(15)] == [1] * 7 + [10] * 8
     assert PRESETS["reference"].total_iterations(15) == 87
+    assert [PRESETS["quality"].iterations_at(step, 15) for step in range(15)] == [0] * 7 + [6] * 8
+
+
+def test_updates_begin_and_end_at_a_share_of_the_steps():
+    window = SearchSettings(iterations=1, start_percent=0.5, end_percent=0.75)
+    assert [window.iterations_at(step, 5) for step in range(5)] == [0, 0, 1, 1, 0]
+    assert replace(window, end_percent=1.0).iterations_at(0, 1) == 1

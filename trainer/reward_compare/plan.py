@@ -56,7 +56,7 @@ STUDENT_METHODS: dict[str, Draw] = {
     "4 steps": drawn_plainly,
     "4 steps, few_step": searched(PRESETS["few_step"]),
     "4 steps, best of 4": best_of(4),
-    "4 steps, best of 15": best_of(15),
+    "4 steps, best of 23": best_of(23),
 }
 """Of a few-step student of the toy model: see `student`."""
 METHODS: dict[str, Draw] = {
@@ -96,7 +96,7 @@ PAIRS = (
     ("quality", "noisy latents alone"),
     ("quality", "quality, noisy latents for masks"),
     ("quality", "paper"),
-    ("4 steps, few_step", "4 steps, best of 15"),
+    ("4 steps, few_step", "4 steps, best of 23"),
 )
 """Compared prompt by prompt."""
 SHOWN = ("base", "paper", "best of 4", "fast", "best of 16", "FK steering, 16 particles", "quality")
