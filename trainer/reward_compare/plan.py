@@ -120,7 +120,7 @@ class Scale:
 
     @classmethod
     def quick(cls) -> "Scale":
-        return cls(prompts=8, slow_prompts=2, seeds=1, batch=4, draws=4, student_pictures=16, student_steps=2)
+        return cls(prompts=4, slow_prompts=2, seeds=1, batch=4, draws=4, student_pictures=16, student_steps=2)
 
     def prompts_of(self, method: str) -> int:
         return self.slow_prompts if method in SLOW else self.prompts
