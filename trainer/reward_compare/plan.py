@@ -1,7 +1,8 @@
 """The methods, their settings, and the jobs that they come to.
 
-Every method has the cost of 16 plain images at most, but for the schedules of the paper and its authors. Settings were
-chosen on the prompts of TUNING, the table is made on those of TABLE.
+Methods cost about as much as 4 or 16 plain images, or less, but for the schedules of the paper and its authors. What
+each costs is measured, and stands in the table. Settings were chosen on the prompts of TUNING, the table is made on
+those of TABLE.
 """
 
 from collections.abc import Callable
@@ -18,9 +19,6 @@ from .stage import Stage
 
 Draw = Callable[[Stage, list[Caption], int], Tensor]
 """Latents `[N, ...]` of a batch of prompts, from a stage and a seed."""
-
-DRAWS = 16
-"""Starting noises of the widest search; another set of as many tells how hard a prompt is."""
 
 
 def searched(settings: SearchSettings) -> Draw:
@@ -114,7 +112,7 @@ class Scale:
     slow_prompts: int = 50
     seeds: int = 3
     batch: int = 25
-    draws: int = DRAWS
+    draws: int = 16
     student_pictures: int = 3000
     student_steps: int = 2500
 
