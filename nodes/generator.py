@@ -10,9 +10,9 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..maskunet_core.checkpoint import GeneratorFile, load
-from ..maskunet_core.patch import attach, structure_of
-from ..maskunet_core.sources import GeneratorMasks
+from ..maskunet_core.files.checkpoint import GeneratorFile, load
+from ..maskunet_core.masks.sources import GeneratorMasks
+from ..maskunet_core.seam.patch import attach, structure_of
 from .folders import MASKUNET
 from .types import MaskUNetType, seed_input, strength_input, window_inputs
 

@@ -7,8 +7,8 @@ import comfy.utils
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..maskunet_core.patch import presented_weights, structure_of
-from ..maskunet_core.recorded import GUIDANCE, RecordedMasks
+from ..maskunet_core.records.recorded import GUIDANCE, RecordedMasks
+from ..maskunet_core.seam.patch import presented_weights, structure_of
 from .types import MasksType
 
 
@@ -97,7 +97,7 @@ class MaskUNetInspect(io.ComfyNode):
         other_sample: int = 0,
     ) -> io.NodeOutput:
         # Imported here: ComfyUI's start does not wait for it.
-        from ..maskunet_core.mask_statistics import ImageMasks, mask_statistics, to_table, weight_statistics
+        from ..maskunet_core.records.statistics import ImageMasks, mask_statistics, to_table, weight_statistics
         from .mask_plots import difference_map, keep_map, time_curves, weight_histograms
 
         masks.require_fit(structure_of(model, masks.targets))

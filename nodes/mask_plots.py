@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..maskunet_core.families import Layer
-from ..maskunet_core.mask_statistics import MaskStatistics, WeightStatistics
+from ..maskunet_core.models.structure import Layer
+from ..maskunet_core.records.statistics import MaskStatistics, WeightStatistics
 from .plots import figure, to_image
 
 _WIDTH = 7.0

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..maskunet_core.recorder import masks_of_run, recording
+from ..maskunet_core.records.recorder import masks_of_run, recording
 from .types import MasksType
 
 

@@ -13,7 +13,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ..maskunet_core.recorder import without_recording
+from ..maskunet_core.records.recorder import without_recording
 from ..maskunet_core.rewards.reward import BoundReward, value_and_gradient
 from ..maskunet_core.search.host import latent_decoder, load_for_gradients, static_clone
 from ..maskunet_core.search.judge import Judge

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..maskunet_core.errors import MaskUNetError
-from ..maskunet_core.families import TARGETS
+from ..maskunet_core.models.structure import TARGETS
 from ..maskunet_core.search.host import outside_inference_mode
 from .reward_settings import CUSTOM, chosen_settings, custom_inputs
 from .rewards import LoadedReward

@@ -6,7 +6,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..maskunet_core.errors import MaskUNetError
-from ..maskunet_core.recorded import BRANCHES
+from ..maskunet_core.records.recorded import BRANCHES
 from ..maskunet_core.search.settings import OPTIMISERS, PRESETS, SearchSettings
 
 CUSTOM = "custom"

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from maskunet_core.families import Structure
-from maskunet_core.generator import LowRankGenerator, LowRankSettings
+from maskunet_core.masks.generator import LowRankGenerator, LowRankSettings
+from maskunet_core.models.structure import Structure
 from trainer.host import PROJECT
 
 

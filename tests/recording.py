@@ -2,9 +2,9 @@
 
 import torch
 
-from maskunet_core.families import Structure
-from maskunet_core.recorded import RecordedMasks
-from maskunet_core.sources import Call, MaskSource
+from maskunet_core.masks.sources import Call, MaskSource
+from maskunet_core.models.structure import Structure
+from maskunet_core.records.recorded import RecordedMasks
 
 
 class Recording:

@@ -57,7 +57,7 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def info(arguments: argparse.Namespace) -> None:
-    from maskunet_core.checkpoint import describe
+    from maskunet_core.files.checkpoint import describe
 
     for name, value in describe(arguments.file).items():
         print(f"{name}: {json.dumps(value, indent=2) if isinstance(value, dict) else value}")

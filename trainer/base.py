@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskunet_core.errors import MaskUNetError
-from maskunet_core.patch import shadowed
+from maskunet_core.seam.patch import shadowed
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.model import load_toy_model
 

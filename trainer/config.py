@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskunet_core.generator import LowRankGenerator, LowRankSettings
+from maskunet_core.masks.generator import LowRankGenerator, LowRankSettings
 
 TOY = "toy"
 METHODS = ("maskunet", "static_mask", "lora", "full")

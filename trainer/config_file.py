@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from maskunet_core.checkpoint import ARCHITECTURES
 from maskunet_core.errors import MaskUNetError
-from maskunet_core.families import TARGETS
-from maskunet_core.generator import BIASES, CODES, LowRankGenerator, LowRankSettings
-from maskunet_core.reference import ReferenceGenerator
+from maskunet_core.files.checkpoint import ARCHITECTURES
+from maskunet_core.masks.generator import BIASES, CODES, LowRankGenerator, LowRankSettings
+from maskunet_core.masks.reference import ReferenceGenerator
+from maskunet_core.models.structure import TARGETS
 
 from .config import METHODS, PRECISIONS, TOY, Config
 from .data.records import scan

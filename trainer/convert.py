@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from maskunet_core import checkpoint
 from maskunet_core.errors import MaskUNetError
-from maskunet_core.families import Block, Layer, Structure
-from maskunet_core.generator import key_of
-from maskunet_core.reference import ReferenceGenerator
+from maskunet_core.files import checkpoint
+from maskunet_core.masks.generator import key_of
+from maskunet_core.masks.reference import ReferenceGenerator
+from maskunet_core.models.structure import Block, Layer, Structure
 
 
 class BadReference(MaskUNetError):

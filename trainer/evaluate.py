@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maskunet_core import checkpoint
-from maskunet_core.patch import attach, installed, structure_of
-from maskunet_core.sources import GeneratorMasks
+from maskunet_core.files import checkpoint
+from maskunet_core.masks.sources import GeneratorMasks
+from maskunet_core.seam.patch import attach, installed, structure_of
 from maskunet_core.toy.model import load_reader
 from maskunet_core.toy.readers import Reading
 

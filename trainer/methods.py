@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskunet_core import checkpoint
-from maskunet_core.families import Structure
-from maskunet_core.generator import LowRankGenerator, LowRankSettings, key_of
-from maskunet_core.patch import attach, installed, replaced_linears, structure_of
-from maskunet_core.reference import ReferenceGenerator, authors_maps
-from maskunet_core.sources import GeneratorMasks, LearningGenerator
+from maskunet_core.files import checkpoint
+from maskunet_core.masks.generator import LowRankGenerator, LowRankSettings, key_of
+from maskunet_core.masks.reference import ReferenceGenerator, authors_maps
+from maskunet_core.masks.sources import GeneratorMasks, LearningGenerator
+from maskunet_core.models.structure import Structure
+from maskunet_core.seam.patch import attach, installed, replaced_linears, structure_of
 
 from .base import BaseModel, checkpointed_decoder
 from .config import Config

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskunet_core import checkpoint
-from maskunet_core.patch import attach, structure_of
-from maskunet_core.sources import GeneratorMasks
+from maskunet_core.files import checkpoint
+from maskunet_core.masks.sources import GeneratorMasks
+from maskunet_core.seam.patch import attach, structure_of
 
 from .base import BaseModel, load_base
 from .config import TOY, Base

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..families import Structure
-from ..gumbel import logistic_noise
-from ..masked_linear import MaskLogits, thresholded_linear
-from ..sources import Call, noise_generator
+from ..masks.gumbel import logistic_noise
+from ..masks.linear import MaskLogits, thresholded_linear
+from ..masks.sources import Call, noise_generator
+from ..models.structure import Structure
 
 THRESHOLD = 0.0
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families import Structure
+from ..models.structure import Structure
 from ..rewards.reward import BoundReward
 from .host import NoRoomForGradients
 from .judge import Judge

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..recorded import RecordedMasks
+from ..records.recorded import RecordedMasks
 from .judge import Judge
 from .loop import Best, Evaluation
 from .sampling import RewardSearch

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encoder import EncoderCache, LiveEncoder
-from ..patch import ENCODER, Attachment, enabled, structure_of, with_attachment
-from ..recorded import RecordedMasks, RecordedSource
+from ..records.recorded import RecordedMasks, RecordedSource
+from ..seam.patch import ENCODER, Attachment, enabled, structure_of, with_attachment
+from ..seam.prefix import EncoderCache, LiveEncoder
 from .judge import Judge, views_of
 from .lean import LeanGraph, with_lean_attention
 from .loop import Evaluation, Group, search_step

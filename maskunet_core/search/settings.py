@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..recorded import BRANCHES
+from ..records.recorded import BRANCHES
 
 OPTIMISERS = ("normalised SGD", "AdamW")
 SMALL_SIDE = 224

@@ -13,11 +13,11 @@ from unittest import mock
 
 import torch
 
-from maskunet_core.families import Structure
-from maskunet_core.patch import attach, structure_of
-from maskunet_core.recorded import RecordedMasks, RecordedSource
-from maskunet_core.reference import ReferenceGenerator, authors_maps
-from maskunet_core.sources import GeneratorMasks, RandomMasks
+from maskunet_core.masks.reference import ReferenceGenerator, authors_maps
+from maskunet_core.masks.sources import GeneratorMasks, RandomMasks
+from maskunet_core.models.structure import Structure
+from maskunet_core.records.recorded import RecordedMasks, RecordedSource
+from maskunet_core.seam.patch import attach, structure_of
 from tests.bench.allocator import freed_at_once, keep_freed_memory
 from tests.bench.clock import seconds
 from tests.bench.models import random_base

@@ -114,7 +114,7 @@ class _DirectLoop:
     def __init__(self, scene: Scene, watch: _Watch):
         from comfy.patcher_extension import WrappersMP
 
-        from maskunet_core.patch import enabled, structure_of
+        from maskunet_core.seam.patch import enabled, structure_of
 
         self.scene, self.watch = scene, watch
         self.structure = structure_of(scene.model, "decoder attention")
@@ -122,7 +122,7 @@ class _DirectLoop:
         self.model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "direct loop", self._predict_noise)
 
     def _predict_noise(self, executor, x, timestep, model_options, seed):
-        from maskunet_core.patch import Attachment, with_attachment
+        from maskunet_core.seam.patch import Attachment, with_attachment
 
         masks = SearchedMasks(self.structure, len(x), _ONE.start, x.device)
         leaves = list(masks.logits.values())

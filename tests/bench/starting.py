@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from maskunet_core.checkpoint import load, save
-from maskunet_core.families import inspect_model
+from maskunet_core.files.checkpoint import load, save
+from maskunet_core.models.structure import inspect_model
 from tests.bench.clock import seconds
 from tests.builders import make_generator, sd15_unet
 from trainer.host import PROJECT

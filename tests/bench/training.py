@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from maskunet_core.gumbel import straight_through
-from maskunet_core.patch import installed
-from maskunet_core.sources import Call, LearningGenerator
+from maskunet_core.masks.gumbel import straight_through
+from maskunet_core.masks.sources import Call, LearningGenerator
+from maskunet_core.seam.patch import installed
 from tests.bench.allocator import freed_at_once, keep_freed_memory
 from tests.bench.clock import seconds
 from tests.bench.models import random_base

@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
-from maskunet_core import checkpoint, tensor_file
-from maskunet_core.checkpoint import BadCheckpoint, IncompatibleGenerator
-from maskunet_core.families import inspect_model
+from maskunet_core import tensor_file
+from maskunet_core.files import checkpoint
+from maskunet_core.files.checkpoint import BadCheckpoint, IncompatibleGenerator
+from maskunet_core.models.structure import inspect_model
 from tests.builders import make_generator, sd15_unet
 from tests.damage import (
     damaged_metadata,

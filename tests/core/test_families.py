@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskunet_core.families import TARGETS, NothingToMask, Structure, inspect_model
+from maskunet_core.models.structure import TARGETS, NothingToMask, Structure, inspect_model
 from tests.builders import SDXL, sd15_unet
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from maskunet_core.checkpoint import file_size
-from maskunet_core.generator import LowRankGenerator, LowRankSettings
-from maskunet_core.gumbel import gumbel_sigmoid
+from maskunet_core.files.checkpoint import file_size
+from maskunet_core.masks.generator import LowRankGenerator, LowRankSettings
+from maskunet_core.masks.gumbel import gumbel_sigmoid
 from tests.builders import make_generator, sd15_unet
 
 

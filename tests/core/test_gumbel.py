@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from maskunet_core.gumbel import gumbel_noise, gumbel_sigmoid, logistic_noise
+from maskunet_core.masks.gumbel import gumbel_noise, gumbel_sigmoid, logistic_noise
 
 
 def test_mask_is_one_where_the_probability_exceeds_delta():

@@ -4,10 +4,11 @@ import math
 import pytest
 import torch
 
-from maskunet_core import checkpoint, mask_file, tensor_file
-from maskunet_core.checkpoint import BadCheckpoint
-from maskunet_core.mask_file import BadMaskFile
-from maskunet_core.recorded import RecordedMasks
+from maskunet_core import tensor_file
+from maskunet_core.files import checkpoint, mask_file
+from maskunet_core.files.checkpoint import BadCheckpoint
+from maskunet_core.files.mask_file import BadMaskFile
+from maskunet_core.records.recorded import RecordedMasks
 from tests.builders import make_generator
 from tests.damage import (
     damaged_metadata,

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskunet_core.gumbel import straight_through
-from maskunet_core.masked_linear import (
+from maskunet_core.masks.gumbel import straight_through
+from maskunet_core.masks.linear import (
     MaskLogits,
     linear_per_sample,
     masked_weight,

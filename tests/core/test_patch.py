@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from maskunet_core.errors import MaskUNetError
-from maskunet_core.families import NothingToMask, inspect_model
-from maskunet_core.patch import attach, installed, structure_of
-from maskunet_core.sources import Call, GeneratorMasks, RandomMasks, noise_generator
+from maskunet_core.masks.sources import Call, GeneratorMasks, RandomMasks, noise_generator
+from maskunet_core.models.structure import NothingToMask, inspect_model
+from maskunet_core.seam.patch import attach, installed, structure_of
 from tests.builders import make_generator
 
 

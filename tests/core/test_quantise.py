@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from maskunet_core.quantise import pack, packed_size, unpack
+from maskunet_core.files.quantise import pack, packed_size, unpack
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4, 4), (1, 1)])

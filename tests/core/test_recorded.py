@@ -3,10 +3,17 @@
 import pytest
 import torch
 
-from maskunet_core.families import Block, Layer, Structure
-from maskunet_core.patch import attach, structure_of
-from maskunet_core.recorded import IncompatibleMasks, RecordedMasks, RecordedSource, pack_bits, packed_size, unpack_bits
-from maskunet_core.sources import Call, GeneratorMasks
+from maskunet_core.masks.sources import Call, GeneratorMasks
+from maskunet_core.models.structure import Block, Layer, Structure
+from maskunet_core.records.recorded import (
+    IncompatibleMasks,
+    RecordedMasks,
+    RecordedSource,
+    pack_bits,
+    packed_size,
+    unpack_bits,
+)
+from maskunet_core.seam.patch import attach, structure_of
 from tests.builders import make_generator
 from tests.recording import Recording, random_masks
 

@@ -6,11 +6,11 @@ import weakref
 import pytest
 import torch
 
-from maskunet_core import mask_file
-from maskunet_core.patch import attach, structure_of
-from maskunet_core.recorded import EACH, RecordedMasks, RecordedSource
-from maskunet_core.recorder import NothingRecorded, Recorder, masks_of_run, recording, without_recording
-from maskunet_core.sources import Call, GeneratorMasks, RandomMasks
+from maskunet_core.files import mask_file
+from maskunet_core.masks.sources import Call, GeneratorMasks, RandomMasks
+from maskunet_core.records.recorded import EACH, RecordedMasks, RecordedSource
+from maskunet_core.records.recorder import NothingRecorded, Recorder, masks_of_run, recording, without_recording
+from maskunet_core.seam.patch import attach, structure_of
 from tests.builders import make_generator
 from tests.core.test_patch import assert_untouched, snapshot
 from tests.recording import random_masks

@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maskunet_core import checkpoint
-from maskunet_core.families import inspect_model
-from maskunet_core.reference import ReferenceGenerator, authors_maps
-from maskunet_core.sources import Call, GeneratorMasks
+from maskunet_core.files import checkpoint
+from maskunet_core.masks.reference import ReferenceGenerator, authors_maps
+from maskunet_core.masks.sources import Call, GeneratorMasks
+from maskunet_core.models.structure import inspect_model
 from tests.builders import sd15_unet
 from trainer.convert import BadReference, convert
 

@@ -6,11 +6,11 @@ import comfy.sample
 import pytest
 import torch
 
-from maskunet_core.encoder import EncoderCache
-from maskunet_core.patch import ENCODER, attach, enabled
-from maskunet_core.recorded import RecordedSource
+from maskunet_core.records.recorded import RecordedSource
 from maskunet_core.rewards.reward import value_and_gradient
 from maskunet_core.rewards.toy import ToyReward
+from maskunet_core.seam.patch import ENCODER, attach, enabled
+from maskunet_core.seam.prefix import EncoderCache
 from maskunet_core.search.host import latent_decoder
 from maskunet_core.search.judge import Judge, views_of
 from maskunet_core.search.loop import Best, clip, normalise

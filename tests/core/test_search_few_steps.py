@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from maskunet_core.patch import attach
-from maskunet_core.recorded import RecordedSource
+from maskunet_core.records.recorded import RecordedSource
 from maskunet_core.rewards.reward import value_and_gradient
 from maskunet_core.rewards.toy import ToyReward
+from maskunet_core.seam.patch import attach
 from maskunet_core.search.host import latent_decoder
 from maskunet_core.search.judge import Judge
 from maskunet_core.search.masks import SearchedMasks
@@ -84,7 +84,7 @@ def direct_gradients(world: Toy) -> dict[str, torch.Tensor]:
     """The same by plain autograd through sampler, decoder and reward in one graph."""
     from comfy.patcher_extension import WrappersMP
 
-    from maskunet_core.patch import Attachment, enabled, structure_of, with_attachment
+    from maskunet_core.seam.patch import Attachment, enabled, structure_of, with_attachment
 
     model, found = enabled(world.model), {}
     bound = ToyReward().bind(PROMPT)

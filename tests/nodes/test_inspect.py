@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from maskunet_core import mask_file
-from maskunet_core.recorded import RecordedMasks
+from maskunet_core.files import mask_file
+from maskunet_core.records.recorded import RecordedMasks
 from tests.host.graph import load_workflow, titled, to_prompt
 from tests.host.server import ExecutionError, Server
 from tests.recording import random_masks

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from maskunet_core import checkpoint, mask_file
-from maskunet_core.recorded import RecordedMasks
+from maskunet_core.files import checkpoint, mask_file
+from maskunet_core.records.recorded import RecordedMasks
 from tests.builders import make_generator
 from tests.damage import newer_version, no_safetensors, parts_of, truncated
 from tests.host.server import ExecutionError, Server, ServerError

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from maskunet_core import mask_file
+from maskunet_core.files import mask_file
 from tests.builders import make_generator
 from tests.nodes.reward_graphs import FEW_UPDATES, NO_UPDATES, SAMPLING, Graph, Result, node
 
@@ -162,7 +162,7 @@ def test_a_lora_before_the_node_acts(server):
 
 
 def test_a_generator_before_the_node_acts(server, toy_structure):
-    from maskunet_core import checkpoint
+    from maskunet_core.files import checkpoint
 
     path = server.base / "models" / "maskunet" / "lively.safetensors"
     checkpoint.save(path, make_generator(toy_structure, lively=True), "decoder attention", {})

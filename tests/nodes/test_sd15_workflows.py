@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskunet_core import checkpoint
-from maskunet_core.families import Structure, inspect_model
+from maskunet_core.files import checkpoint
+from maskunet_core.models.structure import Structure, inspect_model
 from tests.builders import make_generator, sd15_unet, tiny_sd15_layout, write_tiny_checkpoint
 from tests.host.graph import load_workflow, titled, to_prompt
 from tests.host.server import Server, ServerError

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from maskunet_core import checkpoint
+from maskunet_core.files import checkpoint
 from tests.builders import make_generator, trainer_command
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskunet_core import checkpoint
+from maskunet_core.files import checkpoint
 from tests.builders import trainer_command
 from trainer import loop
 from trainer.base import load_toy_base

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import MaskUNetError
-from .families import TARGETS, NothingToMask
-from .patch import OPTION, RECORDER, Attachment, Observer, enabled, structure_of
+from ..errors import MaskUNetError
+from ..models.structure import TARGETS, NothingToMask
+from ..seam.patch import OPTION, RECORDER, Attachment, Observer, enabled, structure_of
 from .recorded import EACH, RecordedMasks, pack_bits, packed_size
 
 _KEY = "maskunet_record"

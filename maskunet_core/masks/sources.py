@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .families import Structure
-from .masked_linear import MaskLogits, shared_by_all_samples, thresholded_linear
+from ..models.structure import Structure
+from .linear import MaskLogits, shared_by_all_samples, thresholded_linear
 
 
 @dataclass

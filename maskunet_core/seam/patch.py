@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import MaskUNetError
-from .families import Structure, family_name, inspect_model
-from .masked_linear import linear_per_sample, masked_weight
-from .sources import Call, LearningSource, MaskSource
+from ..errors import MaskUNetError
+from ..masks.linear import linear_per_sample, masked_weight
+from ..masks.sources import Call, LearningSource, MaskSource
+from ..models.structure import Structure, family_name, inspect_model
 
 OPTION = "maskunet"
 """Key of the attachments in `transformer_options`, and of the wrapper and additional models on the MODEL."""

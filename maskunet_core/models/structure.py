@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import MaskUNetError
+from ..errors import MaskUNetError
 
 
 class NothingToMask(MaskUNetError):

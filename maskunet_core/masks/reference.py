@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import Block, Layer, Structure, anchor_channels
+from ..models.structure import Block, Layer, Structure, anchor_channels
 from .generator import key_of
 from .gumbel import gumbel_noise
-from .masked_linear import MaskLogits
+from .linear import MaskLogits
 
 MAP_SHARE, MAP_HIDDEN = 4, 64
 

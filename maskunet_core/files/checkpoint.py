@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import MaskUNetError
-from .families import Structure
-from .generator import LowRankGenerator
+from ..errors import MaskUNetError
+from ..masks.generator import LowRankGenerator
+from ..masks.reference import ReferenceGenerator
+from ..models.structure import Structure
+from ..tensor_file import Expected, FileKind
 from .quantise import pack, packed_size, unpack
-from .reference import ReferenceGenerator
-from .tensor_file import Expected, FileKind
 
 ARCHITECTURES = {cls.architecture: cls for cls in (LowRankGenerator, ReferenceGenerator)}
 

@@ -22,7 +22,7 @@ def gumbel_sigmoid(logits: Tensor, *, tau: float = 1.0, delta: float = 0.5, nois
 def straight_through(logits: Tensor, threshold: float, tau: float = 1.0) -> Tensor:
     """1 where `logits > threshold`, else 0; the gradient is that of `sigmoid(logits / tau)`.
 
-    Layers whose masks are learned compute the same without keeping it: `masked_linear.thresholded_linear`.
+    Layers whose masks are learned compute the same without keeping it: `linear.thresholded_linear`.
     """
     probability = torch.sigmoid(logits / tau)
     return (logits > threshold).to(logits.dtype) + (probability - probability.detach())

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from .errors import MaskUNetError
-from .families import Structure
-from .recorded import RecordedMasks, packed_size
-from .tensor_file import Expected, FileKind
+from ..errors import MaskUNetError
+from ..models.structure import Structure
+from ..records.recorded import RecordedMasks, packed_size
+from ..tensor_file import Expected, FileKind
 
 
 class BadMaskFile(MaskUNetError):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import Block, Layer, Structure
+from ..models.structure import Block, Layer, Structure
 from .gumbel import logistic_noise
-from .masked_linear import MaskLogits
+from .linear import MaskLogits
 
 BIASES = ("weight", "row_column")
 CODES = ("block", "layer")

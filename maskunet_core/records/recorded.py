@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import MaskUNetError
-from .families import TARGETS, Layer, Structure
-from .masked_linear import shared_by_all_samples
-from .sources import Call
+from ..errors import MaskUNetError
+from ..masks.linear import shared_by_all_samples
+from ..masks.sources import Call
+from ..models.structure import TARGETS, Layer, Structure
 
 BRANCHES = ("both", "positive")
 """Branches of classifier-free guidance that masks act on, where an image has one mask."""

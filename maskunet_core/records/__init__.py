@@ -1,0 +1,1 @@
+"""Masks of one sampling run: recorded while it runs, kept as bits, replayed, and counted."""

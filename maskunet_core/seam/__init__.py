@@ -1,0 +1,3 @@
+"""Where the method meets ComfyUI: masks reach a model's weights for the duration of one call, and leave nothing
+behind.
+"""
