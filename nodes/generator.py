@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from ..maskunet_core.files.checkpoint import GeneratorFile, load
 from ..maskunet_core.masks.sources import GeneratorMasks
-from ..maskunet_core.seam.patch import attach, structure_of
+from ..maskunet_core.seam.attach import attach, structure_of
 from .folders import MASKUNET
 from .types import MaskUNetType, seed_input, strength_input, window_inputs
 

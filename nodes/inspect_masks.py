@@ -8,7 +8,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..maskunet_core.records.recorded import GUIDANCE, RecordedMasks
-from ..maskunet_core.seam.patch import presented_weights, structure_of
+from ..maskunet_core.seam.attach import structure_of
+from ..maskunet_core.seam.layers import presented_weights
 from .types import MasksType
 
 

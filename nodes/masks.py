@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..maskunet_core.files import mask_file
 from ..maskunet_core.records.recorded import RecordedMasks, RecordedSource
-from ..maskunet_core.seam.patch import attach, structure_of
+from ..maskunet_core.seam.attach import attach, structure_of
 from .folders import MASKS, SAVED_MASKS
 from .types import MasksType, strength_input
 

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..maskunet_core.masks.sources import RandomMasks
 from ..maskunet_core.models.structure import TARGETS
-from ..maskunet_core.seam.patch import attach, structure_of
+from ..maskunet_core.seam.attach import attach, structure_of
 from .types import seed_input, window_inputs
 
 

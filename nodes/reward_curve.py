@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..maskunet_core.search.loop import Evaluation
-from ..maskunet_core.search.run import Found
+from ..maskunet_core.search.run import SearchResult
 from .plots import figure, to_image
 
 _FEW = 8
@@ -27,7 +27,7 @@ def _taken(scores: Tensor, steps: list[range], keep_best: bool) -> Tensor:
     return torch.stack([step.start + scores[step.start : step.stop].argmax(0) for step in steps])
 
 
-def _without_updates(axes, found: Found) -> None:
+def _without_updates(axes, found: SearchResult) -> None:
     text = "No updates were made, so there is nothing to draw."
     if found.scores is not None:
         best = ", ".join(f"{float(score):.3f}" for score in found.scores[:_FEW])
@@ -54,7 +54,7 @@ def _short(name: str, otherwise: str) -> str:
     return name if len(name) <= _SHORT else otherwise
 
 
-def reward_curve(found: Found, reward: str, watched: str | None, keep_best: bool = True) -> Tensor:
+def reward_curve(found: SearchResult, reward: str, watched: str | None, keep_best: bool = True) -> Tensor:
     """[1, H, W, 3]: reward of the estimates at each update, step by step, and the watched one where steps are taken.
 
     reward, watched: their names. keep_best: steps are taken with the best masks that were seen, else with the last.

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.models.structure import TARGETS
-from ..maskunet_core.search.host import outside_inference_mode
+from ..maskunet_core.seam.gradients import ordinary_tensors
 from .reward_settings import CUSTOM, chosen_settings, custom_inputs
 from .rewards import LoadedReward
 from .types import MasksType, RewardType, seed_input
@@ -207,9 +207,9 @@ class MaskUNetRewardSampler(io.ComfyNode):
                 reward=reward,
                 watch=watch,
                 prompt=prompt,
-                latent=outside_inference_mode(latent_image),
-                positive=outside_inference_mode(positive),
-                negative=outside_inference_mode(negative),
+                latent=ordinary_tensors(latent_image),
+                positive=ordinary_tensors(positive),
+                negative=ordinary_tensors(negative),
                 settings=settings,
                 targets=targets,
                 stop_by_watch=stop_by_watch,
@@ -219,6 +219,7 @@ class MaskUNetRewardSampler(io.ComfyNode):
             found = run.run()
             record = {"prompt": prompt, "reward": reward.reward.name, "preset": preset, "sampling": sampling}
             record |= {"settings": asdict(settings), "seeds": run.seeds(found)}
+            record["seeds_suffice"] = run.seeds_suffice(found)
             record |= {"scores": None if found.scores is None else [round(float(s), 4) for s in found.scores]}
             found.recorded.record.update(record)
             output = {k: v for k, v in latent_image.items() if not k.startswith("downscale_ratio")}

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from maskunet_core.masks.call import Call, Chunk
 from maskunet_core.masks.generator import LowRankGenerator, LowRankSettings
 from maskunet_core.models.structure import Structure
 from trainer.host import PROJECT
@@ -106,3 +107,9 @@ def sd15_unet(**changes) -> torch.nn.Module:
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     return UNetModel(**SD15 | changes, device="meta", operations=comfy.ops.manual_cast)
+
+
+def call_of(sigma: float | None = None, guidance: tuple[int, ...] = (0,), images: int = 1) -> Call:
+    """A call of a model as a run of the host makes it. guidance: 0 for the positive branch, 1 for the negative."""
+    chunks = tuple(Chunk(branch, f"{('positive', 'negative')[branch]}.0") for branch in guidance)
+    return Call(images * len(guidance), chunks, lambda: sigma, lambda: (0,) * len(chunks))

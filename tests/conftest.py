@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from maskunet_core.models.structure import Structure, inspect_model
-from maskunet_core.seam.patch import structure_of
+from maskunet_core.seam.attach import structure_of
 from maskunet_core.toy.model import load_toy_model
 from tests.builders import sd15_unet
 from tests.host.server import Server

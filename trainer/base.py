@@ -1,7 +1,5 @@
 """The frozen base model as the trainer uses it: loaded by the host, its conditioning, its loss, its sampler."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskunet_core.errors import MaskUNetError
-from maskunet_core.seam.patch import shadowed
+from maskunet_core.seam.shadow import Shadowed
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.model import load_toy_model
 
@@ -143,19 +141,15 @@ def _frozen(base: BaseModel) -> BaseModel:
     return base
 
 
-@contextlib.contextmanager
-def checkpointed_decoder(unet: nn.Module) -> Iterator[None]:
+def checkpointed_decoder(unet: nn.Module) -> Shadowed:
     """The decoder's blocks keep their inputs alone for the backward pass and compute themselves anew in it."""
 
     def forward_of(module: nn.Module):
         compute = module.forward
         return lambda *args, **kwargs: checkpoint(compute, *args, use_reentrant=False, **kwargs)
 
-    with contextlib.ExitStack() as stack:
-        for module in unet.output_blocks.modules():
-            if type(module).__name__ in ("ResBlock", "BasicTransformerBlock"):
-                stack.enter_context(shadowed(module, forward=forward_of(module)))
-        yield
+    blocks = [m for m in unet.output_blocks.modules() if type(m).__name__ in ("ResBlock", "BasicTransformerBlock")]
+    return Shadowed((module, {"forward": forward_of(module)}) for module in blocks)
 
 
 def load_for_training(base: BaseModel) -> torch.device:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from maskunet_core.files import checkpoint
 from maskunet_core.masks.sources import GeneratorMasks
-from maskunet_core.seam.patch import attach, installed, structure_of
+from maskunet_core.seam.attach import attach, structure_of
+from maskunet_core.seam.layers import masked, modules_of
 from maskunet_core.toy.model import load_reader
 from maskunet_core.toy.readers import Reading
 
@@ -121,7 +122,7 @@ def evaluate(generator_file: Path | None, protocol: Protocol, output: Path, weig
     rows, base_losses = [], None
     for name, patcher, source in models:
         sources = [(source, 1.0)] if source else []
-        losses = held_out_losses(base, data, protocol.seed, partial(installed, base.unet, sources))
+        losses = held_out_losses(base, data, protocol.seed, partial(masked, modules_of(base.unet), sources))
         base_losses = losses if base_losses is None else base_losses
         mean, error = mean_and_error(losses - base_losses)
         with tqdm(total=len(texts), desc=name, mininterval=1) as bar:

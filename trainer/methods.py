@@ -20,7 +20,8 @@ from maskunet_core.masks.generator import LowRankGenerator, LowRankSettings, key
 from maskunet_core.masks.reference import ReferenceGenerator, authors_maps
 from maskunet_core.masks.sources import GeneratorMasks, LearningGenerator
 from maskunet_core.models.structure import Structure
-from maskunet_core.seam.patch import attach, installed, replaced_linears, structure_of
+from maskunet_core.seam.attach import attach, structure_of
+from maskunet_core.seam.layers import masked, modules_of, replaced_linears
 
 from .base import BaseModel, checkpointed_decoder
 from .config import Config
@@ -67,6 +68,7 @@ class _Method:
     def __init__(self, base: BaseModel, config: Config):
         self.base, self.config = base, config
         self.structure = structure_of(base.patcher, config.targets)
+        self.modules = modules_of(base.unet)
 
     def _checkpointing(self) -> contextlib.AbstractContextManager[None]:
         return checkpointed_decoder(self.base.unet) if self.config.loop.checkpointing else contextlib.nullcontext()
@@ -114,7 +116,7 @@ class MaskMethod(_Method):
     def acting(self, training: bool = True) -> Iterator[None]:
         """The method acts on the U-Net, for one call of it and, while training, its backward pass."""
         source = self.source if training else GeneratorMasks(self.module, observe=self.source.observe)
-        with self._checkpointing(), installed(self.base.unet, [(source, 1.0)]):
+        with self._checkpointing(), masked(self.modules, [(source, 1.0)]):
             yield
 
     @contextlib.contextmanager
@@ -138,7 +140,7 @@ class _LayerMethod(_Method):
     @contextlib.contextmanager
     def acting(self, training: bool = True) -> Iterator[None]:
         linears = {name: self.linear(name) for name in self.structure.layers}
-        with self._checkpointing(), replaced_linears(self.base.unet, linears):
+        with self._checkpointing(), replaced_linears(self.modules, linears):
             yield
 
     @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskunet_core.files import checkpoint
 from maskunet_core.masks.sources import GeneratorMasks
-from maskunet_core.seam.patch import attach, structure_of
+from maskunet_core.seam.attach import attach, structure_of
 
 from .base import BaseModel, load_base
 from .config import TOY, Base

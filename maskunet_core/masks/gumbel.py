@@ -1,4 +1,4 @@
-"""From logits to binary masks."""
+"""From logits to binary masks (Eq. 5). All masks of the project come from `binary_mask`."""
 
 import math
 
@@ -8,24 +8,27 @@ from torch import Tensor
 _TINY = 1e-7
 
 
-def gumbel_sigmoid(logits: Tensor, *, tau: float = 1.0, delta: float = 0.5, noise: Tensor | None = None) -> Tensor:
-    """Binary mask with a straight-through gradient (Eq. 5).
+def threshold_of(tau: float, delta: float) -> float:
+    """The logit at which `sigmoid(logit / tau)` is delta."""
+    return tau * math.log(delta / (1 - delta))
 
-    logits: [..., out, in]. noise: of the same shape, see `logistic_noise`; None takes the likelier decision.
-    Returns zeros and ones of the dtype of `logits`; the gradient is that of the sigmoid.
+
+def binary_mask(logits: Tensor, threshold: float, noise: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Eq. 5: True where `logits (+ noise)` lie above the threshold, see `threshold_of`: these weights are kept.
+
+    logits: [..., out, in]. noise: of the same shape, see `logistic_noise`; None takes the likelier decision. out: bool
+    tensor to write into.
     """
-    if noise is not None:
-        logits = logits + noise
-    return straight_through(logits, tau * math.log(delta / (1 - delta)), tau)
+    return torch.gt(logits if noise is None else logits + noise, threshold, out=out)
 
 
 def straight_through(logits: Tensor, threshold: float, tau: float = 1.0) -> Tensor:
-    """1 where `logits > threshold`, else 0; the gradient is that of `sigmoid(logits / tau)`.
+    """`binary_mask` as zeros and ones of the dtype of `logits`; the gradient is that of `sigmoid(logits / tau)`.
 
     Layers whose masks are learned compute the same without keeping it: `linear.thresholded_linear`.
     """
     probability = torch.sigmoid(logits / tau)
-    return (logits > threshold).to(logits.dtype) + (probability - probability.detach())
+    return binary_mask(logits, threshold).to(logits.dtype) + (probability - probability.detach())
 
 
 def gumbel_noise(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,11 +1,20 @@
-"""The masked linear layer, with given masks (Eqs. 6 and 7), and with masks that are being learned."""
+"""The masked linear layer (Eqs. 6 and 7): masks that are given, and masks that are being learned."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..errors import MaskUNetError
+from .gumbel import binary_mask
+
+
+class UnknownRows(MaskUNetError):
+    """Another node has rearranged a batch, so that masks of single images cannot follow; the message says where."""
 
 
 def masked_weight(weight: Tensor, mask: Tensor, strength: float = 1.0) -> Tensor:
@@ -48,6 +57,22 @@ def linear_per_sample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return products.reshape(*x.shape[:-1], weight.shape[1])
 
 
+def require_neighbours(x: Tensor, samples: int, tokens: int, layer: str) -> None:
+    """Raises UnknownRows unless the rows of a sample are neighbours in `x` `[N, ..., in]`.
+
+    Of other batches than that of the call, those are known in which the same tokens were cut into tiles, sample by
+    sample. tokens: of the feature map that entered the block, 0 where they are not known.
+    """
+    count = x.shape[:-1].numel()
+    if len(x) == samples or (len(x) % samples == 0 and (not tokens or count == samples * tokens)):
+        return
+    raise UnknownRows(
+        f"Another node's patch changes the batch inside the attention ({layer} gets {len(x)} rows for {samples} "
+        "samples), so masks of single images cannot follow. Remove that patch (attention couple, regional attention), "
+        "or use masks that all images share, such as MaskUNet Random Mask."
+    )
+
+
 BLOCK, DEVICE_BLOCK = 1 << 18, 1 << 24
 """Logits that are computed at once where only their signs are wanted: few enough to stay in a core's cache; on other
 devices than the CPU enough that starting the work is not most of it, in 64 MB at most."""
@@ -64,16 +89,23 @@ class MaskLogits:
     left: Tensor | None = None
     right: Tensor | None = None
 
+    @property
+    def count(self) -> int:
+        """M; 1 where nothing tells masks apart."""
+        if self.left is not None:
+            return len(self.left)
+        return len(self.static) if self.static.ndim == 3 else 1
+
     def full(self) -> Tensor:
-        """[M, out, in]; M is 1 where nothing tells masks apart."""
+        """[M, out, in]."""
         if self.left is None or self.right is None:
             return self.static if self.static.ndim == 3 else self.static[None]
         return torch.baddbmm(self.static, self.left, self.right.T.expand(len(self.left), -1, -1))
 
     def above(self, threshold: float) -> Tensor:
-        """`full() > threshold` in blocks of rows, so that the logits, many times the bits' size, never exist."""
+        """`binary_mask` of the full logits in blocks of rows, so that they, many times the bits' size, never exist."""
         if self.left is None or self.right is None:
-            return self.full() > threshold
+            return binary_mask(self.full(), threshold)
         masks, rows, columns = len(self.left), self.left.shape[1], len(self.right)
         static = self.static.expand(*self.static.shape[:-2], rows, columns)
         kept = self.left.new_empty(masks, rows, columns, dtype=torch.bool)
@@ -82,46 +114,108 @@ class MaskLogits:
         for start in range(0, rows, step):
             part = slice(start, start + step)
             logits = MaskLogits(static[..., part, :], self.left[:, part], self.right).full()
-            torch.gt(logits, threshold, out=kept[:, part])
+            binary_mask(logits, threshold, out=kept[:, part])
         return kept
 
 
-def thresholded_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logits: MaskLogits,
-    threshold: float,
-    tau: float = 1.0,
-    noise: Callable[[torch.Size], Tensor] | None = None,
-    chunks: int = 1,
-) -> Tensor:
-    """A linear layer whose weight counts where `logits > threshold`, with the straight-through gradient (Eq. 5).
+@dataclass(frozen=True)
+class LearnedMask:
+    """A layer's masks that are being learned: what Eq. 5 makes of logits, with its straight-through gradient.
 
-    x: [chunks * M * k, ..., in]: `chunks` runs through the M masks, k neighbouring rows per mask. weight: [out, in] or
-    one for each of the chunks * M, frozen. noise: gives the same values, of the given shape, whenever it is called;
-    they are added to the logits. Only `x` and the terms of the logits are kept for the backward pass: masks and masked
-    weights, which are the size of all masked weights times M, are made anew in it.
+    logits: of M masks. noise: gives the same values, of the given shape, whenever it is called; they are added to the
+    logits. samples: the mask of each sample of the batch, M in their order or this several times, None for a sample
+    that keeps everything; by default the samples of the batch take the M masks in their order.
     """
+
+    logits: MaskLogits
+    threshold: float
+    tau: float = 1.0
+    noise: Callable[[torch.Size], Tensor] | None = None
+    samples: tuple[int | None, ...] | None = None
+
+    def __post_init__(self):
+        acting = [] if self.samples is None else [n for n in self.samples if n is not None]
+        count = self.logits.count
+        if acting != list(range(count)) * (len(acting) // count):
+            raise ValueError(f"samples {self.samples} do not run through {count} masks")
+
+
+Mask = Tensor | LearnedMask
+"""What acts on a layer: bool [out, in] where all samples share it, or [B, out, in]; or what is being learned."""
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, masks: Sequence[tuple[Mask, float]], tokens: int = 0, name: str = ""
+) -> Tensor:
+    """A linear layer under the product of masks (Eqs. 6 and 7).
+
+    masks: (mask, strength); at most one of them is learned, at strength 1. tokens: of the feature map that entered the
+    layer's block, see `require_neighbours`. name: of the layer, for messages.
+    """
+    learned = None
+    for mask, strength in masks:
+        if isinstance(mask, LearnedMask):
+            learned = mask
+        else:
+            weight = masked_weight(weight, mask, strength)
+    if weight.ndim == 3:
+        require_neighbours(x, len(weight), tokens, name)
+    if learned is None:
+        return linear_per_sample(x, weight, bias)
+    samples = learned.logits.count if learned.samples is None else len(learned.samples)
+    if samples > 1:
+        require_neighbours(x, samples, tokens, name)
+    return thresholded_linear(x, weight, bias, learned)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Numbers keep their precision inside the block. Devices that know no autocast are left alone."""
+    known = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
+def thresholded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: LearnedMask) -> Tensor:
+    """A linear layer whose weight counts where the mask keeps it, with the straight-through gradient (Eq. 5).
+
+    x: [B * k, ..., in]: k neighbouring rows per sample. weight: [out, in], or one for each of the B, frozen. Only `x`
+    and the terms of the logits are kept for the backward pass: masks and masked weights, which are the size of all
+    masked weights times M, are made anew in it.
+    """
+    if mask.samples is not None and None in mask.samples:
+        return _partly_masked(x, weight, bias, mask)
+    logits = mask.logits
+    count = logits.count
+    chunks = 1 if mask.samples is None else len(mask.samples) // count
     if weight.ndim == 3 and chunks > 1:
-        logits, chunks = MaskLogits(logits.full().repeat(chunks, 1, 1)), 1
+        logits = MaskLogits(logits.full().repeat(chunks, 1, 1))
+        count, chunks = count * chunks, 1
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
-        masks = _count(logits)
-        rows = x.to(dtype).reshape(chunks, masks, -1, x.shape[-1]).transpose(0, 1).reshape(masks, -1, x.shape[-1])
-        options = (threshold, tau, noise)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    with without_autocast(x.device):
+        rows = x.to(dtype).reshape(chunks, count, -1, x.shape[-1]).transpose(0, 1).reshape(count, -1, x.shape[-1])
+        options = (mask.threshold, mask.tau, mask.noise)
         out = _ThresholdedProduct.apply(rows, weight.to(dtype), logits.static, logits.left, logits.right, options)
         if bias is not None:
             out = out + bias.to(dtype)
-    out = out.reshape(masks, chunks, -1, out.shape[-1]).transpose(0, 1)
+    out = out.reshape(count, chunks, -1, out.shape[-1]).transpose(0, 1)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _count(logits: MaskLogits) -> int:
-    if logits.left is not None:
-        return len(logits.left)
-    return len(logits.static) if logits.static.ndim == 3 else 1
+def _partly_masked(x: Tensor, weight: Tensor, bias: Tensor | None, mask: LearnedMask) -> Tensor:
+    """Neighbouring samples that have masks, or have none, are computed together."""
+    per_sample = len(x) // len(mask.samples)
+    results = []
+    for acts, places in itertools.groupby(range(len(mask.samples)), lambda n: mask.samples[n] is not None):
+        places = list(places)
+        part = slice(places[0], places[-1] + 1)
+        rows = x[part.start * per_sample : part.stop * per_sample]
+        own = weight[part] if weight.ndim == 3 else weight
+        if acts:
+            results.append(thresholded_linear(rows, own, bias, replace(mask, samples=mask.samples[part])))
+        else:
+            results.append(linear_per_sample(rows, own, bias))
+    return torch.cat(results)
 
 
 class _ThresholdedProduct(torch.autograd.Function):
@@ -136,22 +230,21 @@ class _ThresholdedProduct(torch.autograd.Function):
     def forward(ctx, rows, weight, static, left, right, options) -> Tensor:
         threshold, _, noise = ctx.options = options
         ctx.save_for_backward(rows, weight, static, left, right)
-        kept = _ThresholdedProduct._logits(static, left, right, noise) > threshold
+        kept = binary_mask(_ThresholdedProduct._logits(static, left, right, noise), threshold)
         return torch.bmm(rows, kept.to(weight.dtype).mul_(weight).transpose(1, 2))
 
     @staticmethod
     def backward(ctx, gradient):
         rows, weight, static, left, right = ctx.saved_tensors
         threshold, tau, noise = ctx.options
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             gradient = gradient.to(rows.dtype)
             logits = _ThresholdedProduct._logits(static, left, right, noise)
             of_rows = None
             if ctx.needs_input_grad[0]:
-                of_rows = torch.bmm(gradient, (logits > threshold).to(weight.dtype).mul_(weight))
+                of_rows = torch.bmm(gradient, binary_mask(logits, threshold).to(weight.dtype).mul_(weight))
             slope = torch.bmm(gradient.transpose(1, 2), rows).mul_(weight).to(logits.dtype)
-            probability = (logits / tau).sigmoid_()
-            torch.ops.aten.sigmoid_backward.grad_input(slope, probability, grad_input=slope)
+            slope = torch.ops.aten.sigmoid_backward(slope, (logits / tau).sigmoid_())
             of_left = of_right = None
             if left is not None:
                 of_left = (slope @ right).div_(tau)

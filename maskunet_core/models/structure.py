@@ -96,6 +96,10 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 
 
+_TEMPORAL = ".time_stack."
+"""Layers of video models in which a row is a place in the picture, seen over time: rows of a sample lie apart."""
+
+
 def _is_attention(name: str) -> bool:
     return (".attn1." in name or ".attn2." in name) and name.endswith(_ATTENTION)
 
@@ -149,9 +153,19 @@ def _unet_blocks(unet: nn.Module) -> Iterator[tuple[str, str, list[str]]]:
         first += count + 1
 
 
+def execution_order(unet: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, block) of ComfyUI's UNetModel: the host goes through the layers of a block one by one."""
+    middle = [] if unet.middle_block is None else [("middle_block", unet.middle_block)]
+    ends = {part: [(f"{part}.{n}", block) for n, block in enumerate(getattr(unet, part))] for part in _ENDS}
+    return [*ends["input_blocks"], *middle, *ends["output_blocks"]]
+
+
+_ENDS = ("input_blocks", "output_blocks")
+
+
 def _require_maskable(name: str, module: nn.Module) -> None:
-    cast = getattr(type(module), "forward_comfy_cast_weights", None)
-    if cast is None or not getattr(cast, "__module__", "").startswith("comfy."):
+    methods = [getattr(type(module), method, None) for method in ("forward", "forward_comfy_cast_weights")]
+    if not all(getattr(method, "__module__", "").startswith("comfy.") for method in methods):
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise NothingToMask(
             f"Layer {name} is a {kind}, which computes with its weight in a way of its own, so no mask can reach it. "
@@ -181,7 +195,11 @@ def inspect_model(diffusion_model: nn.Module, targets: str, family: str) -> Stru
     for name, anchor, prefixes in _unet_blocks(diffusion_model):
         if name.split(".")[0] not in parts:
             continue
-        found = [n for n, m in modules.items() if n.startswith(tuple(prefixes)) and hasattr(m, "weight") and matches(n)]
+        found = [
+            n
+            for n, m in modules.items()
+            if n.startswith(tuple(prefixes)) and hasattr(m, "weight") and matches(n) and _TEMPORAL not in n
+        ]
         for layer in found:
             _require_maskable(layer, modules[layer])
         if found:

@@ -1,7 +1,6 @@
 """Masks that were found for one sampling run: kept as bits, and replayed in other runs."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import MaskUNetError
+from ..masks.call import NEGATIVE, POSITIVE, Call
 from ..masks.linear import shared_by_all_samples
-from ..masks.sources import Call
+from ..masks.sources import MaskOf
 from ..models.structure import TARGETS, Layer, Structure
 
 BRANCHES = ("both", "positive")
@@ -19,6 +19,11 @@ EACH = "each"
 """Each branch has a mask of its own."""
 GUIDANCE = ("positive", "negative")
 """The branches, by the number that the host gives them."""
+
+
+def occurrence_key(entry: str, occurrence: int) -> str:
+    """Of a conditioning's place in its run, and how often it was computed before at the same sigma."""
+    return f"{entry}#{occurrence}"
 
 
 class IncompatibleMasks(MaskUNetError):
@@ -61,7 +66,9 @@ class RecordedMasks:
     branches: of guidance that share an image's mask, one of BRANCHES, or EACH. rows: R, the masks of a layer: N, or 2 N
     where each branch has its own, first those of the positive one. record: how they were found (prompt, reward, seed,
     settings), free JSON. steps: the packed masks [R, ceil(out * in / 8)] by sigma and layer; where a layer is missing,
-    all its weights are kept in all images.
+    all its weights are kept in all images. others: by sigma and `occurrence_key`, the masks [N, ceil(out * in / 8)] of
+    all layers for conditionings that differ from the first of their branch (regional prompts, windows). apart: layers
+    that were computed sample by sample, also where all samples had the same bits: some devices then round otherwise.
     """
 
     def __init__(
@@ -86,6 +93,8 @@ class RecordedMasks:
         self.record = {} if record is None else record
         self.layers = structure.layers
         self.steps: dict[float, dict[str, Tensor]] = {}
+        self.others: dict[float, dict[str, dict[str, Tensor]]] = {}
+        self.apart: frozenset[str] = frozenset()
 
     @property
     def sigmas(self) -> list[float]:
@@ -95,7 +104,8 @@ class RecordedMasks:
     @property
     def bytes(self) -> int:
         """What the masks take in memory."""
-        return sum(packed.numel() for step in self.steps.values() for packed in step.values())
+        others = [masks for step in self.others.values() for masks in step.values()]
+        return sum(packed.numel() for step in (*self.steps.values(), *others) for packed in step.values())
 
     def add(self, sigma: float, masks: dict[str, Tensor]) -> None:
         """Record a step; what was recorded for this very sigma before is replaced.
@@ -130,10 +140,14 @@ class RecordedMasks:
 
         Raises ValueError where nothing was recorded.
         """
+        return self.steps[self.nearest_sigma(sigma)]
+
+    def nearest_sigma(self, sigma: float) -> float:
+        """That of the recorded step whose masks act at `sigma`."""
         if sigma in self.steps:
-            return self.steps[sigma]
+            return sigma
         target = math.log(max(sigma, 1e-12))
-        return self.steps[min(self.sigmas, key=lambda recorded: abs(math.log(recorded) - target))]
+        return min(self.sigmas, key=lambda recorded: abs(math.log(recorded) - target))
 
     def at(self, sigma: float) -> dict[str, Tensor]:
         """The nearest step's masks [R, out, in] by layer; a layer that is missing keeps everything."""
@@ -173,53 +187,86 @@ class RecordedSource:
     them. A run that records, and takes its own steps through this source, is repeated bit for bit.
     """
 
-    learning = False
-
     def __init__(self, masks: RecordedMasks):
         self.masks = masks
         self.structure = masks.structure
 
-    def _require_batch(self, call: Call, rows: int) -> None:
-        """Rows of a call: the images of one branch of CFG, then those of the next."""
-        branches = len(call.guidance)
-        if rows % (self.masks.images * branches):
+    def _require_batch(self, call: Call) -> None:
+        if call.images is None:
+            raise IncompatibleMasks(
+                "Another node has cut the picture into parts and sent them as one batch, so the masks of single images "
+                "and branches cannot be told apart. Remove that node (Tiled Diffusion), or MaskUNet Apply Masks."
+            )
+        if call.images % self.masks.images:
             raise IncompatibleMasks(
                 f"The masks were recorded for a batch of {self.masks.images} images, but the batch that is sampled has "
-                f"{rows // branches}. Set the batch size to {self.masks.images}, or use masks of one image, which "
-                "fit any batch."
+                f"{call.images}. Set the batch size to {self.masks.images}, or use masks of one image, which fit any "
+                "batch."
             )
 
     def _acts_on(self, branch: int) -> bool:
-        return branch == 0 or self.masks.branches != "positive"
+        return branch == POSITIVE or self.masks.branches != "positive"
 
-    def _of_branch(self, bits: Tensor, branch: int) -> Tensor:
-        """[N, out, in] of the layer's [R, out, in]."""
-        if not self._acts_on(branch):
-            return torch.ones_like(bits)
-        own = branch != 0 and self.masks.branches == EACH
-        return bits[self.masks.images :] if own else bits[: self.masks.images]
-
-    def begin(self, call: Call) -> Callable[[str, Tensor], Tensor | None]:
-        step = self.masks.nearest(call.sigma)
-        images = self.masks.images
-        rows = images
-
-        def enter(block: str, features: Tensor, t_emb: Tensor) -> None:
-            nonlocal rows
-            rows = len(features)
-            if images > 1:
-                self._require_batch(call, rows)
+    def begin(self, call: Call) -> MaskOf:
+        sigma = self.masks.nearest_sigma(call.sigma)
+        # All chunks of a call with the same masks, and nothing told apart: one mask serves rows of any order.
+        plain = self.masks.images == 1 and self.masks.branches == "both" and sigma not in self.masks.others
+        if not plain:
+            self._require_batch(call)
+        step, others = self.masks.steps[sigma], self.masks.others.get(sigma, {})
+        of_chunks = []
+        for chunk, occurrence in zip(call.chunks, call.occurrences() if others else [0] * len(call.chunks)):
+            own = others.get(occurrence_key(chunk.entry, occurrence))
+            second = own is None and chunk.branch == NEGATIVE and self.masks.branches == EACH
+            rows = slice(self.masks.images, None) if second else slice(self.masks.images)
+            of_chunks.append((step if own is None else own, rows, chunk.branch))
+        device_copies = call.kept.setdefault(id(self), _DeviceCopies())
 
         def mask(layer: str, weight: Tensor) -> Tensor | None:
-            if layer not in step or not any(map(self._acts_on, call.guidance)):
+            # On the CPU masks with the same bits are shared whatever they come from.
+            apart = layer in self.masks.apart and weight.device.type != "cpu"
+            acting = [self._acts_on(branch) and layer in masks for masks, _, branch in of_chunks]
+            if not any(acting) and not (apart and any(self._acts_on(branch) for *_, branch in of_chunks)):
                 return None
-            bits = unpack_bits(step[layer].to(weight.device), self.masks.layers[layer])
-            if len(bits) == 1 and all(map(self._acts_on, call.guidance)):
-                return bits[0]
-            repeats = rows // len(call.guidance) // images
-            return shared_by_all_samples(
-                torch.cat([self._of_branch(bits, branch).repeat(repeats, 1, 1) for branch in call.guidance])
-            )
+            shape = self.masks.layers[layer]
+            parts = []
+            for acts, (masks, rows, _) in zip(acting, of_chunks):
+                if acts:
+                    packed = device_copies.of(masks, weight.device)[layer]
+                    parts.append(unpack_bits(packed[rows], shape))
+                else:
+                    parts.append(weight.new_ones(self.masks.images, *weight.shape[-2:], dtype=torch.bool))
+            if plain and not apart:
+                return parts[0][0]
+            repeats = 1 if call.images is None else call.images // self.masks.images
+            if len(parts) * repeats * self.masks.images == 1:
+                return parts[0][0]
+            return shared_by_all_samples(torch.cat([part.repeat(repeats, 1, 1) for part in parts]))
 
-        call.on_block.append(enter)
         return mask
+
+
+class _DeviceCopies:
+    """Packed masks of the step at hand on a device: moved there together and once, and kept while the step lasts."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, torch.device], tuple[Any, dict[str, Tensor]]] = {}
+
+    def of(self, masks: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """masks: [R, bytes] by layer, on the CPU."""
+        if device.type == "cpu" or not masks:
+            return masks
+        place = id(masks), device
+        if place not in self._kept:
+            if len(self._kept) > _STEPS_KEPT:
+                self._kept.clear()
+            together = torch.cat(list(masks.values()), dim=1)
+            if device.type == "cuda":
+                together = together.pin_memory()
+            parts = together.to(device, non_blocking=True).split([p.shape[1] for p in masks.values()], dim=1)
+            self._kept[place] = masks, dict(zip(masks, parts))
+        return self._kept[place][1]
+
+
+_STEPS_KEPT = 4
+"""Sets of masks that stay on a device: those of the conditionings of one step, mostly two."""

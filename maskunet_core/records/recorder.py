@@ -4,15 +4,19 @@ The record belongs to its run: it lies on the tensor of latents that the run giv
 these latents, and goes with them. Nothing of it is held by the model.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import MaskUNetError
+from ..masks.call import Call
 from ..models.structure import TARGETS, NothingToMask
-from ..seam.patch import OPTION, RECORDER, Attachment, Observer, enabled, structure_of
-from .recorded import EACH, RecordedMasks, pack_bits, packed_size
+from ..seam.attach import OPTION, RECORDER, Attachment, structure_of, with_masks, with_options
+from ..seam.layers import Observer
+from .recorded import EACH, RecordedMasks, occurrence_key, pack_bits, packed_size
 
 _KEY = "maskunet_record"
 """Of the wrapper on the MODEL, and of the record on the latents."""
@@ -24,53 +28,97 @@ class NothingRecorded(MaskUNetError):
     """Latents without recorded masks; the message says why and what to do."""
 
 
-class Recorder:
-    """Masks of one run by sigma, branch of guidance (0 positive, 1 negative) and layer: [N, ceil(out * in / 8)].
+class CannotRecord(MaskUNetError):
+    """A run whose masks cannot be told apart; the message says why and what to do."""
 
-    Where the model is called more than once for a branch at one sigma (several prompts, attention that is perturbed on
-    purpose, a sampler that comes back), the first call counts.
+
+class Recorder:
+    """Masks of one run by sigma, conditioning and layer: [N, ceil(out * in / 8)].
+
+    A conditioning is known by `occurrence key`: its place in the run, and how often it was computed before at this
+    sigma (perturbed attention, windows, and samplers that look twice compute it more than once).
     """
 
     def __init__(self) -> None:
         self.images = 0
-        self.steps: dict[float, dict[int, dict[str, Tensor]]] = {}
+        self.apart: set[str] = set()
+        self.steps: dict[float, dict[tuple[int, str], dict[str, Tensor]]] = {}
 
-    def begin(self, sigma: float, guidance: tuple[int, ...], rows: int) -> Observer:
-        """A call of the model. Its batch of `rows` holds all images of the first branch, then those of the next."""
-        images = self.images = rows // len(guidance)
-        step = self.steps.setdefault(sigma, {})
-        fresh: list[tuple[dict[str, Tensor], slice]] = []
-        for place, guided in enumerate(guidance):
-            branch = int(guided != 0)
-            if branch not in step:
-                step[branch] = {}
-                fresh.append((step[branch], slice(place * images, (place + 1) * images)))
+    @contextlib.contextmanager
+    def recording(self, call: Call) -> Iterator[Observer]:
+        """For one call of the model; gives what is called with (layer, mask)."""
+        masks: dict[str, Tensor] = {}
 
         def observe(layer: str, mask: Tensor) -> None:
-            for found, part in fresh:
-                packed = pack_bits(mask[None] if mask.ndim == 2 else mask[part]).cpu().expand(images, -1)
-                # Several sources on a layer keep what all of them keep.
-                found[layer] = found[layer] & packed if layer in found else packed
+            if mask.ndim == 3:
+                self.apart.add(layer)
+            packed = pack_bits(mask[None] if mask.ndim == 2 else mask)
+            # Several sources on a layer keep what all of them keep.
+            masks[layer] = masks[layer] & packed if layer in masks else packed
 
-        return observe
+        yield observe
+        images = call.images
+        if images is None and any(len(packed) > 1 for packed in masks.values()):
+            raise CannotRecord(
+                "Another node has cut the picture into parts and sent them as one batch, so masks of single images "
+                "cannot be told apart. Remove MaskUNet Record Masks, or that node (Tiled Diffusion)."
+            )
+        self.images = images or 1
+        step = self.steps.setdefault(call.sigma, {})
+        places = [(c.branch, occurrence_key(c.entry, n)) for c, n in zip(call.chunks, call.occurrences())]
+        packed = _on_the_cpu(masks)
+        for chunk, place in enumerate(places):
+            part = slice(chunk * self.images, (chunk + 1) * self.images)
+            step[place] = {
+                layer: (rows if len(rows) == 1 else rows[part]).expand(self.images, -1)
+                for layer, rows in packed.items()
+            }
 
     def masks(self, record: RecordedMasks) -> RecordedMasks:
         """Writes the steps into `record`, which has no step yet; `branches` becomes EACH where the two differ."""
-        if any(self._differ(*step.values()) for step in self.steps.values() if len(step) == 2):
+        bases = {sigma: self._bases(step) for sigma, step in self.steps.items()}
+        if any(self._differ(*base.values()) for base in bases.values() if len(base) == 2):
             record = RecordedMasks(record.structure, record.images, record.record, record.targets, EACH)
+        record.apart = frozenset(self.apart & record.layers.keys())
         everything = _Everything(record)
         for sigma, step in self.steps.items():
-            branches = [step.get(0, {}), step.get(1, {})] if record.branches == EACH else [next(iter(step.values()))]
+            base = bases[sigma]
+            branches = [base.get(0, {}), base.get(1, {})] if record.branches == EACH else [next(iter(base.values()))]
             record.steps[sigma] = {
                 layer: torch.cat([found.get(layer, everything[layer]) for found in branches])
                 for layer in record.layers
                 if any(layer in found and not torch.equal(found[layer], everything[layer]) for found in branches)
             }
+            others = {place: masks for (branch, place), masks in step.items() if self._differ(masks, base[branch])}
+            if others:
+                record.others[sigma] = {
+                    place: {layer: masks.get(layer, everything[layer]) for layer in record.layers}
+                    for place, masks in others.items()
+                }
         return record
 
     @staticmethod
+    def _bases(step: dict[tuple[int, str], dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """The first masks of each branch."""
+        bases: dict[int, dict[str, Tensor]] = {}
+        for (branch, _), masks in step.items():
+            bases.setdefault(branch, masks)
+        return bases
+
+    @staticmethod
     def _differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+        if one is other:
+            return False
         return one.keys() != other.keys() or any(not torch.equal(one[layer], other[layer]) for layer in one)
+
+
+def _on_the_cpu(masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Packed masks by layer, waiting for their device once."""
+    if not masks or next(iter(masks.values())).device.type == "cpu":
+        return masks
+    flat = torch.cat([packed.flatten() for packed in masks.values()]).cpu()
+    parts = flat.split([packed.numel() for packed in masks.values()])
+    return {layer: part.view(packed.shape).clone() for (layer, packed), part in zip(masks.items(), parts)}
 
 
 class _Everything(dict):
@@ -93,7 +141,7 @@ def recording(model: Any) -> Any:
     """A clone of a MODEL whose sampling runs leave their masks on the latents that they give; see `masks_of_run`."""
     from comfy.patcher_extension import WrappersMP
 
-    patched = enabled(model)
+    patched = with_masks(model)
     if not patched.get_wrappers(WrappersMP.OUTER_SAMPLE, _KEY):
         patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, _record_run)
     return patched
@@ -135,7 +183,7 @@ def _record_run(executor, *args, **kwargs):
     layers = {layer for attachment in attachments for layer in attachment.source.structure.layers}
     targets = _smallest_targets(guider.model_patcher, layers)
     recorder = Recorder()
-    guider.model_options = guider.model_options | {"transformer_options": options | {RECORDER: recorder}}
+    guider.model_options = with_options(guider.model_options, {RECORDER: recorder})
     latents = executor(*args, **kwargs)
     if not recorder.steps:
         return _with_record(latents, None)

@@ -1,88 +1,82 @@
-"""The encoder and middle block of a U-Net run once and serve many calls with the same input."""
+"""The blocks of a U-Net that come before all masks run once and serve many calls with the same input."""
 
 import contextlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .patch import shadowed
+from .shadow import Shadowed
+
+_MOST_KEPT = 16
+"""Inputs whose features are kept: more come from nodes that cut the picture into many parts."""
 
 
-class EncoderCache:
-    """Features of the encoder and middle block (ComfyUI's UNetModel) by what they were computed from.
+class Prefix:
+    """Features of the first blocks of ComfyUI's UNetModel, by what they were computed from.
 
-    Meant for one step of a sampler, in which the latent and the conditioning do not change: `serving(unet, key)` around
-    a call computes the features where `key` is new, and hands out copies where it is not. What acts between the blocks
-    (ControlNet's residuals, patches of the host) still acts in every call.
+    Meant for one step of a sampler. What acts between the blocks (ControlNet's residuals) still acts in every call.
     """
 
-    def __init__(self):
-        self._features: dict[Hashable, dict[int, Tensor]] = {}
-
-    @property
-    def bytes(self) -> int:
-        """What the features take in memory."""
-        return sum(kept.nbytes for features in self._features.values() for kept in features.values())
+    def __init__(self, blocks: Sequence[nn.Sequential]):
+        self.blocks = blocks
+        self._known: list[tuple[list[Tensor], list[Tensor]]] = []
 
     @contextlib.contextmanager
-    def serving(self, unet: nn.Module, key: Hashable) -> Iterator[None]:
-        known = key in self._features
-        features = self._features.setdefault(key, {})
-        try:
-            with contextlib.ExitStack() as stack:
-                for index, block in enumerate(_blocks(unet)):
-                    layers = list(block)
-                    if known:
-                        for layer in layers[:-1]:
-                            stack.enter_context(shadowed(layer, forward=_same))
-                        stack.enter_context(shadowed(layers[-1], forward=_serve(features[index])))
-                    else:
-                        forward = _record(layers[-1].forward, features, index)
-                        stack.enter_context(shadowed(layers[-1], forward=forward))
+    def serving(self, *inputs: Any) -> Iterator[None]:
+        """For one call with these inputs, of which all tensors count. Inputs that were seen before are not computed."""
+        tensors = list(_tensors(inputs))
+        features = next((features for known, features in self._known if same(known, tensors)), None)
+        if features is not None:
+            with self._serve(features):
                 yield
-        except BaseException:
-            if not known:
-                del self._features[key]
-            raise
-
-
-class LiveEncoder:
-    """In an EncoderCache's place where gradients flow through the encoder itself: it runs in every call.
-
-    The host adds ControlNet's residuals to the skip connections in place, so the next block works on a copy of each.
-    """
-
-    bytes = 0
-
-    @contextlib.contextmanager
-    def serving(self, unet: nn.Module, key: Hashable) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for block in _blocks(unet):
-                stack.enter_context(shadowed(block[0], forward=_on_a_copy(block[0].forward)))
+            return
+        features = [torch.empty(0)] * len(self.blocks)
+        with self._record(features):
             yield
+        if len(self._known) < _MOST_KEPT:
+            self._known.append((tensors, features))
+
+    def _record(self, features: list[Tensor]) -> Shadowed:
+        def forward_of(layer: nn.Module, index: int):
+            compute = layer.forward
+
+            def forward(*args: Any, **kwargs: Any) -> Tensor:
+                result = compute(*args, **kwargs)
+                # The host adds ControlNet's residuals in place: both sides keep a tensor of their own.
+                features[index] = result.detach().clone()
+                return result
+
+            return forward
+
+        return Shadowed((block[-1], {"forward": forward_of(block[-1], n)}) for n, block in enumerate(self.blocks))
+
+    def _serve(self, features: list[Tensor]) -> Shadowed:
+        shadows = []
+        for block, result in zip(self.blocks, features):
+            shadows += [(layer, {"forward": _unchanged}) for layer in list(block)[:-1]]
+            shadows.append((block[-1], {"forward": lambda *_, result=result, **__: result.clone()}))
+        return Shadowed(shadows)
 
 
-def _blocks(unet: nn.Module) -> list[nn.Module]:
-    return [*unet.input_blocks, *([unet.middle_block] if unet.middle_block is not None else [])]
-
-
-def _on_a_copy(forward):
-    return lambda x, *args, **kwargs: forward(x.clone(), *args, **kwargs)
-
-
-def _same(x: Tensor, *_, **__) -> Tensor:
+def _unchanged(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
 
 
-# The host adds ControlNet's residuals in place: both sides keep a tensor of their own.
-def _serve(features: Tensor):
-    return lambda *_, **__: features.clone()
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
 
 
-def _record(forward, features: dict[int, Tensor], index: int):
-    def compute(*args, **kwargs) -> Tensor:
-        result = forward(*args, **kwargs)
-        features[index] = result.detach().clone()
-        return result
-
-    return compute
+def same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether two lists hold tensors of the same shapes and values."""
+    if len(some) != len(others) or any(a.shape != b.shape for a, b in zip(some, others)):
+        return False
+    return all(a is b or torch.equal(a, b) for a, b in zip(some, others))

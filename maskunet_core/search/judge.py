@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lean import LeanGraph
+from ..seam.gradients import LeanGraph
 
 Score = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Pictures `[N, 3, H, W]` in [0, 1] to scores `[N]` and the gradient of their sum, shaped as the pictures."""

@@ -5,24 +5,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..masks.gumbel import logistic_noise
-from ..masks.linear import MaskLogits, thresholded_linear
-from ..masks.sources import Call, noise_generator
+from ..masks.call import POSITIVE, Call
+from ..masks.gumbel import binary_mask, logistic_noise
+from ..masks.linear import LearnedMask, MaskLogits, UnknownRows
+from ..masks.sources import MaskOf, noise_generator
 from ..models.structure import Structure
 
 THRESHOLD = 0.0
 
 
 class SearchedMasks:
-    """A LearningSource of free logits `[images, out, in]` per layer, the same for both branches of guidance.
+    """A mask source of free logits `[images, out, in]` per layer.
 
     start: logit that every weight begins with. seed: of Gumbel noise, which `draw` makes anew; None for no noise.
+    positive_only: whether they act on the positive branch of guidance alone, or on all.
     """
 
-    learning = True
-
-    def __init__(self, structure: Structure, images: int, start: float, device: torch.device, seed: int | None = None):
+    def __init__(
+        self,
+        structure: Structure,
+        images: int,
+        start: float,
+        device: torch.device,
+        seed: int | None = None,
+        positive_only: bool = False,
+    ):
         self.structure, self.images, self.start, self.seed = structure, images, start, seed
+        self.positive_only = positive_only
         self._order = {name: index for index, name in enumerate(structure.layers)}
         self._drawn = 0
         self.logits = {
@@ -34,7 +43,10 @@ class SearchedMasks:
     def restart(self, carry: float) -> None:
         """Back to the start, but for the share `carry` of the way that the logits have gone."""
         for logits in self.logits.values():
-            logits.sub_(self.start).mul_(carry).add_(self.start)
+            if carry:
+                logits.sub_(self.start).mul_(carry).add_(self.start)
+            else:
+                logits.fill_(self.start)
 
     def draw(self) -> None:
         """Other noise from now on."""
@@ -44,24 +56,36 @@ class SearchedMasks:
         if self.seed is None:
             return None
         device, key = self.logits[layer].device, (self.seed, self._order[layer], float(self._drawn))
-        return lambda shape: logistic_noise(shape, noise_generator(device, *key))
+        return lambda shape: logistic_noise(shape, noise_generator(device, *key)).to(device)
 
     @torch.no_grad()
     def bits(self) -> dict[str, Tensor]:
         """The masks of now: True keeps a weight, `[images, out, in]` per layer."""
-        found = {}
+        masks = {}
         for layer, logits in self.logits.items():
             noise = self._noise(layer)
-            found[layer] = (logits if noise is None else logits + noise(logits.shape)) > THRESHOLD
-        return found
+            masks[layer] = binary_mask(logits, THRESHOLD, None if noise is None else noise(logits.shape))
+        return masks
 
-    def begin(self, call: Call) -> Callable[[str, Tensor, Tensor, Tensor | None], Tensor]:
-        batch: list[int] = []
-        call.on_block.append(lambda block, features, t_emb: batch.append(len(features)))
+    def _samples(self, call: Call) -> tuple[int | None, ...]:
+        """The image of each row of a call, None where nothing is masked."""
+        if self.images == 1 and not self.positive_only:
+            return (0,) * call.rows
+        if call.images != self.images:
+            raise UnknownRows(
+                "Another node has cut the picture into parts and sent them as one batch, so the search cannot tell "
+                "which rows belong to which image and branch. Remove that node (Tiled Diffusion), or set masks to off."
+            )
+        masked = [chunk.branch == POSITIVE or not self.positive_only for chunk in call.chunks]
+        return tuple(image if acts else None for acts in masked for image in range(self.images))
 
-        def linear(layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            chunks = batch[-1] // self.images
-            terms = MaskLogits(self.logits[layer])
-            return thresholded_linear(x, weight, bias, terms, THRESHOLD, noise=self._noise(layer), chunks=chunks)
+    def begin(self, call: Call) -> MaskOf:
+        samples = self._samples(call)
 
-        return linear
+        def mask(layer: str, weight: Tensor) -> LearnedMask | None:
+            if all(sample is None for sample in samples):
+                return None
+            noise = self._noise(layer)
+            return LearnedMask(MaskLogits(self.logits[layer]), THRESHOLD, noise=noise, samples=samples)
+
+        return mask

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from ..records.recorded import RecordedMasks
 from .judge import Judge
-from .loop import Best, Evaluation
+from .loop import Best, Evaluation, comparable
 from .sampling import RewardSearch
 from .settings import SearchSettings
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """latents: what the sampler gave. scores: `[N]` rewards of the final pictures, None where nothing was judged.
 
     candidates: `[N]` the number of each image's starting noise. recorded: the masks, by which a sampler repeats it.
+    skipped: updates of an image that were left out because a number was not finite. peak: bytes that a look took.
     """
 
     latents: Tensor
@@ -26,6 +27,8 @@ class Found:
     candidates: Tensor
     recorded: RecordedMasks
     history: list[Evaluation]
+    skipped: int = 0
+    peak: int = 0
 
 
 def search_images(
@@ -40,15 +43,15 @@ def search_images(
     steps: int,
     candidate_done: Callable[[int, Tensor], None] | None = None,
     **options: Any,
-) -> Found:
+) -> SearchResult:
     """Algorithm 1, with a search over starting noises before it.
 
     sample: runs the host's sampler on (MODEL, noise `[N, ...]`, number of the candidate). peek: runs it on (noise,
-    number, steps) for the first few steps, unmasked, and returns the last estimate of the clean latent, as the model
-    sees latents; without masks it is not used. noise: of a candidate; the first is the one that a plain sampler would
-    have. score: `[N]` of finished latents. steps: of the sampler. candidate_done: told (number, scores). options: for
-    RewardSearch. Where candidates were drawn to the end and `keep_best` is set, an image whose reward the masks have
-    lowered gives way to its plain candidate.
+    number, steps) until so many steps are done, unmasked, and returns the last estimate of the clean latent, as the
+    model sees latents; without masks it is not used. noise: of a candidate; the first is the one that a plain sampler
+    would have. score: `[N]` of finished latents. steps: of the sampler. candidate_done: called with (number, scores).
+    options: for RewardSearch. Where candidates were drawn to the end and `keep_best` is set, an image whose reward the
+    masks have lowered gives way to its plain candidate.
     """
     first = noise(0)
     images = len(first)
@@ -70,11 +73,16 @@ def search_images(
     numbers = best.items.get("number", torch.zeros(images, dtype=torch.long))
     plain = best.items.get("latents")
     if plain is not None and not updates:
-        return Found(plain, best.scores, numbers, search.recorded, [])
-    latents = sample(search.model, best.items.get("noise", first), int(numbers[0]) if images == 1 else 0)
+        return SearchResult(plain, best.scores, numbers, search.recorded, [])
+    try:
+        # A sampler that adds noise draws it for the whole batch.
+        of_sampler = int(numbers[0]) if bool((numbers == numbers[0]).all()) else 0
+        latents = sample(search.searching(model), best.items.get("noise", first), of_sampler)
+    finally:
+        search.close()
     scores = score(latents) if updates or best.scores is not None else None
     if plain is not None and settings.keep_best:
-        for image in torch.nonzero(scores < best.scores).flatten().tolist():
+        for image in torch.nonzero(comparable(scores) < comparable(best.scores)).flatten().tolist():
             latents[image], scores[image] = plain[image], best.scores[image]
             search.recorded.keep_all(image)
-    return Found(latents, scores, numbers, search.recorded, search.history)
+    return SearchResult(latents, scores, numbers, search.recorded, search.history, search.skipped, search.peak)

@@ -3,23 +3,39 @@
 So every sampler, scheduler, guidance and ControlNet of the host works as it does without the search.
 """
 
+import contextlib
+import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import MaskUNetError
 from ..records.recorded import RecordedMasks, RecordedSource
-from ..seam.patch import ENCODER, Attachment, enabled, structure_of, with_attachment
-from ..seam.prefix import EncoderCache, LiveEncoder
+from ..seam.attach import Attachment, structure_of, with_attachment, with_masks
+from ..seam.gradients import LeanGraph, kept_weights
+from .graph import (
+    KEY,
+    FixedBranches,
+    StepGraph,
+    acts_in_blocks,
+    computed_once,
+    controls_of,
+    has_hooks,
+    mutable,
+)
 from .judge import Judge, views_of
-from .lean import LeanGraph, with_lean_attention
 from .loop import Evaluation, Group, search_step
 from .masks import SearchedMasks
+from .memory import PeakMeter
 from .settings import SearchSettings
 
-KEY = "maskunet_search"
+
+class NoRoomForGradients(MaskUNetError):
+    """The device's memory does not hold what a search needs beside the models; the message says what to lower."""
 
 
 def step_of(sigma: float, model_options: dict) -> tuple[int, int]:
@@ -29,12 +45,16 @@ def step_of(sigma: float, model_options: dict) -> tuple[int, int]:
 
 
 class RewardSearch:
-    """A search during one sampling run; `model` is the MODEL to sample with.
+    """A search during one sampling run of the MODEL that `searching` gives.
 
-    judge: of estimates in the model's latent space, for a batch of `images`. watch: scores `[N]` of estimates by a
-    reward that is never optimised; the run goes on without updates once it has fallen at two steps in a row at which
-    the optimised one rose, if `stop_by_watch`. report: told of each look (an Evaluation and the estimate); raises to
-    stop everything. After the run `recorded` holds the masks and `history` what was seen. encoder: serves this step.
+    model: what is sampled with; the search does not keep it. judge: of estimates in the model's latent space, for a
+    batch of `images`. watch: scores `[N]` of estimates by a reward that is never optimised; the run goes on without
+    updates once it has fallen at two steps in a row at which the optimised one rose, if `stop_by_watch`. report: called
+    with each look (an Evaluation and the estimate); raises to stop everything. recompute: whether layers run again in
+    the backward pass, see StepGraph; None where memory is scarcer than time, on all devices but the CPU. room: bytes
+    that the host is asked to leave free for gradients when it loads the models. After the run `recorded` holds the
+    masks, `history` what was seen, `skipped` how many updates of an image were left out because a number was not
+    finite, and `peak` the bytes that a look took beside the models, 0 where the device does not tell.
     """
 
     def __init__(
@@ -49,24 +69,33 @@ class RewardSearch:
         watch: Callable[[Tensor], Tensor] | None = None,
         stop_by_watch: bool = False,
         report: Callable[[Evaluation, Tensor], None] | None = None,
+        recompute: bool | None = None,
+        room: int = 0,
     ):
-        from comfy.patcher_extension import WrappersMP
-
         self.settings, self.judge, self.images, self.seed = settings, judge, images, seed
         self.structure = structure_of(model, targets)
         self.recorded = RecordedMasks(self.structure, images, targets=targets, branches=settings.branches)
         self.history: list[Evaluation] = []
+        self.skipped = 0
         self._watch, self._stop_by_watch, self._report = watch, stop_by_watch, report
+        self.peak = 0
+        self._recompute, self._room = recompute, room
         self._masks: SearchedMasks | None = None
-        self.encoder: EncoderCache | LiveEncoder = LiveEncoder()
         self._falls = 0
         self._began: float | None = None
-        self.model = enabled(model)
-        self.model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, self._predict_noise)
 
-    def leaves(self) -> list[Tensor]:
-        """The logits of now."""
-        return [] if self._masks is None else list(self._masks.logits.values())
+    def searching(self, model: Any) -> Any:
+        """A clone of a MODEL whose next sampling run is searched."""
+        from comfy.patcher_extension import WrappersMP
+
+        clone = with_masks(model)
+        clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, partial(loaded_with_room, self._room))
+        clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, self._predict_noise)
+        return clone
+
+    def close(self) -> None:
+        """Let go of what lies on the device."""
+        self._masks = None
 
     # A call of the sampler --------------------------------------------------------------------------------------
 
@@ -80,7 +109,7 @@ class RewardSearch:
                 masks = self._search(executor, x, timestep, model_options, seed, step, iterations)
             self.recorded.add(sigma, masks)
         if self.recorded.steps[sigma]:
-            model_options = with_attachment(model_options, Attachment(RecordedSource(self.recorded), 1.0))
+            model_options = with_attachment(model_options, Attachment(RecordedSource(self.recorded)))
         return executor(x, timestep, model_options, seed)
 
     def _at_an_end(self) -> bool:
@@ -93,13 +122,23 @@ class RewardSearch:
 
     def _search(self, executor, x, timestep, model_options, seed, step: int, iterations: int) -> dict[str, Tensor]:
         """The best masks of this step; the latent is changed in place where it is searched, too."""
+        guider = executor.class_obj
+        conditions = list(guider.conds.values())
         groups, shift = self._groups(x)
         masks = self._masks if self.settings.masks else None
-        options = self._options(model_options, cached=shift is None)
+        recompute = x.device.type != "cpu" if self._recompute is None else self._recompute
+        graph = StepGraph(
+            guider.inner_model.diffusion_model,
+            self.structure,
+            fixed=shift is None,
+            # Weights that change from call to call are not the same in the backward pass.
+            recompute=recompute and not has_hooks(conditions),
+        )
+        options = self._options(graph, model_options, fixed=shift is None)
 
         def predict() -> Tensor:
             with LeanGraph():
-                return executor(x if shift is None else x + shift, timestep, options, seed)
+                return executor(x if shift is None else x + shift, timestep, graph.of_a_look(options), seed)
 
         def current() -> dict[str, Tensor]:
             found = {} if shift is None else {KEY: shift.detach().clone()}
@@ -114,16 +153,29 @@ class RewardSearch:
             return self.judge.scores(estimate, views), None
 
         first = len(self.history)
-        best = search_step(
-            groups=groups,
-            redraw=masks.draw if masks is not None else lambda: None,
-            predict=predict,
-            current=current,
-            judge=judge,
-            iterations=iterations,
-            settings=self.settings,
-            report=lambda *seen: self._seen(step, *seen),
-        )
+        meter = PeakMeter(x.device)
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(mutable(acts_in_blocks(model_options["transformer_options"])))
+                controls = controls_of(conditions)
+                if shift is None:
+                    stack.enter_context(computed_once(controls))
+                else:
+                    stack.enter_context(kept_weights(m.model for c in controls for m in c.get_models_only_self()))
+                best = search_step(
+                    groups=groups,
+                    redraw=masks.draw if masks is not None else lambda: None,
+                    predict=predict,
+                    current=current,
+                    judge=judge,
+                    iterations=iterations,
+                    settings=self.settings,
+                    report=partial(self._seen, step),
+                    skipped=self._count_skipped,
+                )
+        except torch.OutOfMemoryError:
+            raise NoRoomForGradients(self._what_to_lower()) from None
+        self.peak = max(self.peak, meter.bytes)
         self._watch_for_falls(self.history[first:])
         if shift is not None:
             x.add_(best.items.pop(KEY))
@@ -135,34 +187,48 @@ class RewardSearch:
         if settings.masks:
             if self._masks is None:
                 noise = self.seed if settings.noise else None
-                self._masks = SearchedMasks(self.structure, self.images, settings.start, x.device, noise)
+                positive_only = settings.branches == "positive"
+                self._masks = SearchedMasks(self.structure, self.images, settings.start, x.device, noise, positive_only)
             else:
                 self._masks.restart(settings.carry)
             leaves = list(self._masks.logits.values())
             if settings.optimiser == "AdamW":
-                groups.append(Group(leaves, torch.optim.AdamW(leaves, lr=settings.lr), normalised=False))
+                groups.append(Group(leaves, partial(torch.optim.AdamW, lr=settings.lr), normalised=False))
             else:
-                descent = torch.optim.SGD(leaves, lr=settings.lr, momentum=settings.momentum)
+                descent = partial(torch.optim.SGD, lr=settings.lr, momentum=settings.momentum)
                 groups.append(Group(leaves, descent, normalised=True))
         if settings.latent_lr:
             shift = torch.zeros_like(x).requires_grad_()
-            groups.append(Group([shift], torch.optim.Adam([shift], lr=settings.latent_lr), normalised=True))
+            groups.append(Group([shift], partial(torch.optim.Adam, lr=settings.latent_lr), normalised=True))
         return groups, shift
 
-    def _options(self, model_options: dict, cached: bool) -> dict:
-        """Options of the search's own calls: masked, with one encoder pass, and one branch where that is enough."""
-        if self.settings.branches == "positive" and "sampler_calc_cond_batch_function" not in model_options:
-            unmasked = model_options
-            model_options = model_options | {
-                "sampler_calc_cond_batch_function": _PositiveBranch(unmasked, fixed=cached)
-            }
+    def _options(self, graph: StepGraph, model_options: dict, fixed: bool) -> dict:
+        """Options of the search's own calls: masked, with gradients, and one branch where that is enough."""
+        options = graph.options(model_options)
+        foreign = "sampler_calc_cond_batch_function" in model_options
+        if self.settings.branches == "positive" and fixed and not foreign:
+            options = options | {"sampler_calc_cond_batch_function": FixedBranches(options)}
         if self.settings.masks:
-            model_options = with_attachment(model_options, Attachment(self._masks, 1.0))
-        self.encoder = EncoderCache() if cached else LiveEncoder()
-        of_calls = with_lean_attention(model_options["transformer_options"]) | {ENCODER: self.encoder}
-        return model_options | {"transformer_options": of_calls}
+            options = with_attachment(options, Attachment(self._masks))
+        return options
+
+    def _what_to_lower(self) -> str:
+        changes = ["lower the size or the batch"]
+        if self.settings.branches != "positive":
+            changes.append("set branches to positive (preset quality has it)")
+        if not self.settings.small_decode:
+            changes.append("switch small_decode on (preset quality has it)")
+        changes += ["connect a TAESD to gradient_vae", "load the reward in fp16 and with checkpointing"]
+        changes.append("close other programs that use the device")
+        return (
+            "The search ran out of the device's memory while it looked for masks. What makes it smaller: "
+            f"{', '.join(changes)}. Preset fast needs no more than plain sampling."
+        )
 
     # What was seen ----------------------------------------------------------------------------------------------
+
+    def _count_skipped(self, count: int) -> None:
+        self.skipped += count
 
     def _seen(self, step: int, iteration: int, scores: Tensor, estimate: Tensor) -> bool:
         watched = None if self._watch is None else self._watch(estimate).cpu()
@@ -175,28 +241,19 @@ class RewardSearch:
     def _watch_for_falls(self, seen: list[Evaluation]) -> None:
         if self._watch is None or not self._stop_by_watch:
             return
-        chosen = max(seen, key=lambda evaluation: float(evaluation.scores.mean()))
+        chosen = max(seen, key=lambda evaluation: float(evaluation.scores.nan_to_num(-torch.inf).mean()))
         fell = bool(chosen.watched.mean() < seen[0].watched.mean())
         self._falls = self._falls + 1 if fell else 0
 
 
-class _PositiveBranch:
-    """Masks act on the positive branch of guidance alone.
+def loaded_with_room(room: int, executor, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
+    """PREPARE_SAMPLING wrapper: the host loads the models of a run, and leaves `room` bytes more than it would.
 
-    fixed: the latent stays as it is, so that the negative branch is computed once, and without gradients.
+    It plans by the size of the latents, so it is told of more of them. It loads in inference mode, as it always does,
+    although a search runs outside of it: what a model registers anew while it is loaded there could not be moved again
+    in the inference mode of the next graph.
     """
-
-    def __init__(self, unmasked: dict, fixed: bool):
-        self._unmasked, self._fixed = unmasked, fixed
-        self._negative: Tensor | None = None
-
-    def __call__(self, arguments: dict) -> list[Tensor]:
-        from comfy.samplers import calc_cond_batch
-
-        positive, negative = arguments["conds"]
-        model, x, sigma = arguments["model"], arguments["input"], arguments["sigma"]
-        options = {k: v for k, v in arguments["model_options"].items() if k != "sampler_calc_cond_batch_function"}
-        if self._negative is None or not self._fixed:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._fixed):
-                self._negative = calc_cond_batch(model, [negative], x, sigma, self._unmasked)[0]
-        return [calc_cond_batch(model, [positive], x, sigma, options)[0], self._negative]
+    planned = model.model.memory_required([2 * shape[0], *shape[1:]])
+    images = shape[0] + math.ceil(shape[0] * room / max(planned, 1)) if room else shape[0]
+    with torch.inference_mode():
+        return executor(model, [images, *shape[1:]], *args, **kwargs)

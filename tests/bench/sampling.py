@@ -17,7 +17,7 @@ from maskunet_core.masks.reference import ReferenceGenerator, authors_maps
 from maskunet_core.masks.sources import GeneratorMasks, RandomMasks
 from maskunet_core.models.structure import Structure
 from maskunet_core.records.recorded import RecordedMasks, RecordedSource
-from maskunet_core.seam.patch import attach, structure_of
+from maskunet_core.seam.attach import attach, structure_of
 from tests.bench.allocator import freed_at_once, keep_freed_memory
 from tests.bench.clock import seconds
 from tests.bench.models import random_base

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from maskunet_core.rewards.reward import BoundReward, value_and_gradient
-from maskunet_core.search.host import latent_decoder
+from maskunet_core.search.decoder import latent_decoder
 from maskunet_core.search.judge import Judge
 from maskunet_core.search.masks import SearchedMasks
 from maskunet_core.search.sampling import RewardSearch
@@ -114,7 +114,7 @@ class _DirectLoop:
     def __init__(self, scene: Scene, watch: _Watch):
         from comfy.patcher_extension import WrappersMP
 
-        from maskunet_core.seam.patch import enabled, structure_of
+        from maskunet_core.seam.attach import enabled, structure_of
 
         self.scene, self.watch = scene, watch
         self.structure = structure_of(scene.model, "decoder attention")
@@ -122,7 +122,7 @@ class _DirectLoop:
         self.model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "direct loop", self._predict_noise)
 
     def _predict_noise(self, executor, x, timestep, model_options, seed):
-        from maskunet_core.seam.patch import Attachment, with_attachment
+        from maskunet_core.seam.attach import Attachment, with_attachment
 
         masks = SearchedMasks(self.structure, len(x), _ONE.start, x.device)
         leaves = list(masks.logits.values())

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from maskunet_core.masks.call import Call
 from maskunet_core.masks.gumbel import straight_through
-from maskunet_core.masks.sources import Call, LearningGenerator
-from maskunet_core.seam.patch import installed
+from maskunet_core.masks.sources import LearningGenerator
+from maskunet_core.seam.layers import masked, modules_of
 from tests.bench.allocator import freed_at_once, keep_freed_memory
 from tests.bench.clock import seconds
 from tests.bench.models import random_base
@@ -25,8 +26,6 @@ from trainer.train import make_accelerator
 
 class _Kept:
     """A mask source whose masks and masked weights stay in memory from the forward to the backward pass."""
-
-    learning = False
 
     def __init__(self, source: LearningGenerator):
         self.generator, self.structure = source.generator, source.structure
@@ -45,7 +44,7 @@ class _Kept:
 
 @contextlib.contextmanager
 def _acting(base: BaseModel, source: Any) -> Iterator[None]:
-    with installed(base.unet, [(source, 1.0)]):
+    with masked(modules_of(base.unet), [(source, 1.0)]):
         yield
 
 

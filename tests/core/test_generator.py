@@ -3,18 +3,18 @@ import torch
 
 from maskunet_core.files.checkpoint import file_size
 from maskunet_core.masks.generator import LowRankGenerator, LowRankSettings
-from maskunet_core.masks.gumbel import gumbel_sigmoid
+from maskunet_core.masks.gumbel import straight_through
 from tests.builders import make_generator, sd15_unet
 
 
-def all_masks(generator, features, t_emb, **options):
+def all_masks(generator, features, t_emb):
     """Masks of all layers by name, for features of the right width per block."""
     masks = {}
     for block in generator.structure.blocks:
         conditions = generator.condition(block, features[block.name], t_emb)
         for layer in block.layers:
             logits = generator.layer_logits(layer.name, conditions[layer.name]).full()
-            masks[layer.name] = gumbel_sigmoid(logits, **options)
+            masks[layer.name] = straight_through(logits, generator.threshold, generator.tau)
     return masks
 
 

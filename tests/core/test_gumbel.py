@@ -3,20 +3,20 @@ import math
 import pytest
 import torch
 
-from maskunet_core.masks.gumbel import gumbel_noise, gumbel_sigmoid, logistic_noise
+from maskunet_core.masks.gumbel import binary_mask, gumbel_noise, logistic_noise, straight_through, threshold_of
 
 
 def test_mask_is_one_where_the_probability_exceeds_delta():
     logits = torch.tensor([-2.0, -0.1, 0.1, 2.0])
-    assert gumbel_sigmoid(logits).tolist() == [0, 0, 1, 1]
-    assert gumbel_sigmoid(logits, delta=0.8).tolist() == [0, 0, 0, 1]
-    assert gumbel_sigmoid(logits, noise=torch.tensor([3.0, 0.0, -1.0, 0.0])).tolist() == [1, 0, 0, 1]
+    assert binary_mask(logits, threshold_of(1.0, 0.5)).tolist() == [False, False, True, True]
+    assert binary_mask(logits, threshold_of(1.0, 0.8)).tolist() == [False, False, False, True]
+    assert binary_mask(logits, 0.0, torch.tensor([3.0, 0.0, -1.0, 0.0])).tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 5.0])
 def test_gradient_is_that_of_the_sigmoid(tau):
     logits = torch.linspace(-4, 4, 9, requires_grad=True)
-    gumbel_sigmoid(logits, tau=tau).sum().backward()
+    straight_through(logits, 0.0, tau).sum().backward()
     probability = torch.sigmoid(logits.detach() / tau)
     torch.testing.assert_close(logits.grad, probability * (1 - probability) / tau)
 

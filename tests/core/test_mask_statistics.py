@@ -8,7 +8,7 @@ import torch
 from maskunet_core.models.structure import Block, Layer, Structure
 from maskunet_core.records.recorded import EACH, IncompatibleMasks, RecordedMasks
 from maskunet_core.records.statistics import ImageMasks, NoSuchImage, mask_statistics, to_table, weight_statistics
-from maskunet_core.seam.patch import presented_weights
+from maskunet_core.seam.layers import presented_weights
 
 A, B, C = Layer("a", 2, 5), Layer("b", 1, 4), Layer("c", 1, 6)
 SMALL = Structure("a small model", 16, (Block("up.0", "x", 8, (A, B)), Block("up.1", "y", 8, (C,))))

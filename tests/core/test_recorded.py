@@ -13,7 +13,7 @@ from maskunet_core.records.recorded import (
     packed_size,
     unpack_bits,
 )
-from maskunet_core.seam.patch import attach, structure_of
+from maskunet_core.seam.attach import attach, structure_of
 from tests.builders import make_generator
 from tests.recording import Recording, random_masks
 

@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from maskunet_core.files import mask_file
-from maskunet_core.masks.sources import Call, GeneratorMasks, RandomMasks
+from maskunet_core.masks.call import Call
+from maskunet_core.masks.sources import GeneratorMasks, RandomMasks
 from maskunet_core.records.recorded import EACH, RecordedMasks, RecordedSource
 from maskunet_core.records.recorder import NothingRecorded, Recorder, masks_of_run, recording, without_recording
-from maskunet_core.seam.patch import attach, structure_of
-from tests.builders import make_generator
-from tests.core.test_patch import assert_untouched, snapshot
+from maskunet_core.seam.attach import attach, structure_of
+from maskunet_core.seam.run import Run
+from tests.builders import call_of, make_generator
+from tests.core.test_attach import assert_untouched, snapshot
 from tests.recording import random_masks
 
 
 class Noted:
     """Gives what `source` gives, and notes by sigma, branch and layer which masks acted: [images, out, in]."""
-
-    learning = False
 
     def __init__(self, source, images):
         self.source, self.structure, self.images = source, source.structure, images
@@ -30,9 +30,9 @@ class Noted:
 
         def mask(layer, weight):
             found = mask_of(layer, weight)
-            rows = found.expand(len(call.guidance) * self.images, *weight.shape)
-            for branch, part in zip(call.guidance, rows.split(self.images)):
-                self.noted.setdefault((call.sigma, branch, layer), part.clone())
+            rows = found.expand(len(call.chunks) * self.images, *weight.shape)
+            for chunk, part in zip(call.chunks, rows.split(self.images)):
+                self.noted.setdefault((call.sigma, chunk.branch, layer), part.clone())
             return found
 
         return mask
@@ -119,7 +119,7 @@ def test_several_sources_are_recorded_as_what_all_of_them_keep(toy, toy_structur
     masks = masks_of_run(sample(recording(masked), clip))
     assert masks.record["strengths"] == [1.0, 0.5]
     weight, name = torch.empty(128, 128), next(iter(masks.layers))
-    one, other = (source.begin(Call(None))(name, weight) for source in sources)
+    one, other = (source.begin(Call())(name, weight) for source in sources)
     assert torch.equal(masks.at(masks.sigmas[0])[name][0], one & other)
 
 
@@ -184,14 +184,21 @@ def test_the_record_goes_with_its_latent(toy, lively):
     assert held() is None
 
 
-def test_the_first_call_of_a_branch_at_a_sigma_counts():
+def test_a_branch_that_is_computed_again_at_a_sigma_is_recorded_apart():
     """Perturbed attention guidance calls the model once more for the positive branch."""
-    recorder = Recorder()
+    recorder, run = Recorder(), Run()
     masks = torch.tensor([[[True, False]], [[False, True]]])
-    recorder.begin(2.0, (1, 0), 2)("a", masks)
-    recorder.begin(2.0, (0,), 1)("a", torch.tensor([[[False, False]]]))
-    assert recorder.steps[2.0][1]["a"].tolist() == [[0b01]]
-    assert recorder.steps[2.0][0]["a"].tolist() == [[0b10]]
+    sigmas = torch.tensor([2.0])
+    for guidance, found in (((1, 0), masks), ((0,), torch.tensor([[[False, False]]]))):
+        call = run.call({"cond_or_uncond": guidance, "sigmas": sigmas}, len(found))
+        with recorder.recording(call) as observe:
+            observe("a", found)
+    step = recorder.steps[2.0]
+    assert {place: layers["a"].tolist() for place, layers in step.items()} == {
+        (1, "negative.0#0"): [[0b01]],
+        (0, "positive.0#0"): [[0b10]],
+        (0, "positive.0#1"): [[0b00]],
+    }
     assert recorder.images == 1
 
 
@@ -217,7 +224,7 @@ def test_recording_changes_neither_the_picture_nor_the_model(toy, lively):
     assert {name: dict(value) for name, value in recorded.model_options.items() if isinstance(value, dict)} == options
     assert_untouched(model, before)
     assert torch.equal(sample(model, clip), stock)
-    assert not masked.wrappers.get("outer_sample")
+    assert "maskunet_record" not in masked.wrappers["outer_sample"]
 
 
 class Failing(RandomMasks):
@@ -275,7 +282,7 @@ def test_masks_of_each_branch_in_a_batch_of_two(toy_structure):
     weight = torch.empty(layer.out_features, layer.in_features)
 
     def given(*guidance, batch=2):
-        call = Call(1.0, guidance)
+        call = call_of(1.0, guidance, batch)
         mask = RecordedSource(masks).begin(call)
         call.enter("up.0", torch.empty(len(guidance) * batch, 1, 1, 1), torch.empty(1))
         return mask(name, weight)

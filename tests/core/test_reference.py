@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import load_file
 
 from maskunet_core.files import checkpoint
+from maskunet_core.masks.call import Call
 from maskunet_core.masks.reference import ReferenceGenerator, authors_maps
-from maskunet_core.masks.sources import Call, GeneratorMasks
+from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.models.structure import inspect_model
 from tests.builders import sd15_unet
 from trainer.convert import BadReference, convert
@@ -76,7 +77,7 @@ def test_maps_have_the_sizes_that_the_authors_files_have(converted, sd15_structu
 
 
 def masks_of(generator, golden, seed=None):
-    call = Call(sigma=1.0)
+    call = Call()
     features = torch.cat([golden["h"], golden["skip"]], dim=1).float()
     mask = GeneratorMasks(generator, seed=seed).begin(call)
     call.enter("up.1", features, golden["t_emb"].float())

@@ -1,5 +1,6 @@
 """The search for masks, on the toy model in the real host."""
 
+import contextlib
 from dataclasses import replace
 
 import comfy.sample
@@ -9,9 +10,9 @@ import torch
 from maskunet_core.records.recorded import RecordedSource
 from maskunet_core.rewards.reward import value_and_gradient
 from maskunet_core.rewards.toy import ToyReward
-from maskunet_core.seam.patch import ENCODER, attach, enabled
-from maskunet_core.seam.prefix import EncoderCache
-from maskunet_core.search.host import latent_decoder
+from maskunet_core.seam.attach import attach
+from maskunet_core.seam.prefix import Prefix
+from maskunet_core.search.decoder import latent_decoder
 from maskunet_core.search.judge import Judge, views_of
 from maskunet_core.search.loop import Best, clip, normalise
 from maskunet_core.search.masks import SearchedMasks
@@ -52,7 +53,7 @@ def sample(model, clip, start, sampler="euler", steps=STEPS, **options):
 def found(toy, judge, settings, images=1, **options):
     model, clip, _ = toy
     search = RewardSearch(model, settings, judge, images, **options)
-    return search, sample(search.model, clip, noise(images))
+    return search, sample(search.searching(model), clip, noise(images))
 
 
 def test_without_iterations_the_stock_sampler_runs(toy, judge):
@@ -76,7 +77,7 @@ def test_found_masks_raise_the_reward_and_repeat_the_image_bit_for_bit(toy, judg
 def test_every_kind_of_sampler_works_and_is_repeated(toy, judge, sampler):
     model, clip, _ = toy
     search = RewardSearch(model, replace(FEW, iterations=1), judge, 1)
-    latents = sample(search.model, clip, noise(), sampler)
+    latents = sample(search.searching(model), clip, noise(), sampler)
     replayed = attach(model, RecordedSource(search.recorded), 1.0, 0.0, 1.0)
     assert torch.equal(sample(replayed, clip, noise(), sampler), latents)
     assert min(search.recorded.keep_ratio()) < 1.0
@@ -154,35 +155,29 @@ def test_noise_changes_with_each_look_and_repeats_in_it(toy_structure):
     assert first.float().mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_cached_encoder_gives_the_same_gradients(toy, judge):
+def test_the_cached_encoder_gives_the_same_gradients(toy, judge, monkeypatch):
     model, clip, _ = toy
     gradients = {}
-    for cached in (False, True):
+    for cached in (True, False):
         search = RewardSearch(model, FEW, judge, 1)
         if not cached:
-            search._options = lambda options, cached, own=search._options: own(options, cached=False)
-        latents = sample(search.model, clip, noise())
+            monkeypatch.setattr(Prefix, "serving", lambda *_: contextlib.nullcontext())
+        latents = sample(search.searching(model), clip, noise())
         gradients[cached] = (latents, [float(look.scores) for look in search.history])
     assert torch.equal(gradients[True][0], gradients[False][0])
     assert gradients[True][1] == gradients[False][1]
 
 
-def test_the_encoder_runs_once_and_leaves_no_trace(toy):
+def test_the_encoder_runs_once_in_a_step_and_leaves_no_trace(toy, judge):
     model, clip, _ = toy
-    cached = enabled(model)
     unet = model.model.diffusion_model
     runs = []
     handle = unet.input_blocks[1][0].in_layers.register_forward_hook(lambda *_: runs.append(1))
-    cached.model_options["transformer_options"] = cached.model_options["transformer_options"] | {
-        ENCODER: EncoderCache()
-    }
     try:
-        sample(cached, clip, noise(), steps=1)
-        once = len(runs)
-        sample(cached, clip, noise(), steps=1)
+        sample(RewardSearch(model, FEW, judge, 1).searching(model), clip, noise(), steps=1)
     finally:
         handle.remove()
-    assert once == 1
+    assert len(runs) == 2, "all looks, and the step itself"
     assert all("forward" not in module.__dict__ for module in unet.modules())
 
 
@@ -197,7 +192,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(toy, judge):
 
     search = RewardSearch(model, FEW, judge, 1, report=cancel)
     with pytest.raises(KeyboardInterrupt):
-        sample(search.model, clip, noise())
+        sample(search.searching(model), clip, noise())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
     assert torch.equal(sample(model, clip, noise()), plain)
 

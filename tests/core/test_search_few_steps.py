@@ -1,18 +1,19 @@
 """The search in few steps without guidance, as distilled models are sampled; on the toy model in the real host."""
 
 from dataclasses import replace
+from unittest import mock
 
 import comfy.sample
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from maskunet_core.records.recorded import RecordedSource
 from maskunet_core.rewards.reward import value_and_gradient
 from maskunet_core.rewards.toy import ToyReward
-from maskunet_core.seam.patch import attach
-from maskunet_core.search.host import latent_decoder
+from maskunet_core.seam.attach import attach
+from maskunet_core.search.decoder import latent_decoder
 from maskunet_core.search.judge import Judge
+from maskunet_core.search.loop import Group
 from maskunet_core.search.masks import SearchedMasks
 from maskunet_core.search.sampling import RewardSearch
 from maskunet_core.search.settings import PRESETS
@@ -46,7 +47,7 @@ def small_world():
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_every_step_is_searched_and_the_image_is_repeated_bit_for_bit(small_world, steps, sampler):
     search = RewardSearch(small_world.model, FEW, small_world.judge, 1)
-    latents = small_world.sample(search.model, steps, sampler)
+    latents = small_world.sample(search.searching(small_world.model), steps, sampler)
     assert {look.step for look in search.history} == set(range(steps))
     assert len(search.recorded.sigmas) == steps
     assert min(search.recorded.keep_ratio()) < 1.0
@@ -62,14 +63,11 @@ def first_gradients(world: Toy, branches: str) -> dict[str, torch.Tensor]:
     settings = replace(FEW, branches=branches, iterations=1, optimiser="AdamW", lr=1e-2)
     search, seen = RewardSearch(world.model, settings, world.judge, 1), {}
 
-    def keep(*_) -> None:
-        seen.update({leaf: slope.grad.clone() for leaf, slope in search._masks.logits.items()})
+    def keep(group: Group, slopes: list[torch.Tensor], images: list[bool]) -> None:
+        seen.update(zip(search.structure.layers, slopes))
 
-    handle = register_optimizer_step_pre_hook(keep)
-    try:
-        world.sample(search.model, 1)
-    finally:
-        handle.remove()
+    with mock.patch.object(Group, "step", keep):
+        world.sample(search.searching(world.model), 1)
     return seen
 
 
@@ -84,14 +82,14 @@ def direct_gradients(world: Toy) -> dict[str, torch.Tensor]:
     """The same by plain autograd through sampler, decoder and reward in one graph."""
     from comfy.patcher_extension import WrappersMP
 
-    from maskunet_core.seam.patch import Attachment, enabled, structure_of, with_attachment
+    from maskunet_core.seam.attach import Attachment, structure_of, with_attachment, with_masks
 
-    model, found = enabled(world.model), {}
+    model, found = with_masks(world.model), {}
     bound = ToyReward().bind(PROMPT)
 
     def predict(executor, x, timestep, model_options, seed):
         masks = SearchedMasks(structure_of(world.model, "decoder attention"), 1, 1.0, x.device)
-        options = with_attachment(model_options, Attachment(masks, 1.0))
+        options = with_attachment(model_options, Attachment(masks))
         with torch.enable_grad():
             estimate = executor(x, timestep, options, seed)
             (-bound(world.judge.decode(estimate)).sum()).backward()
@@ -116,7 +114,7 @@ def test_the_negative_branch_is_never_computed(small_world):
     unet = small_world.model.model.diffusion_model
     handle = unet.output_blocks[0][0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     try:
-        small_world.sample(search.model, 2)
+        small_world.sample(search.searching(small_world.model), 2)
     finally:
         handle.remove()
     assert rows == [1] * 2 * (FEW.iterations + 1 + 1), "looks at each step, and the step itself"

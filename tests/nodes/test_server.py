@@ -17,7 +17,7 @@ from PIL import Image
 from maskunet_core.files import checkpoint, mask_file
 from maskunet_core.masks.reference import ReferenceGenerator, authors_maps
 from maskunet_core.models.structure import inspect_model
-from maskunet_core.seam.patch import structure_of
+from maskunet_core.seam.attach import structure_of
 from tests.builders import make_generator, sd15_unet
 from tests.damage import missing_tensor, newer_version, no_safetensors, not_finite, truncated
 from tests.host.graph import WORKFLOWS, load_workflow, nodes_of, titled, to_prompt

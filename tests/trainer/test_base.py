@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from maskunet_core.files import checkpoint
-from maskunet_core.seam.patch import structure_of
+from maskunet_core.seam.attach import structure_of
 from tests.builders import write_tiny_checkpoint
 from trainer.base import BadBase, load_base, load_for_training, load_toy_base
 from trainer.config import Base

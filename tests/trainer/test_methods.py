@@ -5,7 +5,7 @@ import torch
 
 from maskunet_core.files import checkpoint
 from maskunet_core.masks.sources import GeneratorMasks
-from maskunet_core.seam.patch import attach
+from maskunet_core.seam.attach import attach
 from trainer.base import load_toy_base
 from trainer.config_file import parse_config
 from trainer.loop import Run

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from maskunet_core.rewards.reward import BoundReward, value_and_gradient
 from maskunet_core.rewards.toy import log_probability
-from maskunet_core.search.host import latent_decoder
+from maskunet_core.search.decoder import latent_decoder
 from maskunet_core.search.judge import Judge
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.captions import Caption

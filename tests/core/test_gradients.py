@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maskunet_core.search.lean import LeanGraph, lean_attention
-from maskunet_core.search.memory import KeptByAutograd
+from maskunet_core.seam.gradients import LeanGraph, differentiable_attention
+from tests.kept import KeptByAutograd
 
 
 def residual_block(inplace: bool, stride: int = 1) -> nn.Sequential:
@@ -22,7 +22,7 @@ def passed(network: nn.Module, lean: bool):
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
     with KeptByAutograd() as kept, LeanGraph() if lean else contextlib.nullcontext():
         y = network(x)
-    size = kept.graph(network.parameters()).bytes
+    size = kept.bytes(network.parameters())
     return y, torch.autograd.grad(y.square().sum(), x)[0], size
 
 
@@ -81,10 +81,10 @@ def test_large_attention_matrices_are_not_kept(tokens):
     stream = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, tokens, 32, generator=stream).requires_grad_() for _ in range(3))
     with KeptByAutograd() as kept:
-        ours = lean_attention(attention_sub_quad, query, key, value, 2)
+        ours = differentiable_attention(attention_sub_quad, query, key, value, 2)
     stock = attention_sub_quad(query, key, value, 2)
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
     for one, other in zip(*(torch.autograd.grad(y.square().sum(), (query, key, value)) for y in (ours, stock))):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     matrices = 2 * tokens * tokens * 4
-    assert (kept.graph(()).bytes >= matrices) == (tokens == 64)
+    assert (kept.bytes(()) >= matrices) == (tokens == 64)

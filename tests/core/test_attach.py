@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from maskunet_core.errors import MaskUNetError
-from maskunet_core.masks.sources import Call, GeneratorMasks, RandomMasks, noise_generator
+from maskunet_core.masks.call import Call
+from maskunet_core.masks.sources import GeneratorMasks, RandomMasks, noise_generator
 from maskunet_core.models.structure import NothingToMask, inspect_model
-from maskunet_core.seam.patch import attach, installed, structure_of
-from tests.builders import make_generator
+from maskunet_core.seam.attach import attach, structure_of
+from maskunet_core.seam.layers import masked, modules_of
+from tests.builders import call_of, make_generator
 
 
 class ConstantMasks:
     """Masks that a test chooses: `value(layer, weight)`."""
-
-    learning = False
 
     def __init__(self, structure, value):
         self.structure = structure
@@ -207,7 +207,7 @@ def test_two_sources_act_as_the_product_of_their_masks(toy, toy_structure):
     first, second = (RandomMasks(toy_structure, 0.9, seed, per_step=False) for seed in (1, 2))
 
     def product(layer, weight):
-        masks = [source.begin(Call(sigma=None))(layer, weight) for source in (first, second)]
+        masks = [source.begin(Call())(layer, weight) for source in (first, second)]
         return masks[0] & masks[1]
 
     expected = sample(attach(model, ConstantMasks(toy_structure, product), 1.0, 0.0, 1.0), clip)
@@ -305,7 +305,7 @@ def test_random_masks_keep_their_share_and_change_per_step(toy_structure):
     masks = {}
     for per_step in (True, False):
         source = RandomMasks(toy_structure, 0.9, 3, per_step)
-        masks[per_step] = [source.begin(Call(sigma))(layer, weight) for sigma in (14.6, 1.0)]
+        masks[per_step] = [source.begin(call_of(sigma))(layer, weight) for sigma in (14.6, 1.0)]
         assert all(abs(mask.float().mean() - 0.9) < 0.01 for mask in masks[per_step])
     assert not torch.equal(*masks[True])
     assert torch.equal(*masks[False])
@@ -320,7 +320,7 @@ def test_weights_of_the_generator_go_through_the_host(toy, lively):
     weights = comfy.model_patcher.ModelPatcher(lively, load_device=device, offload_device=device)
     once = attach(model, GeneratorMasks(lively), 1.0, 0.0, 1.0, weights)
     twice = attach(once, GeneratorMasks(lively), 1.0, 0.0, 1.0, weights)
-    assert [len(patcher.get_additional_models()) for patcher in (model, once, twice)] == [0, 1, 2]
+    assert [len(patcher.get_additional_models()) for patcher in (model, once, twice)] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("neighbour", ["hypertile", "freeu", "pag"])
@@ -366,7 +366,7 @@ def test_a_mixed_precision_layer_is_masked(toy_structure):
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 128)
 
     def run(*sources):
-        with torch.no_grad(), installed(unet, sources):
+        with torch.no_grad(), masked(modules_of(unet), sources):
             return unet(x, torch.tensor([10.0, 900.0]), context=text, transformer_options={})
 
     stock = run()

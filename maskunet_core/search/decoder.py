@@ -1,0 +1,48 @@
+"""The host's VAE as a differentiable decoder."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import MaskUNetError
+from ..seam.gradients import kept_weights
+
+
+class UnusableDecoder(MaskUNetError):
+    """A VAE whose pictures tell a reward nothing, or which gives no gradients; the message says what to connect."""
+
+
+_WITHOUT_GRADIENTS = ("TAEHV",)
+"""Decoders that cut their own graph between frames."""
+
+
+def latent_decoder(vae: Any, latent_format: Any) -> Callable[[Tensor], Tensor]:
+    """Latents of the diffusion model to pictures `[N, 3, H, W]` in about [0, 1], differentiable, not clamped.
+
+    vae: the host's VAE, KL or TAESD, loaded as the host likes. The host's own `decode` may unload other models, tiles,
+    and clamps. Raises UnusableDecoder.
+    """
+    network, dtype, device = vae.first_stage_model, vae.vae_dtype, vae.device
+    kind, channels = type(network).__name__, getattr(vae, "latent_channels", latent_format.latent_channels)
+    if channels != latent_format.latent_channels:
+        raise UnusableDecoder(
+            f"The connected VAE ({kind}) decodes latents of {channels} channels, but the model's have "
+            f"{latent_format.latent_channels}. Connect the VAE that belongs to the model."
+        )
+    if kind in _WITHOUT_GRADIENTS:
+        raise UnusableDecoder(
+            f"The connected decoder ({kind}) passes no gradients on. Connect the model's own VAE, or a TAESD."
+        )
+
+    def decode(latents: Tensor) -> Tensor:
+        inputs = latent_format.process_out(latents).to(device, dtype)
+        if torch.is_grad_enabled():
+            with kept_weights([network]):
+                pictures = network.decode(inputs)
+        else:
+            pictures = network.decode(inputs)
+        return (pictures[:, :3].to(latents) + 1.0) / 2.0
+
+    return decode

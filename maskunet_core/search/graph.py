@@ -1,0 +1,173 @@
+"""How the search calls the diffusion model: with gradients, and without computing twice what no update changes."""
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..masks.call import POSITIVE
+from ..models.structure import Structure, execution_order
+from ..seam.attach import OPTION, options_of, with_options
+from ..seam.gradients import (
+    kept_weights,
+    on_a_copy,
+    recomputed,
+    with_differentiable_attention,
+)
+from ..seam.prefix import Prefix, same
+from ..seam.run import RUN
+from ..seam.shadow import Shadowed
+
+KEY = "maskunet_search"
+"""Of the search's wrappers, and of the additional models on the MODEL."""
+
+
+class StepGraph:
+    """The calls of one step, in which the latent and the conditioning stay as they are.
+
+    structure: what is masked. fixed: whether the latent is the same in all calls; where it is searched for, gradients
+    flow through the whole U-Net. recompute: layers keep their inputs alone for the backward pass and run again in it;
+    otherwise their activations are kept, and copies of their weights.
+    """
+
+    def __init__(self, unet: nn.Module, structure: Structure, fixed: bool, recompute: bool):
+        order = execution_order(unet)
+        masked = [n for n, (name, _) in enumerate(order) if any(x.startswith(f"{name}.") for x in structure.layers)]
+        decoder = len(unet.input_blocks) + (unet.middle_block is not None)
+        first = min(masked[0] if masked else len(order), decoder) if fixed else 0
+        blocks = [block for _, block in order]
+        self._prefix = Prefix(blocks[:first])
+        self._encoder = blocks[first:decoder]
+        self._layers = [layer for block in blocks[first:] for layer in block]
+        self._layers.append(unet.out)
+        self._recompute = recompute
+
+    def options(self, model_options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a call of the sampler, for calls of the search."""
+        from comfy.patcher_extension import WrappersMP
+
+        options = model_options["transformer_options"]
+        wrappers = options.get("wrappers", {})
+        of_calls = wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
+        more = {"wrappers": wrappers | {WrappersMP.DIFFUSION_MODEL: of_calls | {KEY: [self._call]}}}
+        return with_options(model_options, with_differentiable_attention(more))
+
+    @staticmethod
+    def of_a_look(model_options: dict[str, Any]) -> dict[str, Any]:
+        """The options of one look: what it computes does not count among the sampler's own calls."""
+        run = model_options["transformer_options"].get(RUN)
+        return model_options if run is None else with_options(model_options, {RUN: run.fork()})
+
+    def _call(self, executor, *args: Any, **kwargs: Any) -> Tensor:
+        """DIFFUSION_MODEL wrapper."""
+        options = options_of(args, kwargs)
+        with contextlib.ExitStack() as stack:
+            if self._prefix.blocks and not acts_in_blocks(options):
+                inputs = [a for a in (*args, *kwargs.values()) if a is not options]
+                stack.enter_context(self._prefix.serving(*inputs))
+            if torch.is_grad_enabled():
+                stack.enter_context(on_a_copy(self._encoder))
+                keep = recomputed if self._recompute and not acts_in_blocks(options) else kept_weights
+                stack.enter_context(keep(self._layers))
+            return executor(*args, **kwargs)
+
+
+def acts_in_blocks(options: dict[str, Any]) -> bool:
+    """Whether anything of other nodes acts inside the blocks of a U-Net, or in place of them, in a call with these
+    `transformer_options`: what it does may differ between calls with the same input."""
+    from comfy.patcher_extension import WrappersMP
+
+    wrappers = options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
+    foreign = [key for key, found in wrappers.items() if found and key not in (OPTION, KEY)]
+    return bool(foreign or any(options.get("patches", {}).values()) or any(options.get("patches_replace", {}).values()))
+
+
+def joins_branches(model_options: dict[str, Any], conditions: Iterable[Any]) -> bool:
+    """Whether the branches of guidance may have to be computed together: other nodes may act on both at once."""
+    from comfy.patcher_extension import WrappersMP
+
+    options = model_options.get("transformer_options", {})
+    wrappers = options.get("wrappers", {})
+    around = [
+        kind for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL) if any(wrappers.get(kind, {}).values())
+    ]
+    others = {"model_function_wrapper", "context_handler", "multigpu_clones"} & model_options.keys()
+    return bool(around or others or acts_in_blocks(options) or has_hooks(conditions))
+
+
+def has_hooks(conditions: Iterable[Any]) -> bool:
+    """Whether one of the conditionings changes the model's weights while it is computed."""
+    return any("hooks" in entry for condition in conditions for entry in condition or ())
+
+
+class FixedBranches:
+    """In place of the host's `sampler_calc_cond_batch_function`: branches that no mask reaches are computed once.
+
+    unmasked: options of the sampler's own call.
+    """
+
+    def __init__(self, unmasked: dict[str, Any]):
+        self._unmasked = unmasked
+        self._kept: dict[int, Tensor] = {}
+
+    def __call__(self, arguments: dict[str, Any]) -> list[Tensor]:
+        from comfy.samplers import calc_cond_batch
+
+        conditions, model = arguments["conds"], arguments["model"]
+        x, sigma = arguments["input"], arguments["sigma"]
+        options = {k: v for k, v in arguments["model_options"].items() if k != "sampler_calc_cond_batch_function"}
+        if joins_branches(options, conditions):
+            return calc_cond_batch(model, conditions, x, sigma, options)
+
+        def alone(branch: int, of_call: dict[str, Any]) -> list[Tensor]:
+            # The place in this list is what tells the branch.
+            only = [condition if n == branch else None for n, condition in enumerate(conditions)]
+            return calc_cond_batch(model, only, x, sigma, of_call)
+
+        results = alone(POSITIVE, options)
+        for branch in range(1, len(conditions)):
+            if conditions[branch] is None:
+                continue
+            if branch not in self._kept:
+                with torch.no_grad():
+                    self._kept[branch] = alone(branch, self._unmasked)[branch]
+            results[branch] = self._kept[branch]
+        return results
+
+
+def mutable(foreign: bool) -> contextlib.AbstractContextManager:
+    """Around forward and backward pass. foreign: other nodes act inside, and may write into what autograd keeps."""
+    return torch.autograd.graph.allow_mutation_on_saved_tensors() if foreign else contextlib.nullcontext()
+
+
+def controls_of(conditions: Iterable[Any]) -> list[Any]:
+    """The ControlNets of conditionings, also those in front of others."""
+    controls = {}
+    for control in (entry.get("control") for condition in conditions for entry in condition or ()):
+        while control is not None:
+            controls[id(control)] = control
+            control = control.previous_controlnet
+    return list(controls.values())
+
+
+def computed_once(controls: Iterable[Any]) -> Shadowed:
+    """Inside the block, a step in which the latent stays as it is, ControlNets are computed once for each input."""
+
+    def once(control: Any):
+        compute, known = control.get_control, []
+
+        def get_control(x: Tensor, t: Tensor, cond: Any, batched_number: int, *args: Any, **kwargs: Any) -> Any:
+            inputs = [x, t, *(value for value in cond.values() if isinstance(value, Tensor))]
+            found = [result for before, number, result in known if number == batched_number and same(before, inputs)]
+            if not found:
+                with torch.no_grad():
+                    found = [compute(x, t, cond, batched_number, *args, **kwargs)]
+                known.append((inputs, batched_number, found[0]))
+            # The host takes the residuals out of their lists as it uses them.
+            return found[0] and {part: list(residuals) for part, residuals in found[0].items()}
+
+        return get_control
+
+    return Shadowed((control, {"get_control": once(control)}) for control in controls)
