@@ -196,10 +196,14 @@ def shrinking_memory(plenty_for: int = 1, then: int = 800 << 20) -> Iterator[Mem
 class _Pages:
     """The pages of all models: which are on the card, and which are in use."""
 
-    def __init__(self, room: int, memory: Memory):
-        self.room, self.memory = room, memory
+    def __init__(self, share: float, memory: Memory):
+        self.share, self.memory = share, memory
         self.order: list[VBAR] = []
         self._versions, self._unpins = itertools.count(1), itertools.count()
+
+    @property
+    def room(self) -> float:
+        return self.share * sum(vbar.offset for vbar in self.order)
 
     def resident(self) -> int:
         return sum(vbar.loaded_size() for vbar in self.order)
@@ -330,11 +334,11 @@ def _tensor_of(allocation: tuple[Any, int, int], device: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def dynamic_vram(room: int = 12 << 20, free: int = PLENTY) -> Iterator[Memory]:
+def dynamic_vram(share: float = 0.45, free: int = PLENTY) -> Iterator[Memory]:
     """The host as it starts on an NVIDIA machine: every MODEL, VAE and ControlNet has a ModelPatcherDynamic.
 
-    room: bytes of weights that fit on the card at once; the rest passes through the streams' buffers. free: what the
-    host is told when it asks for room for models that are not dynamic.
+    share: of all models' weights, what fits on the card at once; the rest passes through the streams' buffers. free:
+    what the host is told when it asks for room for models that are not dynamic.
     """
     import comfy.memory_management
     import comfy.model_management as management
@@ -347,7 +351,7 @@ def dynamic_vram(room: int = 12 << 20, free: int = PLENTY) -> Iterator[Memory]:
 
     registered = SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
     with card(free) as memory, pytest.MonkeyPatch.context() as patch:
-        pages = _Pages(room, memory)
+        pages = _Pages(share, memory)
         patch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", lambda size, device: VBAR(pages, size))
         patch.setattr(comfy_aimdo.model_vbar, "vbars_analyze", lambda device=None: pages.resident())
         patch.setattr(comfy_aimdo.vram_buffer, "VRAMBuffer", CastBuffer)
