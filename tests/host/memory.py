@@ -372,12 +372,20 @@ def dynamic_vram(share: float = 0.45, free: int = PLENTY) -> Iterator[Memory]:
 
 
 SCARCE = {"streamed": streamed, "dynamic": dynamic_vram, "shrinking": shrinking_memory}
+CARDS = {"roomy": card, **SCARCE}
 
 
 @pytest.fixture(params=SCARCE)
 def scarce(request) -> Iterator[Memory]:
     """Each way in which weights may not stay where they are, one after the other."""
     with SCARCE[request.param]() as memory:
+        yield memory
+
+
+@pytest.fixture(params=CARDS)
+def any_card(request) -> Iterator[Memory]:
+    """These, and a card on which everything stays."""
+    with CARDS[request.param]() as memory:
         yield memory
 
 
