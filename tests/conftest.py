@@ -10,6 +10,7 @@ from maskunet_core.models.structure import Structure, inspect_model
 from maskunet_core.seam.attach import structure_of
 from maskunet_core.toy.model import load_toy_model
 from tests.builders import sd15_unet
+from tests.host.memory import any_card, scarce  # noqa: F401 - fixtures
 from tests.host.server import Server
 from trainer.host import PROJECT, enter_host
 
