@@ -162,40 +162,17 @@ def memory_is(monkeypatch, free: int) -> None:
     )
 
 
-def test_what_does_not_fit_is_refused_before_the_first_step_and_the_model_is_as_it_was(sample, monkeypatch):
-    import comfy.utils
-
-    before = sample(**NO_UPDATES)[0]["samples"]
-    steps = []
-    with monkeypatch.context() as scarce:
-        memory_is(scarce, 2**20)
-        scarce.setattr(comfy.utils.ProgressBar, "update_absolute", lambda self, value, *_, **__: steps.append(value))
-        with pytest.raises(
-            ValueError, match=r"would take about \d+ MB beside the models on cpu, where 1 MB are free\."
-        ) as told:
-            sample(candidates=3)
-    assert "lower the size or the batch" in str(told.value)
-    assert not steps
-    assert torch.equal(sample(**NO_UPDATES)[0]["samples"], before)
-
-
-def test_what_fits_in_little_memory_is_searched_as_ever(sample, monkeypatch):
+def test_little_free_memory_changes_nothing(sample, monkeypatch):
     found = sample()[0]["samples"]
     memory_is(monkeypatch, 2**26)
     assert torch.equal(sample()[0]["samples"], found)
 
 
-def test_without_updates_no_room_for_gradients_is_asked_for(sample, monkeypatch):
-    memory_is(monkeypatch, 2**20)
-    assert torch.isfinite(sample(**NO_UPDATES | {"candidates": 2})[0]["samples"]).all()
-
-
-def test_conditioning_that_small_latents_cannot_take_is_sampled_without_an_estimate(sample, monkeypatch, caplog):
-    """An area that lies outside of every latent that is tried, on a large one."""
+def test_areas_of_a_large_latent_are_searched(sample):
     area = {"area": (8, 8, 24, 24)}
     guided = {name: [[text, {**more, **area}] for text, more in texts] for name, texts in sample.texts.items()}
     latent = {"samples": torch.zeros(1, 4, 40, 40)}
     settings = FEW_UPDATES | {"steps": 1, "iterations": 1, "start_percent": 0.0, "small_decode": True}
     found = sample(latent_image=latent, **settings | guided)[0]["samples"]
     assert found.shape == (1, 4, 40, 40)
-    assert "cannot be estimated" in caplog.text
+    assert torch.isfinite(found).all()
