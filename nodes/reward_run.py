@@ -76,13 +76,11 @@ class RewardRun:
         small = SMALL_SIDE if settings.small_decode else 0
         finish = self._finish() if "noise_mask" in latent else None
         decode = latent_decoder(self.gradient_vae, self.model.get_model_object("latent_format"))
-        self.judge = Judge(decode, self._score, small, finish=finish)
-        self.watch = None if watched is None else lambda z: watched(self.judge.pictures(z)).detach()
+        # What refers to the run itself would outlive it until Python looks for circles.
+        self.judge = judge = Judge(decode, partial(value_and_gradient, self.bound), small, finish=finish)
+        self.watch = None if watched is None else lambda z: watched(judge.pictures(z)).detach()
         self.steps = self._steps()
         self.progress = SearchProgress(self.model, settings, self.steps, node_id)
-
-    def _score(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        return value_and_gradient(self.bound, pictures)
 
     def _steps(self) -> int:
         """Of the sampler, which for some schedulers are not as many as asked for."""

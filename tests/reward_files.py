@@ -1,24 +1,113 @@
 """Small reward files in the layouts of the published ones, with random weights."""
 
+import functools
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tests.drawn import drawn, embedding, linear, matrix, norm
+
 PUBLISHED = Path(__file__).parent / "core" / "published"
-"""Files and scores that the original packages' code made: see the metadata of the golden files."""
+"""What the original packages' code computed: `python -m tests.parity.golden` makes the scores and gradients anew."""
 WRONGLY_DECODED = "mojibake: cafÃ©"
 """The one prompt of `tokens_golden.json` that the package `ftfy` is needed for."""
 IMAGE_REWARD_HEADS, HPS_HEADS = (4, 4), (4, 4)
-"""Heads of the image and the text encoder in `ImageReward_tiny.pt` and `HPS_tiny.pt`; files do not tell."""
+"""Heads of the image and the text encoder in `image_reward_tensors` and `hps_tensors`; files do not tell."""
+GOLDEN_PIXELS = {"ImageReward": 32, "HPSv2.1": 28}
+"""Width and height of the pictures that each reward takes."""
 
 
+def golden_pictures(reward: str) -> Tensor:
+    """Three pictures that leave [0, 1]: a clamp would show."""
+    pixels = GOLDEN_PIXELS[reward]
+    return drawn(f"{reward} pictures", 3, 3, pixels, pixels, mean=0.5, scale=0.3).float()
+
+
+def _drawn_once(draw: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+    """Each call gets copies in single precision, which it may change."""
+
+    @functools.cache
+    def tensors() -> dict[str, Tensor]:
+        return {name: value.float() if value.is_floating_point() else value for name, value in draw().items()}
+
+    @functools.wraps(draw)
+    def copies() -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in tensors().items()}
+
+    return copies
+
+
+def _bert_attention(name: str, source: int) -> dict[str, Tensor]:
+    """source: the width of what keys and values are made of."""
+    tensors = linear(f"{name}.self.query", 48, 48)
+    tensors |= linear(f"{name}.self.key", 48, source) | linear(f"{name}.self.value", 48, source)
+    return tensors | linear(f"{name}.output.dense", 48, 48) | norm(f"{name}.output.LayerNorm", 48)
+
+
+@_drawn_once
 def image_reward_tensors() -> dict[str, Tensor]:
-    return torch.load(PUBLISHED / "ImageReward_tiny.pt", weights_only=True)
+    """An image encoder of 3 layers for 32x32 pixels, a text encoder of 2 layers, and the head."""
+    vision, text = "blip.visual_encoder", "blip.text_encoder"
+    tensors = embedding(f"{vision}.cls_token", 1, 1, 64) | embedding(f"{vision}.pos_embed", 1, 5, 64)
+    tensors |= linear(f"{vision}.patch_embed.proj", 64, 3, 16, 16) | norm(f"{vision}.norm", 64)
+    for n in range(3):
+        block = f"{vision}.blocks.{n}"
+        tensors |= norm(f"{block}.norm1", 64) | norm(f"{block}.norm2", 64)
+        tensors |= linear(f"{block}.attn.qkv", 192, 64) | linear(f"{block}.attn.proj", 64, 64)
+        tensors |= linear(f"{block}.mlp.fc1", 256, 64) | linear(f"{block}.mlp.fc2", 64, 256)
+    tensors |= embedding(f"{text}.embeddings.word_embeddings.weight", 30524, 48)
+    tensors |= embedding(f"{text}.embeddings.position_embeddings.weight", 64, 48)
+    tensors |= norm(f"{text}.embeddings.LayerNorm", 48)
+    tensors[f"{text}.embeddings.position_ids"] = torch.arange(64)[None]
+    for n in range(2):
+        layer = f"{text}.encoder.layer.{n}"
+        tensors |= _bert_attention(f"{layer}.attention", 48) | _bert_attention(f"{layer}.crossattention", 64)
+        tensors |= linear(f"{layer}.intermediate.dense", 96, 48)
+        tensors |= linear(f"{layer}.output.dense", 48, 96) | norm(f"{layer}.output.LayerNorm", 48)
+    tensors |= linear("blip.vision_proj", 256, 64) | linear("blip.text_proj", 256, 48)
+    widths = {0: (1024, 48), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    for index, width in widths.items():
+        tensors |= linear(f"mlp.layers.{index}", *width)
+    return tensors
 
 
+def _clip_layers(name: str, count: int, width: int) -> dict[str, Tensor]:
+    tensors = {}
+    for n in range(count):
+        block = f"{name}.resblocks.{n}"
+        tensors |= norm(f"{block}.ln_1", width) | norm(f"{block}.ln_2", width)
+        tensors |= matrix(f"{block}.attn.in_proj_weight", 3 * width, width)
+        tensors[f"{block}.attn.in_proj_bias"] = drawn(f"{block}.attn.in_proj_bias", 3 * width, scale=0.1)
+        tensors |= linear(f"{block}.attn.out_proj", width, width)
+        tensors |= linear(f"{block}.mlp.c_fc", 4 * width, width) | linear(f"{block}.mlp.c_proj", width, 4 * width)
+    return tensors
+
+
+@_drawn_once
 def hps_tensors() -> dict[str, Tensor]:
-    return torch.load(PUBLISHED / "HPS_tiny.pt", weights_only=True)["state_dict"]
+    """An image encoder of 3 layers for 28x28 pixels and a text encoder of 2 layers."""
+    tensors = embedding("visual.class_embedding", 80) | embedding("visual.positional_embedding", 5, 80)
+    tensors |= matrix("visual.conv1.weight", 80, 3, 14, 14) | norm("visual.ln_pre", 80) | norm("visual.ln_post", 80)
+    tensors |= _clip_layers("visual.transformer", 3, 80)
+    tensors |= embedding("token_embedding.weight", 49408, 32) | embedding("positional_embedding", 77, 32)
+    tensors |= _clip_layers("transformer", 2, 32) | norm("ln_final", 32)
+    # Unlike a linear layer's weight, these have the inputs first.
+    tensors["visual.proj"] = drawn("visual.proj", 80, 32, scale=1 / math.sqrt(80))
+    tensors["text_projection"] = drawn("text_projection", 32, 32, scale=1 / math.sqrt(32))
+    return tensors | {"logit_scale": torch.tensor(math.log(100))}
+
+
+def write_image_reward(path: Path) -> Path:
+    torch.save(image_reward_tensors(), path)
+    return path
+
+
+def write_hps(path: Path) -> Path:
+    torch.save({"state_dict": hps_tensors()}, path)
+    return path
 
 
 def redrawn(tensors: dict[str, Tensor], seed: int) -> dict[str, Tensor]:

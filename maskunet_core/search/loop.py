@@ -133,7 +133,7 @@ def search_step(
         # Where no conditioning is active nothing that is searched for reaches the estimate.
         if final or not go_on or not moving.any() or not estimate.requires_grad:
             break
-        moved = _update(estimate, gradient, moving, groups, settings.clip)
+        moved = _update(estimate, gradient, moving & scores.isfinite(), groups, settings.clip)
         if moved < int(moving.sum()):
             skipped(int(moving.sum()) - moved)
     return best

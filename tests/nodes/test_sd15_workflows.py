@@ -1,7 +1,6 @@
 """The graphs for SD 1.5 in a real server, with small files of random weights under the names that they ask for."""
 
 import io
-import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from maskunet_core.models.structure import Structure, inspect_model
 from tests.builders import make_generator, sd15_unet, tiny_sd15_layout, write_tiny_checkpoint
 from tests.host.graph import load_workflow, titled, to_prompt
 from tests.host.server import Server, ServerError
-from tests.reward_files import PUBLISHED
+from tests.reward_files import write_image_reward
 
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 
@@ -32,7 +31,7 @@ def furnished(tiny_structure):
         write_tiny_checkpoint(models / "checkpoints" / CHECKPOINT)
         generator = make_generator(tiny_structure, lively=True)
         checkpoint.save(models / "maskunet" / "sd15.safetensors", generator, "decoder attention", {})
-        shutil.copy(PUBLISHED / "ImageReward_tiny.pt", models / "reward" / "ImageReward.pt")
+        write_image_reward(models / "reward" / "ImageReward.pt")
         yield server
 
 

@@ -51,10 +51,17 @@ def prompts() -> list[str]:
     return [prompt for prompt in found if prompt != WRONGLY_DECODED]
 
 
-def write_inputs(folder: Path) -> None:
-    torch.save(redrawn(image_reward_tensors(), SEED), folder / "ImageReward.pt")
+def write_inputs(
+    folder: Path,
+    image_reward: dict[str, Tensor],
+    hps: dict[str, Tensor],
+    images: dict[str, Tensor],
+    prompts: list[str],
+) -> None:
+    """What original.py reads. images: a batch `[B, 3, H, W]` by name; PickScore's weights are always drawn anew."""
+    torch.save(image_reward, folder / "ImageReward.pt")
     (folder / "ImageReward.json").write_text(json.dumps(MED_CONFIG))
-    torch.save({"state_dict": redrawn(hps_tensors(), SEED + 1)}, folder / "HPS_v2.1_compressed.pt")
+    torch.save({"state_dict": hps}, folder / "HPS_v2.1_compressed.pt")
     model = clip_model()
     save_file(redrawn(model.state_dict(), SEED + 2), folder / "PickScore.safetensors")
     halves = ("text_config", "vision_config")
@@ -62,12 +69,15 @@ def write_inputs(folder: Path) -> None:
     config = {half: {name: getattr(getattr(model.config, half), name) for name in names} for half in halves}
     config["vision_config"] |= {"image_size": 28, "patch_size": 14}
     (folder / "PickScore.json").write_text(json.dumps(config | {"projection_dim": model.config.projection_dim}))
+    save_file(images, folder / "images.safetensors")
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+
+
+def write_fresh_inputs(folder: Path) -> None:
     stream = torch.Generator().manual_seed(SEED)
-    save_file(
-        {name: torch.rand(2, 3, *shape, generator=stream) for name, shape in SHAPES.items()},
-        folder / "images.safetensors",
-    )
-    (folder / "prompts.json").write_text(json.dumps(prompts()))
+    images = {name: torch.rand(2, 3, *shape, generator=stream) for name, shape in SHAPES.items()}
+    image_reward, hps = redrawn(image_reward_tensors(), SEED), redrawn(hps_tensors(), SEED + 1)
+    write_inputs(folder, image_reward, hps, images, prompts())
 
 
 def run_original(folder: Path) -> dict[str, Tensor]:
@@ -142,7 +152,7 @@ def main() -> int:
     enter_host()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_inputs(folder)
+        write_fresh_inputs(folder)
         original = run_original(folder)
         rows = compare(folder, original) + compare_tokens(original)
     settings = {"tolerance": TOLERANCE, "seed": SEED, "original": list(PACKAGES)}
