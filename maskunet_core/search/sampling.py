@@ -122,11 +122,14 @@ class RewardSearch:
 
     def _search(self, executor, x, timestep, model_options, seed, step: int, iterations: int) -> dict[str, Tensor]:
         """The best masks of this step; the latent is changed in place where it is searched, too."""
+        import comfy.model_management
+
         guider = executor.class_obj
         conditions = list(guider.conds.values())
         groups, shift = self._groups(x)
         masks = self._masks if self.settings.masks else None
-        recompute = x.device.type != "cpu" if self._recompute is None else self._recompute
+        on_cpu = comfy.model_management.is_device_cpu(guider.model_patcher.load_device)
+        recompute = not on_cpu if self._recompute is None else self._recompute
         graph = StepGraph(
             guider.inner_model.diffusion_model,
             self.structure,
