@@ -7,6 +7,8 @@ import pytest
 
 from tests.host.extension import NAME, load_extension
 
+pytest.register_assert_rewrite("tests.nodes.scene")
+
 
 @pytest.fixture(scope="module")
 def extension():

@@ -28,11 +28,16 @@ def files(tmp_path_factory, extension):
     return unets
 
 
+BATCHES = ("toy", "control")
+"""Kinds of scene that run a second time, with two images."""
+
+
 @pytest.fixture(scope="module", params=["toy", "kl", "taesd", "control", "lora", "bypass", "latent"])
 def case(request, extension):
     """A kind of scene, and what a host with room for everything makes of it."""
     plain = Scene(extension, request.param)
-    results = SimpleNamespace(kind=request.param, stock=plain.stock(), found=plain.search(), batch=plain.search(2))
+    results = SimpleNamespace(kind=request.param, stock=plain.stock(), found=plain.search())
+    results.batch = plain.search(2) if request.param in BATCHES else None
     assert min(results.found[1].keep_ratio()) < 1.0
     yield results
     unload()
@@ -50,7 +55,8 @@ def test_a_search_finds_the_same_on_every_card(extension, case, any_card):
     before = scene.state()
     assert torch.equal(scene.stock(), case.stock)
     require_same(scene.search(), case.found)
-    require_same(scene.search(2), case.batch)
+    if case.batch is not None:
+        require_same(scene.search(2), case.batch)
     assert torch.equal(scene.stock(), case.stock)
     assert same_state(scene.state(), before)
 
@@ -262,7 +268,7 @@ def test_a_run_leaves_no_tensor_behind_without_the_garbage_collector(extension, 
 
 @pytest.mark.parametrize("end", [end for end in ENDS if ENDS[end] is not None])
 def test_a_run_that_ended_early_leaves_models_as_they_were(extension, end, any_card, monkeypatch):
-    scene = Scene(extension, "kl")
+    scene = Scene(extension, "toy")
     before, plain = scene.state(), scene.stock()
     with monkeypatch.context() as patch:
         ending = ENDS[end](scene, patch)
