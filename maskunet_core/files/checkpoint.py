@@ -164,8 +164,12 @@ def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
     return copied
 
 
+@torch.inference_mode(False)
 def load(path: Path) -> GeneratorFile:
-    """Read and check a generator file. The generator comes in fp32 on the CPU, frozen. Raises BadCheckpoint."""
+    """Read and check a generator file. The generator comes in fp32 on the CPU, frozen. Raises BadCheckpoint.
+
+    Its tensors are ordinary ones also where the host calls this in inference mode: they are moved outside of it, too.
+    """
     metadata = read_metadata(path)
     generator, training = _build(path, metadata)
     parameters = {key: tuple(value.shape) for key, value in generator.named_parameters()}

@@ -38,6 +38,7 @@ class GeneratorCopies:
         self.threshold, self.noisy_threshold = original.threshold, original.noisy_threshold
         self._copies: list[weakref.ref[nn.Module]] = []
 
+    @torch.inference_mode(False)
     def new(self) -> nn.Module:
         """A copy on the CPU."""
         shared = {id(tensor): _sharing(tensor) for _, _, tensor in _tensors(self.original)}

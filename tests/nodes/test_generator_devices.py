@@ -181,6 +181,21 @@ def test_packed_logits_lie_in_memory_once_after_they_came_back_from_a_card(loade
             assert tensor.data_ptr() == own[name].data_ptr()
 
 
+@BOTH
+@DTYPE
+def test_weights_that_were_loaded_in_inference_mode_can_be_unloaded_outside_of_it(either, loaded, dtype):
+    """As the host does when a person asks it to free memory."""
+    _, patcher = loaded.in_dtype(dtype)
+    with torch.inference_mode():
+        either.load_models_gpu([patcher])
+    if not patcher.is_dynamic():
+        # Nothing can come back from the device that plays the card.
+        patcher.model.to_empty(device="cpu")
+    patcher.detach()
+    assert devices(patcher.model) == {"cpu"}
+    assert not any(t.is_inference() for m in (patcher.model, loaded.file.generator) for t in tensors(m).values())
+
+
 def test_loading_a_generator_or_a_reward_takes_nothing_from_models_that_stream(dynamic, loaded, reward):
     import comfy.model_patcher
     import comfy.ops
