@@ -1,38 +1,50 @@
 """Load a trained mask generator and apply it to a model."""
 
-import copy
 import os
 from pathlib import Path
 
-import comfy.model_management
-import comfy.model_patcher
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io
 
 from ..maskunet_core.files.checkpoint import GeneratorFile, load
+from ..maskunet_core.masks.copies import GeneratorCopies
 from ..maskunet_core.masks.sources import GeneratorMasks
 from ..maskunet_core.seam.attach import attach, structure_of
 from .folders import MASKUNET
+from .patchers import whole_patcher
 from .types import MaskUNetType, seed_input, strength_input, window_inputs
 
 
 class LoadedGenerator:
-    """What travels on a MASKUNET link: the file's content, and a ModelPatcher of its weights per dtype in use."""
+    """What travels on a MASKUNET link: a generator file, whose tensors stay on the CPU, and its copies in use."""
 
     def __init__(self, file: GeneratorFile):
         self.file = file
-        self._patchers: dict[torch.dtype, comfy.model_patcher.ModelPatcher] = {}
+        self._in_use: dict[torch.dtype, tuple[GeneratorCopies, ModelPatcher]] = {}
 
-    def patcher(self, dtype: torch.dtype) -> comfy.model_patcher.ModelPatcher:
-        if dtype not in self._patchers:
-            module = self.file.generator if dtype == torch.float32 else copy.deepcopy(self.file.generator).to(dtype)
-            self._patchers[dtype] = comfy.model_patcher.ModelPatcher(
-                module,
-                load_device=comfy.model_management.get_torch_device(),
-                offload_device=comfy.model_management.unet_offload_device(),
-            )
-        return self._patchers[dtype]
+    def in_dtype(self, dtype: torch.dtype) -> tuple[GeneratorCopies, ModelPatcher]:
+        """The generator for a mask source, and the patcher by which the host loads it beside a model."""
+        if dtype not in self._in_use:
+            copies = GeneratorCopies(self.file.generator, dtype)
+            self._in_use[dtype] = copies, _new_patcher(copies)
+        return self._in_use[dtype]
+
+
+def _new_patcher(copies: GeneratorCopies, disable_dynamic: bool = False) -> ModelPatcher:
+    """A patcher of a copy of its own. The host makes more of them where a model is spread over several devices."""
+    patcher = whole_patcher(copies.new(), dynamic=not disable_dynamic)
+    patcher.cached_patcher_init = (_new_patcher, (copies,))
+    patcher.add_callback(CallbacksMP.ON_DETACH, lambda detached, _: copies.share(detached.model))
+    return patcher
+
+
+def file_stamp(path: str) -> tuple[int, int]:
+    """Differs when a file was written over: time in nanoseconds and size."""
+    state = os.stat(path)
+    return state.st_mtime_ns, state.st_size
 
 
 class MaskUNetLoader(io.ComfyNode):
@@ -66,8 +78,8 @@ class MaskUNetLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, maskunet_name: str) -> float:
-        return os.path.getmtime(folder_paths.get_full_path_or_raise(MASKUNET, maskunet_name))
+    def fingerprint_inputs(cls, maskunet_name: str) -> tuple[int, int]:
+        return file_stamp(folder_paths.get_full_path_or_raise(MASKUNET, maskunet_name))
 
     @classmethod
     def execute(cls, maskunet_name: str) -> io.NodeOutput:
@@ -114,6 +126,6 @@ class MaskUNetApply(io.ComfyNode):
         seed: int,
     ) -> io.NodeOutput:
         maskunet.file.require_fit(structure_of(model, maskunet.file.targets))
-        patcher = maskunet.patcher(model.model.get_dtype_inference())
-        source = GeneratorMasks(patcher.model, seed=seed if stochastic else None)
+        generator, patcher = maskunet.in_dtype(model.model.get_dtype_inference())
+        source = GeneratorMasks(generator, seed=seed if stochastic else None)
         return io.NodeOutput(attach(model, source, strength, start_percent, end_percent, weights=patcher))

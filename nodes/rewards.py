@@ -16,6 +16,7 @@ from ..maskunet_core.rewards.preprocess import letterbox
 from ..maskunet_core.rewards.reward import BoundModel, CombinedReward, Reward
 from .folders import REWARD
 from .legend import captioned
+from .patchers import whole_patcher
 from .types import RewardType
 
 TOY_REWARD = "toy reward (bundled)"
@@ -23,18 +24,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CROP, LETTERBOX = "centre crop", "letterbox"
 _CHUNK = 8
 """Pictures that are scored at once."""
-
-
-class _WholePatcher(comfy.model_patcher.ModelPatcher):
-    """Moves its module as a whole, because plain torch layers cannot run from two devices; and outside of inference
-    mode, because weights that move inside it can no longer take part in a backward pass."""
-
-    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        with torch.inference_mode(False):
-            super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
-
-    def partially_unload(self, *arguments, **options) -> int:
-        return 0
 
 
 class LoadedReward:
@@ -45,15 +34,10 @@ class LoadedReward:
 
     def __init__(self, reward: Reward, patchers: list[comfy.model_patcher.ModelPatcher] | None = None):
         self.reward = reward
-        self._patchers = patchers if patchers is not None else [_patcher(module) for module in reward.modules()]
+        self._patchers = patchers if patchers is not None else [whole_patcher(module) for module in reward.modules()]
 
     def patchers(self) -> list[comfy.model_patcher.ModelPatcher]:
         return list(self._patchers)
-
-
-def _patcher(module: torch.nn.Module) -> _WholePatcher:
-    management = comfy.model_management
-    return _WholePatcher(module, management.get_torch_device(), management.unet_offload_device())
 
 
 class MaskUNetRewardLoader(io.ComfyNode):

@@ -1,5 +1,7 @@
 """Ways in which a generator file can be bad: each takes the path of a good one and spoils it."""
 
+import json
+
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -51,6 +53,45 @@ def damaged_metadata(path):
 
 def unknown_setting(path):
     rewritten(path, metadata=parts_of(path)[1] | {"hyper_parameters": '{"depth": 3}'})
+
+
+def _metadata_changed(path, key, change):
+    """One part of the metadata, read from its JSON, replaced by what `change` makes of it."""
+    metadata = parts_of(path)[1]
+    rewritten(path, metadata=metadata | {key: json.dumps(change(json.loads(metadata[key])))})
+
+
+def infinite_size(path):
+    _metadata_changed(path, "base_model", lambda structure: structure | {"embedding": float("inf")})
+
+
+def nested_too_deep(path):
+    rewritten(path, metadata=parts_of(path)[1] | {"base_model": "[" * 200_000})
+
+
+def infinite_temperature(path):
+    _metadata_changed(path, "hyper_parameters", lambda settings: settings | {"tau": float("inf")})
+
+
+def blocks_twice(path):
+    _metadata_changed(path, "base_model", lambda structure: structure | {"blocks": 2 * structure["blocks"]})
+
+
+def layer_twice(path):
+    def doubled(structure):
+        first, *others = structure["blocks"]
+        return structure | {"blocks": [first | {"layers": [first["layers"][0], *first["layers"]]}, *others]}
+
+    _metadata_changed(path, "base_model", doubled)
+
+
+def training_no_record(path):
+    _metadata_changed(path, "training", lambda _: [])
+
+
+def maps_no_record(path):
+    _metadata_changed(path, "hyper_parameters", lambda _: {"maps": 5})
+    rewritten(path, metadata=parts_of(path)[1] | {"architecture": "reference"})
 
 
 def missing_tensor(path):

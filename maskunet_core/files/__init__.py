@@ -1,1 +1,1 @@
-"""What is written and read: generators and recorded masks as safetensors, logits in few bits."""
+"""What is written and read: generators and recorded masks as safetensors."""

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ..errors import MaskUNetError
 from ..masks.generator import LowRankGenerator
+from ..masks.quantise import PackedMatrix, pack, packed_size
 from ..masks.reference import ReferenceGenerator
 from ..models.structure import Structure
 from ..tensor_file import Expected, FileKind
-from .quantise import pack, packed_size, unpack
 
 ARCHITECTURES = {cls.architecture: cls for cls in (LowRankGenerator, ReferenceGenerator)}
 
@@ -46,7 +46,10 @@ class IncompatibleGenerator(MaskUNetError):
 
 @dataclass(frozen=True)
 class GeneratorFile:
-    """A generator as it was read. name: for messages; targets: name of its target set; training: how it was made."""
+    """A generator as it was read: frozen, biases per weight still packed.
+
+    name: for messages; targets: name of its target set; training: how it was made.
+    """
 
     name: str
     generator: nn.Module
@@ -75,18 +78,21 @@ def _is_packed(key: str, generator: nn.Module) -> bool:
 def to_tensors(generator: nn.Module) -> dict[str, Tensor]:
     """The tensors of the file."""
     tensors = {}
-    for key, value in generator.state_dict().items():
+    for key, value in generator.named_parameters():
         if _is_packed(key, generator):
             tensors[f"{key}.packed"], tensors[f"{key}.step"] = pack(value)
         else:
             tensors[key] = value.detach().to("cpu", torch.float16).contiguous()
+    for key, matrix in generator.named_modules():
+        if isinstance(matrix, PackedMatrix):
+            tensors[f"{key}.packed"], tensors[f"{key}.step"] = matrix.packed, torch.tensor(matrix.step)
     return {key: value.cpu() for key, value in tensors.items()}
 
 
 def file_size(generator: nn.Module) -> int:
-    """Bytes of the tensors on disk; works on a generator on the meta device."""
+    """Bytes that the tensors of a generator that learns take on disk; works on the meta device."""
     size = 0
-    for key, value in generator.state_dict().items():
+    for key, value in generator.named_parameters():
         size += packed_size(tuple(value.shape)) + 4 if _is_packed(key, generator) else 2 * value.numel()
     return size
 
@@ -118,7 +124,8 @@ def describe(path: Path) -> dict[str, Any]:
     """What a generator file says of itself, for people. Raises BadCheckpoint."""
     loaded = load(path)
     structure, training = loaded.structure, loaded.training
-    parameters = sum(value.numel() for value in loaded.generator.state_dict().values())
+    generator, _ = _build(path, read_metadata(path))
+    parameters = sum(value.numel() for value in generator.parameters())
     return {
         "file": f"{path.name}, {path.stat().st_size / 1e6:.2f} MB",
         "architecture": f"{loaded.generator.architecture}, {parameters:,} parameters",
@@ -136,41 +143,47 @@ def _build(path: Path, metadata: dict[str, str]) -> tuple[nn.Module, dict[str, A
         values, training = json.loads(metadata["hyper_parameters"]), json.loads(metadata["training"])
         if "targets" not in metadata:
             raise KeyError("targets")
+        if not isinstance(training, dict):
+            raise TypeError(f"training is a {type(training).__name__}, but should be a record")
         with torch.device("meta"):
             generator = ARCHITECTURES[metadata["architecture"]].from_hyper_parameters(structure, values)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    # Numbers that are too large for torch or for an integer, and nesting that is too deep for the parser, among them.
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise KIND.damaged_metadata(path, error) from None
     return generator, training
 
 
-def _require_finite(path: Path, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise BadCheckpoint(
-                f"Tensor {name} of '{path.name}' holds values that are not finite: the training that made it diverged. "
-                "Train again with a lower learning rate, or choose an earlier checkpoint."
-            )
+def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """An fp32 copy. What comes from the file is a view of the file, which may be written over or replaced."""
+    copied = tensor.to(torch.float32, copy=True)
+    if not bool(torch.isfinite(copied).all()):
+        raise BadCheckpoint(
+            f"Tensor {name} of '{path.name}' holds values that are not finite: the training that made it diverged. "
+            "Train again with a lower learning rate, or choose an earlier checkpoint."
+        )
+    return copied
 
 
+@torch.inference_mode(False)
 def load(path: Path) -> GeneratorFile:
-    """Read and check a generator file. The generator comes in fp32 on the CPU, frozen. Raises BadCheckpoint."""
+    """Read and check a generator file. The generator comes in fp32 on the CPU, frozen. Raises BadCheckpoint.
+
+    Its tensors are ordinary ones also where the host calls this in inference mode: they are moved outside of it, too.
+    """
     metadata = read_metadata(path)
     generator, training = _build(path, metadata)
-    parameters = {key: tuple(value.shape) for key, value in generator.state_dict().items()}
-    expected: Expected = {}
-    for key, shape in parameters.items():
-        if _is_packed(key, generator):
-            expected[f"{key}.packed"] = (torch.uint8, (packed_size(shape),))
-            expected[f"{key}.step"] = (None, ())
-        else:
-            expected[key] = (None, shape)
+    parameters = {key: tuple(value.shape) for key, value in generator.named_parameters()}
+    packed = [key for key in parameters if _is_packed(key, generator)]
+    expected: Expected = {key: (None, shape) for key, shape in parameters.items() if key not in packed}
+    for key in packed:
+        expected[f"{key}.packed"] = (torch.uint8, (packed_size(parameters[key]),))
+        expected[f"{key}.step"] = (None, ())
     tensors = KIND.read_tensors(path, expected)
-    _require_finite(path, tensors)
-    state = {
-        key: unpack(tensors[f"{key}.packed"], tensors[f"{key}.step"], shape)
-        if f"{key}.packed" in tensors
-        else tensors[key].float()
-        for key, shape in parameters.items()
-    }
+    for key in packed:
+        step = _finite(path, f"{key}.step", tensors.pop(f"{key}.step"))
+        matrix = PackedMatrix(tensors.pop(f"{key}.packed").clone(), step, parameters[key])
+        generator.get_submodule(key.removesuffix(".bias")).hold_packed(matrix)
+    state = {key: _finite(path, key, tensor) for key, tensor in tensors.items()}
+    state |= {key: value for key, value in generator.state_dict().items() if key.endswith(".packed")}
     generator.load_state_dict(state, assign=True)
     return GeneratorFile(path.name, generator.eval().requires_grad_(False), metadata["targets"], training)

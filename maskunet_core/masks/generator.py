@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..models.structure import Block, Layer, Structure
 from .gumbel import logistic_noise
 from .linear import MaskLogits
+from .quantise import PackedLogits, PackedMatrix
 
 BIASES = ("weight", "row_column")
 CODES = ("block", "layer")
@@ -46,8 +47,10 @@ class LowRankSettings:
             raise ValueError(f"bias is '{self.bias}', but must be one of {', '.join(BIASES)}")
         if self.codes not in CODES:
             raise ValueError(f"codes is '{self.codes}', but must be one of {', '.join(CODES)}")
-        if not (self.rank >= 0 and self.width >= 1 and 0 < self.delta < 1 and self.tau > 0):
-            raise ValueError("rank must not be negative, width at least 1, tau above 0 and delta between 0 and 1")
+        if not (self.rank >= 0 and self.width >= 1 and 0 < self.delta < 1 and 0 < self.tau < math.inf):
+            raise ValueError(
+                "rank must not be negative, width at least 1, tau above 0 and finite, and delta between 0 and 1"
+            )
         if self.rank and not (self.use_time or self.use_sample):
             raise ValueError("a dynamic mask needs use_time or use_sample; a static one has rank 0")
 
@@ -103,16 +106,16 @@ class _LayerLogits(nn.Module):
             self.row = nn.Parameter(torch.full((rows, 1), settings.start))
             self.column = nn.Parameter(torch.zeros(1, columns))
 
-    @property
-    def static(self) -> Tensor:
-        """b: the part of the logits that all timesteps and samples share, [out, in]."""
-        return self.bias if hasattr(self, "bias") else self.row + self.column
+    def hold_packed(self, bias: PackedMatrix) -> None:
+        """The bias per weight stays at four bits per value from now on, and no longer learns."""
+        del self.bias
+        self.bias = bias
 
     def forward(self, code: Tensor) -> MaskLogits:
-        """code: [B, rank]. B masks; one where the rank is 0."""
-        if code.shape[1] == 0:
-            return MaskLogits(self.static)
-        return MaskLogits(self.static, self.u * code[:, None, :], self.v)
+        """code: [B, rank]. B masks; one where the rank is 0. The static part is what all steps and samples share."""
+        dynamic = (self.u * code[:, None, :], self.v) if code.shape[1] else ()
+        static = self.bias if hasattr(self, "bias") else self.row + self.column
+        return (PackedLogits if isinstance(static, PackedMatrix) else MaskLogits)(static, *dynamic)
 
 
 class LowRankGenerator(nn.Module):

@@ -60,7 +60,11 @@ class Structure:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Structure":
-        """Inverse of `to_dict`. Raises KeyError or TypeError where a field is missing or of another kind."""
+        """Inverse of `to_dict`.
+
+        Raises KeyError, TypeError, ValueError or OverflowError where a field is missing or of another kind, and
+        ValueError where two blocks or two layers have one name.
+        """
         blocks = tuple(
             Block(
                 name=str(block["name"]),
@@ -73,6 +77,9 @@ class Structure:
             )
             for block in data["blocks"]
         )
+        for names in ([block.name for block in blocks], [layer.name for block in blocks for layer in block.layers]):
+            if len(set(names)) < len(names):
+                raise ValueError(f"it names {max(names, key=names.count)} more than once")
         return cls(family=str(data["family"]), embedding=int(data["embedding"]), blocks=blocks)
 
     def difference(self, other: "Structure") -> str | None:

@@ -1,25 +1,35 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from maskunet_core import tensor_file
+from maskunet_core import tensor_file, toy
 from maskunet_core.files import checkpoint
 from maskunet_core.files.checkpoint import BadCheckpoint, IncompatibleGenerator
-from maskunet_core.models.structure import inspect_model
+from maskunet_core.masks.generator import LowRankGenerator
+from maskunet_core.models.structure import Structure, inspect_model
 from tests.builders import make_generator, sd15_unet
 from tests.damage import (
+    blocks_twice,
     damaged_metadata,
     empty,
     extra_tensor,
     header_cut,
+    infinite_size,
+    infinite_temperature,
+    layer_twice,
+    maps_no_record,
     misshapen_tensor,
     missing_tensor,
+    nested_too_deep,
     newer_version,
     no_safetensors,
     not_finite,
     other_format,
     parts_of,
+    rewritten,
+    training_no_record,
     truncated,
     unknown_architecture,
     unknown_setting,
@@ -45,12 +55,11 @@ def test_a_generator_comes_back(tmp_path, toy_structure, bias):
     assert loaded.training == {"steps": 3}
     assert loaded.structure == toy_structure
     assert loaded.generator.settings == generator.settings
-    state = loaded.generator.state_dict()
-    for key, value in generator.state_dict().items():
+    for key, value in generator.named_parameters():
         if key.endswith(".bias") and key.startswith("logits."):
-            assert torch.equal(state[key] > 0, value > 0)
+            assert torch.equal(loaded.generator.get_submodule(key).whole() > 0, value > 0)
         else:
-            torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(loaded.generator.get_parameter(key), value, rtol=1e-3, atol=1e-6)
     assert not any(parameter.requires_grad for parameter in loaded.generator.parameters())
 
 
@@ -62,6 +71,65 @@ def test_saving_what_was_loaded_gives_the_same_file(saved, tmp_path):
     first, second = parts_of(path), parts_of(again)
     assert first[1] == second[1]
     assert all(torch.equal(first[0][key], second[0][key]) for key in first[0])
+
+
+def unpacked(path):
+    """The generator of a file with every bias per weight in full: level times step."""
+    tensors, metadata = parts_of(path)
+    structure = Structure.from_dict(json.loads(metadata["base_model"]))
+    generator = LowRankGenerator.from_hyper_parameters(structure, json.loads(metadata["hyper_parameters"]))
+    state = {key: value.float() for key, value in tensors.items() if not key.endswith((".packed", ".step"))}
+    for key, parameter in generator.named_parameters():
+        if key not in state:
+            packed = tensors[f"{key}.packed"]
+            levels = torch.stack([packed & 15, packed >> 4], dim=1).flatten()[: parameter.numel()]
+            state[key] = ((levels.float() - 7.5) * tensors[f"{key}.step"]).reshape(parameter.shape)
+    generator.load_state_dict(state)
+    return generator.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("shipped", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_masks_are_those_of_the_unpacked_file(saved, shipped, dtype):
+    path = Path(toy.__file__).with_name("generators") / "toy_shapes.safetensors" if shipped else saved[0]
+    expected, found = unpacked(path).to(dtype), checkpoint.load(path).generator.to(dtype)
+    torch.manual_seed(5)
+    kept = []
+    for block in expected.structure.blocks:
+        inputs = torch.randn(2, block.channels, 4, 4), torch.randn(2, expected.structure.embedding)
+        conditions = expected.condition(block, *inputs)
+        for layer, code in found.condition(block, *inputs).items():
+            assert torch.equal(code, conditions[layer])
+            ours, theirs = found.layer_logits(layer, code), expected.layer_logits(layer, code)
+            assert torch.equal(ours.above(found.threshold), theirs.above(expected.threshold))
+            assert torch.equal(ours.full(), theirs.full())
+            kept.append(ours.above(found.threshold).float().mean())
+    assert len(kept) == len(expected.structure.layers)
+    assert 0.05 < torch.stack(kept).mean() < 1
+
+
+def test_a_loaded_generator_takes_little_more_than_its_file(saved):
+    generator = checkpoint.load(saved[0]).generator
+    tensors = [*generator.parameters(), *generator.buffers()]
+    biases = sum(layer.out_features * layer.in_features for layer in generator.structure.layers.values()) // 2
+    others = 4 * sum(parameter.numel() for parameter in generator.parameters())
+    tables = 2048 * len(generator.structure.layers)
+    assert sum(tensor.nbytes for tensor in tensors) == biases + others + tables
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_writing_over_the_file_changes_nothing_that_was_loaded(saved, dtype):
+    path, _ = saved
+    tensors, metadata = parts_of(path)
+    cast = {key: value if key.endswith((".packed", ".step")) else value.to(dtype) for key, value in tensors.items()}
+    rewritten(path, cast, metadata)
+    state = checkpoint.load(path).generator.state_dict()
+    before = {key: value.clone() for key, value in state.items()}
+    header = int.from_bytes(path.read_bytes()[:8], "little") + 8
+    with path.open("r+b") as file:
+        file.seek(header)
+        file.write(bytes(path.stat().st_size - header))
+    assert all(torch.equal(state[key], value) for key, value in before.items())
 
 
 def test_file_size_is_what_the_tensors_take(saved):
@@ -107,6 +175,13 @@ def test_nothing_is_left_behind_when_saving_fails(tmp_path, toy_structure, monke
         (unknown_architecture, "has the architecture 'transformer', which this extension does not know"),
         (damaged_metadata, "has damaged metadata"),
         (unknown_setting, "has damaged metadata"),
+        (infinite_size, r"has damaged metadata \(OverflowError"),
+        (nested_too_deep, r"has damaged metadata \(RecursionError"),
+        (infinite_temperature, r"has damaged metadata \(ValueError: .* tau above 0 and finite"),
+        (blocks_twice, r"has damaged metadata \(ValueError: it names up\.0 more than once"),
+        (layer_twice, r"has damaged metadata \(ValueError: it names .*to_q more than once"),
+        (training_no_record, r"has damaged metadata \(TypeError: training is a list"),
+        (maps_no_record, r"has damaged metadata \(AttributeError"),
         (missing_tensor, "lacks tensor"),
         (extra_tensor, "holds the unknown tensor extra"),
         (misshapen_tensor, r"but should be floating point \("),
