@@ -2,7 +2,8 @@
 
 import torch
 
-from maskunet_core.masks.sources import Call, MaskSource
+from maskunet_core.masks.call import Call
+from maskunet_core.masks.sources import MaskSource
 from maskunet_core.models.structure import Structure
 from maskunet_core.records.recorded import RecordedMasks
 

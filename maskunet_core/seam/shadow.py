@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+_ABSENT = object()
+
 
 class Shadowed:
     """A context in which objects have other attributes; leaving it puts back what was there, however it is left.
@@ -12,21 +14,20 @@ class Shadowed:
 
     def __init__(self, shadows: Iterable[tuple[Any, dict[str, Any]]]):
         # nn.Module's own setattr would search its parameters and submodules for each name.
-        self._shadows = [(thing.__dict__, attributes) for thing, attributes in shadows]
-        self._before: list[list[dict[str, Any]]] = []
+        self._shadows = [(thing.__dict__, name, new) for thing, own in shadows for name, new in own.items()]
+        self._before: list[list[Any]] = []
 
     def __enter__(self) -> "Shadowed":
         before = []
-        for own, attributes in self._shadows:
-            before.append({name: own[name] for name in attributes if name in own})
-            own.update(attributes)
+        for own, name, new in self._shadows:
+            before.append(own.get(name, _ABSENT))
+            own[name] = new
         self._before.append(before)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        before = self._before.pop()
-        while before:
-            own, attributes = self._shadows[len(before) - 1]
-            for name in attributes:
+        for (own, name, _), old in zip(reversed(self._shadows), reversed(self._before.pop())):
+            if old is _ABSENT:
                 own.pop(name, None)
-            own.update(before.pop())
+            else:
+                own[name] = old

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from maskunet_core.files import checkpoint
+from maskunet_core.masks.call import Call
 from maskunet_core.masks.copies import GeneratorCopies
-from maskunet_core.masks.sources import Call, GeneratorMasks
+from maskunet_core.masks.sources import GeneratorMasks
 from tests.builders import make_generator
 
 META = torch.device("meta")
@@ -27,7 +28,7 @@ def places(generator) -> dict[str, int]:
 
 
 def masks_of(source, structure):
-    call, masks = Call(sigma=1.0), {}
+    call, masks = Call(), {}
     mask = source.begin(call)
     torch.manual_seed(4)
     for block in structure.blocks:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from maskunet_core.masks.sources import Call, GeneratorMasks
+from maskunet_core.masks.call import Call
+from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.models.structure import Block, Layer, Structure
 from maskunet_core.records.recorded import (
     IncompatibleMasks,

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from maskunet_core.files import checkpoint
-from maskunet_core.masks.reference import ReferenceGenerator, authors_maps
 from maskunet_core.masks.call import Call
+from maskunet_core.masks.reference import ReferenceGenerator, authors_maps
 from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.models.structure import inspect_model
 from tests import authors_files

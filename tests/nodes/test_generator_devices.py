@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from maskunet_core.seam.patch import OPTION
+from maskunet_core.seam.attach import OPTION
 
 CARD = torch.device("meta")
 """Plays a graphics card: what was moved there says so, and meets nothing that lies elsewhere."""
