@@ -52,8 +52,9 @@ def test_a_search_finds_the_same_with_room_for_everything(extension, case):
 
 def test_a_search_finds_the_same_on_every_card(extension, case, any_card):
     scene = Scene(extension, case.kind)
-    before = scene.state()
     assert torch.equal(scene.stock(), case.stock)
+    # The host's own LoRAs that bypass layers leave attributes behind.
+    before = scene.state()
     require_same(scene.search(), case.found)
     if case.batch is not None:
         require_same(scene.search(2), case.batch)
@@ -120,6 +121,9 @@ def test_models_that_are_moved_while_the_reward_looks_change_nothing(extension, 
 
             class Moving(type(bound)):
                 def __call__(self, images):
+                    # A host that takes away the whole model in the middle of a run draws on without its LoRAs.
+                    if len(moved) == 2:
+                        return call(self, images)
                     size = scene.model.loaded_size()
                     comfy.model_management.free_memory(room.free + (4 << 20), CARD)
                     moved.append(size - scene.model.loaded_size())
