@@ -4,11 +4,14 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.masks.call import Call
 from maskunet_core.masks.sources import GeneratorMasks, RandomMasks, noise_generator
 from maskunet_core.models.structure import NothingToMask, inspect_model
+from maskunet_core.records.recorded import RecordedSource
+from maskunet_core.records.recorder import masks_of_run, recording
 from maskunet_core.seam.attach import attach, structure_of
 from maskunet_core.seam.layers import masked, modules_of
 from tests.builders import call_of, make_generator
@@ -393,3 +396,57 @@ def test_every_sigma_has_a_noise_of_its_own():
     sigmas = torch.linspace(0.03, 14.6, 50).tolist()
     first = {torch.rand(1, generator=noise_generator(torch.device("cpu"), 1, 2, sigma)).item() for sigma in sigmas}
     assert len(first) == 50
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often somebody waits for a number of the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket is torch.ops.aten._local_scalar_dense
+        return function(*args, **(kwargs or {}))
+
+
+def test_masks_of_a_generator_wait_for_no_number_and_a_replay_for_one_in_a_step(toy, lively, monkeypatch):
+    import comfy.model_base
+
+    model, clip, _ = toy
+    masks = masks_of_run(sample(recording(attach(model, GeneratorMasks(lively), 1.0, 0.0, 1.0)), clip))
+    # Beyond the CPU equal bits are not looked for.
+    monkeypatch.setattr("maskunet_core.masks.sources.shared_by_all_samples", lambda mask: mask)
+    monkeypatch.setattr("maskunet_core.records.recorded.shared_by_all_samples", lambda mask: mask)
+    apply_model, waits = comfy.model_base.BaseModel.apply_model, []
+
+    def counted(self, *args, **kwargs):
+        with Waits() as inside:
+            result = apply_model(self, *args, **kwargs)
+        waits.append(inside.count)
+        return result
+
+    def waited(patched):
+        waits.clear()
+        sample(patched, clip, steps=4)
+        return list(waits)
+
+    monkeypatch.setattr(comfy.model_base.BaseModel, "apply_model", counted)
+    stock = waited(model)
+    assert waited(attach(model, GeneratorMasks(lively), 1.0, 0.0, 1.0)) == stock
+    replay = waited(attach(model, RecordedSource(masks), 1.0, 0.0, 1.0))
+    assert all(more - plain <= 1 for more, plain in zip(replay, stock))
+
+
+def test_a_schedule_that_is_set_behind_the_masks_moves_their_window(toy, lively):
+    from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
+
+    model, clip, _ = toy
+
+    def shifted(patched):
+        return ModelSamplingContinuousEDM().patch(patched, "eps", 20.0, 0.1)[0]
+
+    def masked(patched):
+        return attach(patched, GeneratorMasks(lively), 1.0, 0.5, 1.0)
+
+    assert torch.equal(sample(shifted(masked(model)), clip), sample(masked(shifted(model)), clip))

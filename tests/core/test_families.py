@@ -72,3 +72,29 @@ def test_a_layer_with_a_kernel_of_its_own_is_refused_with_its_class():
     unet.output_blocks[9][1].transformer_blocks[0].attn1.to_q = ForeignLinear()
     with pytest.raises(NothingToMask, match=r"output_blocks\.9.*attn1\.to_q is a .*ForeignLinear"):
         inspect_model(unet, "decoder attention", "SD 1.5")
+
+
+def test_layers_that_see_a_place_over_time_are_left_out():
+    """Their rows are places of the picture, and the frames of a sample lie apart in them."""
+    video = sd15_unet(use_temporal_attention=True, use_temporal_resblock=True, video_kernel_size=[3, 1, 1])
+    names = [name for name, _ in video.named_modules() if name.endswith("attn1.to_q") and "output_blocks" in name]
+    assert any(".time_stack." in name for name in names)
+    structure = inspect_model(video, "decoder attention", "SVD")
+    assert len(structure.layers) == 72
+    assert not any(".time_stack." in name for name in structure.layers)
+
+
+def test_a_layer_that_computes_before_the_host_casts_is_refused_with_its_class():
+    import comfy.ops
+
+    class OwnForward(comfy.ops.manual_cast.Linear):
+        """As loaders with kernels of their own have: no mask would reach it."""
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight, self.bias)
+
+    unet = sd15_unet()
+    layer = unet.output_blocks[3][1].transformer_blocks[0].attn1
+    layer.to_q = OwnForward(1280, 1280, bias=False, device="meta")
+    with pytest.raises(NothingToMask, match=r"OwnForward, which computes with its weight in a way of its own"):
+        inspect_model(unet, "decoder attention", "SD 1.5")

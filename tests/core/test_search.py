@@ -6,6 +6,7 @@ from dataclasses import replace
 import comfy.sample
 import pytest
 import torch
+import torch.nn.functional as F
 
 from maskunet_core.records.recorded import RecordedSource
 from maskunet_core.rewards.reward import value_and_gradient
@@ -330,3 +331,61 @@ def test_updates_begin_and_end_at_a_share_of_the_steps():
     window = SearchSettings(iterations=1, start_percent=0.5, end_percent=0.75)
     assert [window.iterations_at(step, 5) for step in range(5)] == [0, 0, 1, 1, 0]
     assert replace(window, end_percent=1.0).iterations_at(0, 1) == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [FEW, replace(FEW, branches="positive"), replace(FEW, masks=False, latent_lr=0.05)]
+)
+def test_layers_that_run_again_in_the_backward_pass_find_the_same(toy, judge, settings):
+    kept, again = (found(toy, judge, settings, 2, recompute=recompute) for recompute in (False, True))
+    assert torch.equal(kept[1], again[1])
+    assert [look.scores.tolist() for look in kept[0].history] == [look.scores.tolist() for look in again[0].history]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_masks_in_the_encoder_are_searched_too(toy, judge, recompute):
+    model, clip, _ = toy
+    search, latents = found(toy, judge, FEW, targets="all attention", recompute=recompute)
+    removed = {name for step in search.recorded.steps.values() for name in step}
+    assert any(name.startswith("input_blocks") for name in removed)
+    replayed = attach(model, RecordedSource(search.recorded), 1.0, 0.0, 1.0)
+    assert torch.equal(sample(replayed, clip, noise()), latents)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "sage"])
+def test_attention_without_a_backward_pass_is_searched(toy, judge, kernel, monkeypatch):
+    """Stand-ins for kernels of a card: they compute as PyTorch does, and have no gradient."""
+    from comfy.ldm.modules import attention
+
+    plain = found(toy, judge, FEW)[1]
+
+    @attention.wrap_attn
+    def attention_sage(*args, **kwargs):
+        with torch.no_grad():
+            return attention.attention_pytorch(*args, **kwargs)
+
+    def flash(q, k, v, **_):
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).contiguous()
+
+    monkeypatch.setattr(attention, "flash_attn_func", flash, raising=False)
+    fast = attention.attention_flash if kernel == "flash" else attention_sage
+    for name in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(attention, name, fast)
+    search, latents = found(toy, judge, FEW)
+    assert min(search.recorded.keep_ratio()) < 1.0
+    assert (latents - plain).abs().max() < 0.3 * plain.abs().max()
+
+
+def test_a_step_without_an_active_prompt_is_taken_plainly(toy, judge):
+    model, clip, _ = toy
+    ((text, options),) = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
+    empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    until = [[text, options | {"start_percent": 0.0, "end_percent": 0.4}]]
+    search = RewardSearch(model, replace(FEW, branches="positive", start_percent=0.0), judge, 1)
+    with torch.no_grad():
+        parts = (noise(), STEPS, 5.0, "euler", "normal", until, empty, torch.zeros(1, 4, 8, 8))
+        latents = comfy.sample.sample(search.searching(model), *parts, disable_pbar=True, seed=1)
+    assert torch.isfinite(latents).all()
+    ratios = search.recorded.keep_ratio()
+    assert ratios[0] < 1.0
+    assert ratios[-1] == 1.0
