@@ -1,6 +1,5 @@
 """Recorded masks: apply them to a model, save them, load them."""
 
-import os
 from pathlib import Path
 
 import folder_paths
@@ -9,7 +8,7 @@ from comfy_api.latest import io
 from ..maskunet_core.files import mask_file
 from ..maskunet_core.records.recorded import RecordedMasks, RecordedSource
 from ..maskunet_core.seam.patch import attach, structure_of
-from .folders import MASKS, SAVED_MASKS
+from .folders import MASKS, SAVED_MASKS, fingerprint
 from .types import MasksType, strength_input
 
 
@@ -126,8 +125,8 @@ class MaskUNetLoadMasks(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, masks_name: str) -> float:
-        return os.path.getmtime(folder_paths.get_full_path_or_raise(MASKS, masks_name))
+    def fingerprint_inputs(cls, masks_name: str) -> list[list[int]]:
+        return fingerprint(folder_paths.get_full_path_or_raise(MASKS, masks_name))
 
     @classmethod
     def execute(cls, masks_name: str) -> io.NodeOutput:
