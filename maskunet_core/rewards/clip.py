@@ -6,7 +6,6 @@ Parameters have OpenCLIP's names, as in HPSv2's files; `to_openclip` renames tho
 import math
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,9 @@ from .preprocess import normalise
 from .reward import BoundModel, BoundReward, Reward
 from .tokens import clip_tokens
 
+_MOST_FEATURES = 256
+"""Embeddings of prompts that a reward keeps."""
+
 
 class ClipReward(Reward):
     """`scale` times the cosine between picture and prompt: 1 for HPSv2, exp(logit_scale) for PickScore and CLIP.
@@ -26,7 +28,7 @@ class ClipReward(Reward):
 
     def __init__(self, name: str, image: "ImageTower", text: "TextTower", scale: float = 1.0):
         self.name, self.image, self.text, self.scale = name, image, text, scale
-        self._feature = lru_cache(maxsize=256)(self._encode)
+        self._features: dict[str, Tensor] = {}
 
     @classmethod
     def from_tensors(
@@ -48,16 +50,26 @@ class ClipReward(Reward):
         scale = math.exp(float(tensors["logit_scale"])) if scaled else 1.0
         return cls(name, image, fill(text, tensors, torch.float32), scale)
 
-    def _encode(self, prompt: str) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            return F.normalize(self.text(clip_tokens(prompt)[None]), dim=-1)[0]
+    def _feature(self, prompt: str) -> Tensor:
+        """The prompt's embedding `[E]` of length 1. The newest are kept; a cache of functools would hold `self`, too,
+        in a cycle that frees no memory until the collector runs."""
+        if prompt not in self._features:
+            with torch.inference_mode(False), torch.no_grad():
+                feature = F.normalize(self.text(clip_tokens(prompt)[None]), dim=-1)[0]
+            while len(self._features) >= _MOST_FEATURES:
+                del self._features[next(iter(self._features))]
+            self._features[prompt] = feature
+        return self._features[prompt]
 
     def bind(self, prompt: str) -> BoundReward:
-        told = self._feature(prompt)
+        feature = self._feature(prompt)
 
         def score(pictures: Tensor) -> Tensor:
-            seen = F.normalize(self.image(normalise(pictures)).float(), dim=-1)
-            return self.scale * (seen @ told.to(seen))
+            nonlocal feature
+            embeddings = F.normalize(self.image(normalise(pictures)).float(), dim=-1)
+            # Sent once: it stays where the pictures are.
+            feature = feature.to(embeddings)
+            return self.scale * (embeddings @ feature)
 
         return BoundModel(self.name, self.image.size, self.image, score)
 
