@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from maskunet_core.rewards import preprocess
 from maskunet_core.rewards.aesthetic import AestheticReward
 from maskunet_core.rewards.blip import ImageReward
-from maskunet_core.rewards.clip import ClipReward, to_openclip
+from maskunet_core.rewards.clip import ClipReward, ImageTower, to_openclip
+from maskunet_core.rewards.clip_layout import ClipLayout, layout_of
 from maskunet_core.rewards.layers import heads_of
 from maskunet_core.rewards.preprocess import fit, letterbox, normalise
 from maskunet_core.rewards.reward import (
@@ -30,7 +31,7 @@ from maskunet_core.rewards.reward import (
 )
 from maskunet_core.rewards.tokens import bert_tokens, clip_tokens
 from tests.reward_files import (
-    HPS_HEADS,
+    HPS_LAYOUT,
     IMAGE_REWARD_HEADS,
     PUBLISHED,
     WRONGLY_DECODED,
@@ -54,7 +55,7 @@ def image_reward(dtype=torch.float32, checkpointing=False) -> ImageReward:
 
 def hps(dtype=torch.float32, scale=1.0, checkpointing=False) -> ClipReward:
     reward = ClipReward.from_tensors(
-        "HPSv2", hps_tensors(), dtype, scaled=False, checkpointing=checkpointing, heads=HPS_HEADS
+        "HPSv2", hps_tensors(), dtype, scaled=False, checkpointing=checkpointing, layout=HPS_LAYOUT
     )
     reward.scale = scale
     return reward
@@ -94,9 +95,9 @@ def test_scores_and_gradients_equal_the_original_codes(name, make):
         assert relative(gradient[0], gradients[n]) < 1e-5
 
 
-@pytest.mark.parametrize(("width", "heads"), [(1280, 16), (1024, 16), (768, 12)])
+@pytest.mark.parametrize(("width", "heads"), [(1280, 20), (1024, 16), (768, 12), (512, 8)])
 def test_numbers_of_heads_are_those_of_the_published_models(width, heads):
-    """ViT-H; ViT-L and the text tower of ViT-H; BERT and the text tower of ViT-L."""
+    """The text towers of ViT-bigG, ViT-H, ViT-L (and BERT), and ViT-B."""
     assert heads_of(width) == heads
 
 
@@ -124,7 +125,9 @@ def test_a_prompt_that_is_too_long_keeps_its_end_token():
 def test_pickscore_equals_transformers():
     """The names are mapped: towers, projections, pooling, logit scale."""
     model = clip_model()
-    reward = ClipReward.from_tensors("PickScore", to_openclip(model.state_dict()), torch.float32, scaled=True)
+    reward = ClipReward.from_tensors(
+        "PickScore", to_openclip(model.state_dict()), torch.float32, scaled=True, layout=ClipLayout(False, 1, 1)
+    )
     torch.manual_seed(2)
     pictures, prompt = torch.rand(3, 3, 28, 28), "a photo of an axolotl, in the style of Caravaggio"
     leaf = pictures.clone().requires_grad_()
@@ -139,7 +142,9 @@ def test_pickscore_equals_transformers():
 
 def test_the_aesthetic_predictor_equals_transformers_with_the_head():
     model, head = clip_l_image_model(), aesthetic_head()
-    reward = AestheticReward.from_tensors("aesthetic", head, to_openclip(model.state_dict()), torch.float32)
+    tensors = to_openclip(model.state_dict())
+    tower = ImageTower.from_tensors(tensors, torch.float32, layout_of(tensors))
+    reward = AestheticReward.from_tensors("aesthetic", head, tower)
     chain = nn.Sequential()
     for index in (0, 2, 4, 6, 7):
         weight, bias = head[f"layers.{index}.weight"], head[f"layers.{index}.bias"]

@@ -14,7 +14,7 @@ from maskunet_core.rewards.files import load
 from maskunet_core.rewards.reward import value_and_gradient
 from maskunet_core.rewards.toy import ToyReward
 from tests.host.server import ExecutionError, ServerError
-from tests.reward_files import PUBLISHED, aesthetic_head, clip_l_image_model
+from tests.reward_files import PUBLISHED, aesthetic_head, clip_l_image_model, describe, put_hps
 from trainer.toy.world import render, sample_scenes
 
 PROMPT = "a red circle"
@@ -90,10 +90,10 @@ def test_scores_stand_under_the_pictures(nodes, height, width):
 @pytest.mark.parametrize("file", ["ImageReward_tiny.pt", "HPS_tiny.pt"])
 @pytest.mark.parametrize("dtype", ["auto", "fp32", "fp16", "bf16"])
 def test_published_files_are_loaded_and_score(nodes, reward_folder, file, dtype):
-    shutil.copy(PUBLISHED / file, reward_folder / "renamed.bin")
+    shutil.copy(PUBLISHED / file, describe(reward_folder / "renamed.bin"))
     images = torch.rand(2, 40, 36, 3, generator=torch.Generator().manual_seed(0))
     scores, _, table = scored(nodes, loaded(nodes, "renamed.bin", dtype), images, "a red dog")
-    expected = load(PUBLISHED / file).bind("a red dog")(images.movedim(-1, 1))
+    expected = load(reward_folder / "renamed.bin").bind("a red dog")(images.movedim(-1, 1))
     assert scores == pytest.approx(expected.tolist(), rel=0.05, abs=0.02)
     assert json.loads(table)["reward"] == "renamed"
 
@@ -111,7 +111,7 @@ def test_the_aesthetic_predictor_finds_its_tower_in_clip_vision(nodes, reward_fo
 
 
 def test_combined_rewards_add_up_and_show_their_parts(nodes, reward_folder):
-    shutil.copy(PUBLISHED / "HPS_tiny.pt", reward_folder)
+    put_hps(reward_folder / "HPS_tiny.pt")
     images, toy, hps = pictures(), loaded(nodes, nodes.TOY_REWARD), loaded(nodes, "HPS_tiny.pt")
     combined = run(nodes.MaskUNetRewardCombine, reward_a=toy, weight_a=0.5, reward_b=hps, weight_b=-10.0)[0]
     again = run(nodes.MaskUNetRewardCombine, reward_a=combined, weight_a=2.0, reward_b=toy, weight_b=1.0)[0]
@@ -142,7 +142,7 @@ def test_letterboxing_shows_the_reward_the_whole_picture(nodes):
 def test_the_host_manages_the_weights(nodes, reward_folder):
     import comfy.model_management
 
-    shutil.copy(PUBLISHED / "HPS_tiny.pt", reward_folder)
+    put_hps(reward_folder / "HPS_tiny.pt")
     reward = loaded(nodes, "HPS_tiny.pt")
     scored(nodes, reward, pictures())
     (patcher,) = reward.patchers()
@@ -155,7 +155,7 @@ def test_the_host_manages_the_weights(nodes, reward_folder):
 def test_a_reward_that_was_loaded_and_moved_in_inference_mode_still_gives_gradients(nodes, reward_folder):
     import comfy.model_management
 
-    shutil.copy(PUBLISHED / "HPS_tiny.pt", reward_folder)
+    put_hps(reward_folder / "HPS_tiny.pt")
     reward = loaded(nodes, "HPS_tiny.pt")
     with torch.inference_mode():
         comfy.model_management.load_models_gpu(reward.patchers())
@@ -203,7 +203,7 @@ def test_a_server_scores_pictures_that_it_drew(server):
 
 
 def test_a_server_takes_files_from_models_reward(server):
-    shutil.copy(PUBLISHED / "HPS_tiny.pt", server.base / "models" / "reward" / "hps.pt")
+    put_hps(server.base / "models" / "reward" / "hps.pt")
     options = server.object_info()["MaskUNetRewardLoader"]["input"]["required"]["reward_name"]
     assert "hps.pt" in json.dumps(options)
     assert len(server.run(graph("hps.pt"))["save"]["images"]) == 2
