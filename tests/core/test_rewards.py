@@ -122,6 +122,15 @@ def test_a_prompt_that_is_too_long_keeps_its_end_token():
     assert bert_tokens("red " * 200)[0].tolist()[-1] == 102
 
 
+@pytest.mark.parametrize(("tokens", "length"), [(bert_tokens, 33), (clip_tokens, 75)])
+def test_a_prompt_that_is_cut_is_told_in_the_log(caplog, tokens, length):
+    tokens("red " * length)
+    assert caplog.text == ""
+    tokens("red " * (length - 2) + "blue green black white")
+    assert f"reads the first {length} of the prompt's {length + 2} tokens, to '... " in caplog.text
+    assert "red blue green'. What comes after that does not count" in caplog.text
+
+
 def test_pickscore_equals_transformers():
     """The names are mapped: towers, projections, pooling, logit scale."""
     model = clip_model()
@@ -186,6 +195,13 @@ def test_letterboxed_pictures_are_whole_between_black_bars():
     assert not boxed[:, :, :16].any()
     assert not boxed[:, :, 48:].any()
     assert torch.equal(fit(boxed, 64), boxed)
+
+
+@pytest.mark.parametrize(("height", "width", "inside"), [(4, 2000, (1, 64)), (2000, 4, (64, 1))])
+def test_pictures_far_longer_than_wide_are_letterboxed_to_a_line(height, width, inside):
+    boxed = letterbox(torch.ones(1, 3, height, width), 64)
+    assert boxed.shape == (1, 3, 64, 64)
+    assert (boxed[0, 0].any(1).sum(), boxed[0, 0].any(0).sum()) == inside
 
 
 @pytest.mark.parametrize("family", FAMILIES)
