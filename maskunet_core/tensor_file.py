@@ -1,6 +1,8 @@
 """What all files of the project have in common: one `.safetensors`, metadata that say what it is, checks before use."""
 
 import os
+import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,12 @@ Expected = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
 """Kind and shape of each tensor by name: uint8, or None for floating point."""
 
 
+def _as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """safetensors has an error of its own for a full disk and the like; the system's number is in its words."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(str(error)) if number is None else OSError(int(number[1]), os.strerror(int(number[1])), str(path))
+
+
 @dataclass(frozen=True)
 class FileKind:
     """A kind of file, and the sentences for a person whose file is not of this kind or was spoilt.
@@ -39,12 +47,16 @@ class FileKind:
     again: str
 
     def write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """Write the file under a temporary name beside `path`, then rename it."""
+        """Write the file under a temporary name beside `path`, then rename it. Raises OSError."""
         metadata = {"format": self.format, "format_version": self.version, **metadata}
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # No longer than the shortest name, so that what a file system takes as a name can be written, too.
+        temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")
         try:
-            save_file(tensors, temporary, metadata)
+            try:
+                save_file(tensors, temporary, metadata)
+            except SafetensorError as error:
+                raise _as_os_error(error, path) from None
             # safetensors makes files that only their owner can read.
             temporary.chmod(0o644)
             os.replace(temporary, path)
@@ -93,7 +105,8 @@ class FileKind:
             for name, (dtype, shape) in expected.items():
                 found = file.get_slice(name)
                 kind = {torch.uint8: "U8"}.get(dtype)
-                if tuple(found.get_shape()) != shape or (found.get_dtype() == "U8") != (kind == "U8"):
+                right = found.get_dtype() == "U8" if kind else found.get_dtype().startswith(("F", "BF"))
+                if tuple(found.get_shape()) != shape or not right:
                     raise self.error(
                         f"Tensor {name} of '{path.name}' is {found.get_dtype()} {tuple(found.get_shape())}, but should "
                         f"be {kind or 'floating point'} {shape}. {self.again}"

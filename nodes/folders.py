@@ -1,5 +1,7 @@
 """Where files lie: `models/maskunet` for generators, `models/maskunet_masks` for recorded masks, `models/reward`."""
 
+import contextlib
+import os
 from pathlib import Path
 
 import folder_paths
@@ -24,8 +26,18 @@ def register() -> None:
 def _register(name: str, extensions: set[str], *others: Path) -> None:
     """`models/{name}`, and other folders whose files are listed beside it."""
     own = Path(folder_paths.models_dir) / name
-    own.mkdir(parents=True, exist_ok=True)
+    # A folder that cannot be made (models may be read-only) holds no files, and is no reason to do without the nodes.
+    with contextlib.suppress(OSError):
+        own.mkdir(parents=True, exist_ok=True)
     for folder in (own, *others):
         folder_paths.add_model_folder_path(name, str(folder))
     paths, _ = folder_paths.folder_names_and_paths[name]
     folder_paths.folder_names_and_paths[name] = (paths, set(extensions))
+
+
+def fingerprint(*paths: str | Path) -> list[list[int]]:
+    """What changes with the files: modification time in nanoseconds and size of each. For `fingerprint_inputs`.
+
+    The time alone would miss a file that was replaced by one with the same time, as tools that keep times do.
+    """
+    return [[status.st_mtime_ns, status.st_size] for status in map(os.stat, paths)]

@@ -1,16 +1,27 @@
 """Recorded masks: apply them to a model, save them, load them."""
 
+import errno
 import os
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
 
+from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.files import mask_file
 from ..maskunet_core.records.recorded import RecordedMasks, RecordedSource
 from ..maskunet_core.seam.attach import attach, structure_of
-from .folders import MASKS, SAVED_MASKS
+from .folders import MASKS, SAVED_MASKS, fingerprint
 from .types import MasksType, strength_input
+
+DEFAULT_PREFIX = f"{SAVED_MASKS}/maskunet"
+_MENDS = {
+    errno.ENAMETOOLONG: "Choose a shorter filename_prefix.",
+    errno.ENOSPC: "Free some space on that disk.",
+    errno.EACCES: "Make the output folder writable, or start ComfyUI with another --output-directory.",
+    errno.EROFS: "Make the output folder writable, or start ComfyUI with another --output-directory.",
+}
+"""What to do about errors of the system while a file is written."""
 
 
 def seeds_in_words(seeds: list[int]) -> str:
@@ -71,9 +82,10 @@ class MaskUNetSaveMasks(io.ComfyNode):
                 MasksType.Input("masks", tooltip="The masks to save, with the record of how they were found."),
                 io.String.Input(
                     "filename_prefix",
-                    default=f"{SAVED_MASKS}/maskunet",
-                    tooltip=f"Name of the file in the output folder; a number is added. Files in {SAVED_MASKS}/ are "
-                    "listed by MaskUNet Load Masks at once, others when they were moved to models/maskunet_masks.",
+                    default=DEFAULT_PREFIX,
+                    tooltip="Name of the file in the output folder; a number is added, so that no file is overwritten. "
+                    f"Files in {SAVED_MASKS}/ are listed by MaskUNet Load Masks at once, others when they were moved "
+                    "to models/maskunet_masks.",
                 ),
             ],
             outputs=[],
@@ -81,17 +93,51 @@ class MaskUNetSaveMasks(io.ComfyNode):
 
     @classmethod
     def execute(cls, masks: RecordedMasks, filename_prefix: str) -> io.NodeOutput:
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
-        )
-        file = f"{name}_{counter:05}_.safetensors"
-        mask_file.save(Path(folder) / file, masks)
-        saved = {"filename": file, "subfolder": subfolder, "type": "output"}
-        text = [f"Saved as {Path(subfolder, file).as_posix()}"]
+        prefix = filename_prefix.replace("\0", "").strip()
+        path = _save(masks, prefix if prefix.strip("./\\ ") else DEFAULT_PREFIX)
+        subfolder = Path(os.path.relpath(path.parent, folder_paths.get_output_directory()))
+        saved = {"filename": path.name, "subfolder": "" if subfolder == Path() else str(subfolder), "type": "output"}
+        text = [f"Saved as {(subfolder / path.name).as_posix()}"]
         seeds = masks.record.get("seeds")
-        if isinstance(seeds, list) and seeds:
+        if isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds):
             text.append(f"To draw this again, give KSampler {seeds_in_words(seeds)}")
         return io.NodeOutput(ui={"masks": [saved], "text": text})
+
+
+def _save(masks: RecordedMasks, prefix: str) -> Path:
+    """Writes masks under the next free number below the output folder, and returns where. Raises MaskUNetError."""
+    output = folder_paths.get_output_directory()
+    try:
+        if not Path(os.path.abspath(Path(output, prefix))).is_relative_to(os.path.abspath(output)):
+            raise MaskUNetError(
+                f"filename_prefix '{prefix}' lies outside the output folder. Give a name inside of it, such as "
+                f"{DEFAULT_PREFIX}."
+            )
+        folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, output)
+        path = _reserved(Path(folder), name, number)
+        try:
+            mask_file.save(path, masks)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        mend = _MENDS.get(error.errno, "Choose another name or folder by filename_prefix.")
+        raise MaskUNetError(
+            f"The masks cannot be saved as '{prefix}' in the output folder ({error.strerror or error}). {mend}"
+        ) from None
+    return path
+
+
+def _reserved(folder: Path, name: str, number: int) -> Path:
+    """An empty file with the first free number from `number` on, which no other server can take any more."""
+    while True:
+        path = folder / f"{name}_{number:05}_.safetensors"
+        try:
+            path.open("x").close()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
 
 
 class MaskUNetLoadMasks(io.ComfyNode):
@@ -126,8 +172,8 @@ class MaskUNetLoadMasks(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, masks_name: str) -> float:
-        return os.path.getmtime(folder_paths.get_full_path_or_raise(MASKS, masks_name))
+    def fingerprint_inputs(cls, masks_name: str) -> list[list[int]]:
+        return fingerprint(folder_paths.get_full_path_or_raise(MASKS, masks_name))
 
     @classmethod
     def execute(cls, masks_name: str) -> io.NodeOutput:

@@ -111,7 +111,8 @@ class MaskUNetRewardSampler(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     advanced=True,
-                    tooltip="Reward that is good enough: an image that reaches it is left as it is. 0 for none.",
+                    tooltip="Reward that is good enough: an image that reaches it is left as it is. 0 for none; for a "
+                    "target of zero give 0.01 or -0.01.",
                 ),
                 io.Float.Input(
                     "seconds",

@@ -1,7 +1,9 @@
 """Load rewards, combine them, and score pictures with them."""
 
 import json
-import os
+import logging
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.rewards.preprocess import letterbox
 from ..maskunet_core.rewards.reward import BoundModel, CombinedReward, Reward
-from .folders import REWARD
+from .folders import REWARD, fingerprint
 from .legend import captioned
 from .patchers import whole_patcher
 from .types import RewardType
@@ -23,7 +26,9 @@ TOY_REWARD = "toy reward (bundled)"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CROP, LETTERBOX = "centre crop", "letterbox"
 _CHUNK = 8
-"""Pictures that are scored at once."""
+"""Pictures that are scored at once, or fewer where memory is short."""
+_WORK = 48 << 20
+"""Bytes that a reward's layers need for a picture: less than this in all published ones, in fp32."""
 
 
 class LoadedReward:
@@ -95,10 +100,13 @@ class MaskUNetRewardLoader(io.ComfyNode):
         return f"'{reward_name}' is not in models/reward. These files can be put there: {KNOWN}."
 
     @classmethod
-    def fingerprint_inputs(cls, reward_name: str, **options) -> float:
+    def fingerprint_inputs(cls, reward_name: str, **options) -> list[list[int]]:
         if reward_name == TOY_REWARD:
-            return 0.0
-        return os.path.getmtime(folder_paths.get_full_path_or_raise(REWARD, reward_name))
+            return []
+        from ..maskunet_core.rewards.files import files_of
+
+        path = Path(folder_paths.get_full_path_or_raise(REWARD, reward_name))
+        return fingerprint(*files_of(path, _others(path)))
 
     @classmethod
     def execute(cls, reward_name: str, dtype: str, checkpointing: bool) -> io.NodeOutput:
@@ -190,7 +198,8 @@ class MaskUNetRewardScore(io.ComfyNode):
                 io.String.Input(
                     "prompt",
                     multiline=True,
-                    tooltip="What the pictures should show. The aesthetic predictor does not read it.",
+                    tooltip="What the pictures should show. ImageReward reads its first 33 tokens, about 25 words; "
+                    "CLIP, HPSv2 and PickScore the first 75; the aesthetic predictor none.",
                 ),
                 RewardType.Input("reward", tooltip="From MaskUNet Reward Loader or Combine."),
                 io.Combo.Input(
@@ -212,24 +221,66 @@ class MaskUNetRewardScore(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: Tensor, prompt: str, reward: LoadedReward, framing: str) -> io.NodeOutput:
+        if not len(images):
+            raise MaskUNetError("The batch at 'images' holds no picture to score. Connect one that does.")
+        # A picture of one channel is grey; what comes after the third is transparency.
+        images = images[..., :3] if images.shape[-1] >= 3 else images[..., :1].expand(*images.shape[:-1], 3)
         with torch.inference_mode(False), torch.no_grad():
-            pictures = images[..., :3].movedim(-1, 1).to("cpu", torch.float32, copy=True)
+            pictures = images.movedim(-1, 1).to("cpu", torch.float32, copy=True)
             bound = reward.reward.bind(prompt)
-            comfy.model_management.load_models_gpu(reward.patchers())
+            comfy.model_management.load_models_gpu(reward.patchers(), memory_required=_memory_of(pictures[:_CHUNK]))
             parts = [(weight, part.name, _scores(part, pictures, framing)) for weight, part in bound.parts()]
-        scores = sum(weight * values for weight, _, values in parts).tolist()
+        # A weight of zero leaves a reward out of the sum, also one whose score is no number.
+        used = [weight * values for weight, _, values in parts if weight]
+        scores = sum(used, torch.zeros(len(images), dtype=torch.float64)).tolist()
         lines = [[f"{name}  {values[n]:.4g}" for _, name, values in parts] for n in range(len(scores))]
-        table = {"prompt": prompt, "reward": bound.name, "scores": scores}
+        table = {"prompt": prompt, "reward": bound.name, "scores": _for_json(scores)}
         if len(parts) > 1:
             lines = [[*line, f"sum  {score:.4g}"] for line, score in zip(lines, scores)]
-            table["parts"] = [{"name": name, "weight": w, "scores": values.tolist()} for w, name, values in parts]
-        return io.NodeOutput(scores, captioned(images[..., :3], lines), json.dumps(table, indent=2, ensure_ascii=False))
+            table["parts"] = [
+                {"name": name, "weight": weight, "scores": _for_json(values.tolist())} for weight, name, values in parts
+            ]
+        text = json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False)
+        return io.NodeOutput(scores, captioned(images, lines), text)
+
+
+def _for_json(scores: list[float]) -> list[float | None]:
+    """JSON knows neither NaN nor infinity: null."""
+    return [score if math.isfinite(score) else None for score in scores]
+
+
+def _memory_of(pictures: Tensor) -> int:
+    """Bytes on the device to score these pictures: each as it is, resized in one direction and in both, and layers."""
+    _, channels, height, width = pictures.shape
+    resized = channels * max(height, width) * 224 + channels * 224 * 224
+    return len(pictures) * (4 * (channels * height * width + resized) + _WORK)
 
 
 def _scores(part: BoundModel, pictures: Tensor, framing: str) -> Tensor:
     """`[B]`, in double precision on the CPU, so that weighted sums of them are exact to the last digit shown."""
-    chunks = []
-    for chunk in pictures.split(_CHUNK):
+    scores, size = [], _CHUNK
+    while pictures.shape[0]:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        chunks.append(part(letterbox(chunk, part.size) if framing == LETTERBOX else chunk).double())
-    return torch.cat(chunks)
+        chunk = pictures[:size]
+        try:
+            scores.append(part(letterbox(chunk, part.size) if framing == LETTERBOX else chunk).double())
+        except Exception as error:
+            if len(chunk) == 1 or not _is_out_of_memory(error):
+                raise
+            # Tried again outside of this block, where nothing holds the tensors of the attempt any more.
+            size = len(chunk) // 2
+        else:
+            pictures = pictures[size:]
+            continue
+        logging.info(
+            f"MaskUNet Reward Score: not enough memory for {len(chunk)} pictures at once, going on with {size}."
+        )
+        comfy.model_management.soft_empty_cache()
+    return torch.cat(scores)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # MPS and the CPU say so in words alone.
+    return isinstance(error, RuntimeError) and re.search(r"out of memory|not enough memory", str(error)) is not None

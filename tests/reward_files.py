@@ -1,6 +1,7 @@
 """Small reward files in the layouts of the published ones, with random weights."""
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from maskunet_core.rewards.clip_layout import ClipLayout
 from tests.drawn import drawn, embedding, linear, matrix, norm
 
 PUBLISHED = Path(__file__).parent / "core" / "published"
 """What the original packages' code computed: `python -m tests.parity.golden` makes the scores and gradients anew."""
 WRONGLY_DECODED = "mojibake: cafÃ©"
 """The one prompt of `tokens_golden.json` that the package `ftfy` is needed for."""
-IMAGE_REWARD_HEADS, HPS_HEADS = (4, 4), (4, 4)
-"""Heads of the image and the text encoder in `image_reward_tensors` and `hps_tensors`; files do not tell."""
+IMAGE_REWARD_HEADS, HPS_LAYOUT = (4, 4), ClipLayout(quick=False, image_heads=4, text_heads=4)
+"""Of the image and the text encoder of `image_reward_tensors` and `hps_tensors`; files do not tell."""
+HPS_DESCRIPTION = {
+    "model_cfg": {"vision_cfg": {"width": 80, "head_width": 20}, "text_cfg": {"width": 32, "heads": 4}},
+}
+"""The same as OpenCLIP writes it beside the weights."""
 GOLDEN_PIXELS = {"ImageReward": 32, "HPSv2.1": 28}
 """Width and height of the pictures that each reward takes."""
 
@@ -106,7 +112,14 @@ def write_image_reward(path: Path) -> Path:
 
 
 def write_hps(path: Path) -> Path:
+    """With its description beside it."""
     torch.save({"state_dict": hps_tensors()}, path)
+    return describe(path)
+
+
+def describe(path: Path, description: dict | None = None) -> Path:
+    """Write a description beside a file of weights; by default that of `hps_tensors`."""
+    path.with_suffix(".json").write_text(json.dumps(HPS_DESCRIPTION if description is None else description))
     return path
 
 
@@ -134,16 +147,52 @@ def clip_model(width: int = 64, embedding: int = 24):
     return CLIPModel(config).eval()
 
 
+def clip_description() -> dict:
+    """What transformers writes beside the weights of `clip_model`."""
+    return json.loads(clip_model().config.to_json_string())
+
+
+def as_openai_released(model):
+    """Weights rounded to half precision, as OpenAI's are."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
+    return model
+
+
+def shallow_clip(width: int, heads: int, act: str, patch: int, pixels: int, text_width: int):
+    """transformers' CLIPModel in the shape of a published one, a single layer deep; another act gives other scores."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    shape = {"intermediate_size": 128, "num_hidden_layers": 1, "hidden_act": act, "projection_dim": 32}
+    image = shape | {"hidden_size": width, "num_attention_heads": heads, "image_size": pixels, "patch_size": patch}
+    text = shape | {"hidden_size": text_width, "num_attention_heads": text_width // 64}
+    with torch.device("meta"):
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=32))
+    model = model.to_empty(device="cpu").eval()
+    for name, parameter in model.named_parameters():
+        reach = 2.5 / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.1
+        torch.nn.init.uniform_(parameter, -reach, reach)
+        if "norm" in name and name.endswith("weight"):
+            torch.nn.init.ones_(parameter)
+    torch.nn.init.constant_(model.logit_scale, 2.6592)
+    for part in (model.text_model.embeddings, model.vision_model.embeddings):
+        places = part.position_embedding.num_embeddings
+        part.register_buffer("position_ids", torch.arange(places)[None], persistent=False)
+    return model.requires_grad_(False)
+
+
 def clip_l_image_model(embedding: int = 24, pixels: int = 224):
-    """transformers' image half of CLIP with OpenAI's ViT-L width and quick GELU, a single layer deep."""
+    """transformers' image half of CLIP as OpenAI's ViT-L/14 is, with its quick GELU, but a single layer deep."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
     shape = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 16}
     config = CLIPVisionConfig(
-        **shape, hidden_act="quick_gelu", image_size=pixels, patch_size=32, projection_dim=embedding
+        **shape, hidden_act="quick_gelu", image_size=pixels, patch_size=14, projection_dim=embedding
     )
-    return CLIPVisionModelWithProjection(config).eval()
+    return as_openai_released(CLIPVisionModelWithProjection(config).eval())
 
 
 def aesthetic_head(embedding: int = 24) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ KIND = FileKind(
 
 
 def save(path: Path, masks: RecordedMasks) -> None:
-    """Write the file under a temporary name beside `path`, then rename it."""
+    """Write the file under a temporary name beside `path`, then rename it. Raises OSError."""
     sigmas = masks.sigmas
     steps = [masks.steps[sigma] for sigma in sigmas]
     metadata = {
@@ -66,8 +66,10 @@ def _build(path: Path, metadata: dict[str, str]) -> tuple[RecordedMasks, list[fl
     try:
         structure = Structure.from_dict(json.loads(metadata["base_model"]))
         images, record = json.loads(metadata["images"]), json.loads(metadata["record"])
-        if not isinstance(images, int) or not isinstance(record, dict):
+        if type(images) is not int or not isinstance(record, dict):
             raise TypeError("images must be a whole number and record an object")
+        if len(structure.layers) != sum(len(block.layers) for block in structure.blocks):
+            raise ValueError("base_model names a layer twice")
         masks = RecordedMasks(structure, images, record, metadata["targets"], metadata["branches"])
         sigmas = [float(sigma) for sigma in json.loads(metadata["sigmas"])]
         stored = _stored_layers(json.loads(metadata["stored"]), list(masks.layers))
@@ -75,7 +77,7 @@ def _build(path: Path, metadata: dict[str, str]) -> tuple[RecordedMasks, list[fl
             raise ValueError("sigmas must be positive, finite and descending")
         if len(sigmas) != len(stored):
             raise ValueError(f"there are {len(sigmas)} sigmas, but stored has {len(stored)} steps")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise KIND.damaged_metadata(path, error) from None
     return masks, sigmas, stored
 

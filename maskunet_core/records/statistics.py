@@ -156,8 +156,13 @@ class WeightStatistics:
     mean_removed: Tensor
 
 
+def _exact_sum(values: Tensor) -> Tensor:
+    """Of [out, in] values in fp32, in double precision on the CPU: there are devices without it."""
+    return values.sum(1).cpu().double().sum()
+
+
 def weight_statistics(masks: ImageMasks, weight_of: Callable[[str], Tensor]) -> WeightStatistics:
-    """weight_of: a layer's weight [out, in] as the host presents it; asked twice for each layer."""
+    """weight_of: a layer's weight [out, in] as the host presents it, on any device; asked twice for each layer."""
     layers, sigmas = list(masks.layers.values()), masks.sigmas
     largest = max((float(weight_of(layer.name).abs().max()) for layer in layers), default=0.0) or 1.0
     bins = _DECADES * _BINS_PER_DECADE
@@ -166,18 +171,22 @@ def weight_statistics(masks: ImageMasks, weight_of: Callable[[str], Tensor]) -> 
     mean_kept, mean_removed = torch.full((2, len(layers), len(sigmas)), float("nan"), dtype=torch.float64)
     for row, layer in enumerate(layers):
         magnitude = weight_of(layer.name).float().abs()
-        everything, times = magnitude.sum(dtype=torch.float64), torch.zeros_like(magnitude)
+        everything, times = _exact_sum(magnitude), torch.zeros_like(magnitude, dtype=torch.int32)
         for step, sigma in enumerate(sigmas):
             gone = masks.removed(sigma, layer, magnitude.device)
-            gone = torch.zeros_like(magnitude) if gone is None else gone.to(magnitude)
-            count, lost = gone.sum(), torch.dot(magnitude.flatten(), gone.flatten())
+            gone = torch.zeros_like(times, dtype=torch.bool) if gone is None else gone
+            count, lost = gone.sum().cpu(), _exact_sum(magnitude * gone)
             # 0 / 0 is NaN: there is no mean of no weights.
             mean_kept[row, step] = (everything - lost) / (_weights(layer) - count)
             mean_removed[row, step] = lost / count
             times += gone
-        place = torch.bucketize(magnitude.flatten(), edges[1:-1].to(magnitude))
-        total += torch.bincount(place, minlength=bins).cpu()
-        removed += torch.bincount(place, times.flatten().double() / len(sigmas), minlength=bins).cpu()
+        place = torch.bucketize(magnitude.flatten(), edges[1:-1].float().to(magnitude.device), out_int32=True)
+        # By bin and number of steps that remove a weight: whole numbers, which every device counts exactly.
+        removals = len(sigmas) + 1
+        counts = torch.bincount(place * removals + times.flatten(), minlength=bins * removals).cpu()
+        counts = counts.view(bins, removals).double()
+        total += counts.sum(1)
+        removed += counts @ torch.arange(removals, dtype=torch.float64) / len(sigmas)
     return WeightStatistics(edges, total - removed, removed, mean_kept, mean_removed)
 
 

@@ -27,16 +27,12 @@ class AestheticReward(Reward):
         cls,
         name: str,
         head: Mapping[str, Tensor],
-        tower: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        *,
-        checkpointing: bool = False,
+        tower: ImageTower,
     ) -> "AestheticReward":
-        """head: tensors of the predictor's file; tower: of CLIP ViT-L/14 under OpenCLIP's names."""
+        """head: tensors of the predictor's file; tower: of OpenAI's CLIP ViT-L/14."""
         with torch.device("meta"):
             chain = LinearChain(head)
-        image = ImageTower.from_tensors(tower, dtype, checkpointing=checkpointing)
-        return cls(name, image, fill(chain, head, torch.float32))
+        return cls(name, tower, fill(chain, head, torch.float32))
 
     def bind(self, prompt: str) -> BoundReward:
         return BoundModel(self.name, self.model["tower"].size, self.model, self._score)

@@ -45,7 +45,14 @@ class ImageReward(Reward):
         ids, mask = bert_tokens(prompt)
         # No other token looks at padding, and none of it reaches the score.
         ids = ids[None, mask.bool()]
-        return BoundModel(self.name, self.model.size, self.model, lambda pictures: self.model(normalise(pictures), ids))
+
+        def score(pictures: Tensor) -> Tensor:
+            nonlocal ids
+            # Sent once: they stay where the pictures are.
+            ids = ids.to(pictures.device)
+            return self.model(normalise(pictures), ids)
+
+        return BoundModel(self.name, self.model.size, self.model, score)
 
     def modules(self) -> list[nn.Module]:
         return [self.model]
@@ -74,7 +81,7 @@ class ImageRewardModel(nn.Module):
     def forward(self, pixels: Tensor, ids: Tensor) -> Tensor:
         """pixels: normalised pictures `[B, 3, size, size]`; ids: `[1, N]` without padding. Returns scores `[B]`."""
         seen = self.blip["visual_encoder"](pixels, self.checkpointing)
-        told = self.blip["text_encoder"](ids.to(seen.device).expand(len(seen), -1), seen, self.checkpointing)
+        told = self.blip["text_encoder"](ids.expand(len(seen), -1), seen, self.checkpointing)
         return (self.mlp(told[:, 0].float()).squeeze(1) - _MEAN) / _STD
 
 

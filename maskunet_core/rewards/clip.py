@@ -6,16 +6,19 @@ Parameters have OpenCLIP's names, as in HPSv2's files; `to_openclip` renames tho
 import math
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import attend, depth_of, fill, heads_of, run
+from .clip_layout import ClipLayout, layout_of, picture_side
+from .layers import BadTensors, attend, depth_of, fill, run
 from .preprocess import normalise
 from .reward import BoundModel, BoundReward, Reward
 from .tokens import clip_tokens
+
+_MOST_FEATURES = 256
+"""Embeddings of prompts that a reward keeps."""
 
 
 class ClipReward(Reward):
@@ -26,7 +29,7 @@ class ClipReward(Reward):
 
     def __init__(self, name: str, image: "ImageTower", text: "TextTower", scale: float = 1.0):
         self.name, self.image, self.text, self.scale = name, image, text, scale
-        self._feature = lru_cache(maxsize=256)(self._encode)
+        self._features: dict[str, Tensor] = {}
 
     @classmethod
     def from_tensors(
@@ -37,27 +40,37 @@ class ClipReward(Reward):
         *,
         scaled: bool,
         checkpointing: bool = False,
-        heads: tuple[int, int] | None = None,
+        layout: ClipLayout | None = None,
     ) -> "ClipReward":
         """tensors: under OpenCLIP's names. scaled: whether the score is exp(logit_scale) times the cosine.
-        heads: of the image and the text tower, where they do not follow from the widths."""
-        image_heads, text_heads = heads or (None, None)
-        image = ImageTower.from_tensors(tensors, dtype, checkpointing=checkpointing, heads=image_heads)
+        layout: where it does not follow from the shapes. Raises BadTensors."""
+        layout = layout or layout_of(tensors)
+        image = ImageTower.from_tensors(tensors, dtype, layout, checkpointing=checkpointing)
         with torch.device("meta"):
-            text = TextTower(tensors, quick=_is_openai(tensors), heads=text_heads)
-        scale = math.exp(float(tensors["logit_scale"])) if scaled else 1.0
+            text = TextTower(tensors, layout)
+        scale = _exponential(float(tensors["logit_scale"])) if scaled else 1.0
         return cls(name, image, fill(text, tensors, torch.float32), scale)
 
-    def _encode(self, prompt: str) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            return F.normalize(self.text(clip_tokens(prompt)[None]), dim=-1)[0]
+    def _feature(self, prompt: str) -> Tensor:
+        """The prompt's embedding `[E]` of length 1. The newest are kept; a cache of functools would hold `self`, too,
+        in a cycle that frees no memory until the collector runs."""
+        if prompt not in self._features:
+            with torch.inference_mode(False), torch.no_grad():
+                feature = F.normalize(self.text(clip_tokens(prompt)[None]), dim=-1)[0]
+            while len(self._features) >= _MOST_FEATURES:
+                del self._features[next(iter(self._features))]
+            self._features[prompt] = feature
+        return self._features[prompt]
 
     def bind(self, prompt: str) -> BoundReward:
-        told = self._feature(prompt)
+        feature = self._feature(prompt)
 
         def score(pictures: Tensor) -> Tensor:
-            seen = F.normalize(self.image(normalise(pictures)).float(), dim=-1)
-            return self.scale * (seen @ told.to(seen))
+            nonlocal feature
+            embeddings = F.normalize(self.image(normalise(pictures)).float(), dim=-1)
+            # Sent once: it stays where the pictures are.
+            feature = feature.to(embeddings)
+            return self.scale * (embeddings @ feature)
 
         return BoundModel(self.name, self.image.size, self.image, score)
 
@@ -68,19 +81,21 @@ class ClipReward(Reward):
 class ImageTower(nn.Module):
     """Normalised pictures `[B, 3, size, size]` to embeddings `[B, E]`.
 
-    tensors: of the file, for their shapes, with the prefix `visual.`; quick: OpenAI's approximation of GELU.
+    tensors: of the file, for their shapes, with the prefix `visual.`.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], quick: bool, heads: int | None = None):
+    def __init__(self, tensors: Mapping[str, Tensor], layout: ClipLayout):
         super().__init__()
         positions, width = tensors["visual.positional_embedding"].shape
         patch = tensors["visual.conv1.weight"].shape[-1]
-        self.size = math.isqrt(positions - 1) * patch
+        self.size = picture_side(tensors)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(positions, width))
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = _Transformer(tensors, "visual.transformer.", width, heads, quick, causal=False)
+        self.transformer = _Transformer(
+            tensors, "visual.transformer.", width, layout.image_heads, layout.quick, causal=False
+        )
         self.proj = nn.Parameter(torch.empty(tensors["visual.proj"].shape))
         self.checkpointing = False
 
@@ -89,12 +104,12 @@ class ImageTower(nn.Module):
         cls,
         tensors: Mapping[str, Tensor],
         dtype: torch.dtype,
+        layout: ClipLayout,
         *,
         checkpointing: bool = False,
-        heads: int | None = None,
     ) -> "ImageTower":
         with torch.device("meta"):
-            tower = cls(tensors, quick=_is_openai(tensors), heads=heads)
+            tower = cls(tensors, layout)
         tower.checkpointing = checkpointing
         return fill(tower, tensors, dtype, "visual.")
 
@@ -108,12 +123,12 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     """Token ids `[B, 77]` to embeddings `[B, E]`, read at the end token, which has the highest id."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], quick: bool, heads: int | None = None):
+    def __init__(self, tensors: Mapping[str, Tensor], layout: ClipLayout):
         super().__init__()
         words, width = tensors["token_embedding.weight"].shape
         self.token_embedding = nn.Embedding(words, width)
         self.positional_embedding = nn.Parameter(torch.empty(tensors["positional_embedding"].shape))
-        self.transformer = _Transformer(tensors, "transformer.", width, heads, quick, causal=True)
+        self.transformer = _Transformer(tensors, "transformer.", width, layout.text_heads, layout.quick, causal=True)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(tensors["text_projection"].shape))
 
@@ -127,12 +142,9 @@ class TextTower(nn.Module):
 
 
 class _Transformer(nn.Module):
-    def __init__(
-        self, tensors: Mapping[str, Tensor], prefix: str, width: int, heads: int | None, quick: bool, causal: bool
-    ):
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, width: int, heads: int, quick: bool, causal: bool):
         super().__init__()
         hidden, depth = len(tensors[prefix + "resblocks.0.mlp.c_fc.bias"]), depth_of(tensors, prefix + "resblocks.")
-        heads = heads or heads_of(width)
         self.resblocks = nn.ModuleList(_Block(width, hidden, heads, quick, causal) for _ in range(depth))
 
     def forward(self, x: Tensor, checkpointing: bool) -> Tensor:
@@ -167,9 +179,11 @@ class _Attention(nn.Module):
         return self.out_proj(attend(query, key, value, self.heads, self.causal))
 
 
-def _is_openai(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the file is OpenAI's ViT-L/14, the one here that needs the quick GELU: files do not tell."""
-    return len(tensors["visual.class_embedding"]) == 1024
+def _exponential(logit_scale: float) -> float:
+    """By what a cosine is multiplied; CLIP never lets it grow beyond 100. Raises BadTensors."""
+    if not abs(logit_scale) < 20:
+        raise BadTensors(f"has a logit_scale of {logit_scale:g}, which no CLIP has")
+    return math.exp(logit_scale)
 
 
 _RENAMED = {
@@ -199,10 +213,10 @@ def to_openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 name = re.sub(old, new, name)
         renamed[name] = value
     for old, new in (("visual_projection.weight", "visual.proj"), ("text_projection.weight", "text_projection")):
-        if old in renamed:
+        if old in renamed and renamed[old].ndim == 2:
             renamed[new] = renamed.pop(old).T
     for name in [name for name in renamed if ".attn.q_proj." in name]:
         parts = [renamed.pop(name.replace(".q_proj.", f".{part}_proj."), None) for part in "qkv"]
-        if all(part is not None for part in parts):
+        if all(part is not None and part.ndim and part.shape == parts[0].shape for part in parts):
             renamed[name.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
     return renamed

@@ -1,18 +1,21 @@
 """Published weight files: read without running anything in them, recognised by the tensors they hold."""
 
+import contextlib
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import MaskUNetError
 from .aesthetic import AestheticReward
 from .blip import ImageReward
-from .clip import ClipReward, to_openclip
+from .clip import ClipReward, ImageTower, to_openclip
+from .clip_layout import layout_of, picture_side, read_description
 from .layers import BadTensors
 from .reward import Reward
 
@@ -42,22 +45,19 @@ def load(
     """
     published = read_tensors(path)
     tensors = to_openclip(published)
-    try:
+    with _naming(path):
         if "blip.visual_encoder.cls_token" in tensors:
             return ImageReward.from_tensors(path.stem, tensors, dtype, checkpointing=checkpointing)
         if _is_aesthetic(tensors):
-            tower = _find_tower(path, tensors["layers.0.weight"].shape[1], others)
-            return AestheticReward.from_tensors(path.stem, tensors, tower, dtype, checkpointing=checkpointing)
+            tower = _load_tower(path, tensors, others, dtype, checkpointing)
+            return AestheticReward.from_tensors(path.stem, tensors, tower)
         if "visual.class_embedding" in tensors and "token_embedding.weight" in tensors:
             # HPSv2 comes under OpenCLIP's names and is a cosine; PickScore under transformers', and is CLIP's logit.
             scaled = "vision_model.embeddings.class_embedding" in published
-            return ClipReward.from_tensors(path.stem, tensors, dtype, scaled=scaled, checkpointing=checkpointing)
-    except BadTensors as error:
-        raise BadRewardFile(f"'{path.name}' {error}: it is damaged. Download it again.") from None
-    except KeyError as error:
-        raise BadRewardFile(
-            f"'{path.name}' lacks the tensor {error.args[0]}: it is damaged. Download it again."
-        ) from None
+            layout = layout_of(tensors, read_description(path))
+            return ClipReward.from_tensors(
+                path.stem, tensors, dtype, scaled=scaled, layout=layout, checkpointing=checkpointing
+            )
     if "visual.class_embedding" in tensors:
         raise BadRewardFile(
             f"'{path.name}' is an image tower of CLIP without its text tower, so it knows no prompt. It serves the "
@@ -68,23 +68,61 @@ def load(
     )
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What is wrong with tensors becomes a sentence about the file that they came from."""
+    try:
+        yield
+    except BadTensors as error:
+        raise BadRewardFile(f"'{path.name}' {error}") from None
+    except KeyError as error:
+        raise BadRewardFile(
+            f"'{path.name}' lacks the tensor {error.args[0]}: it is damaged. Download it again."
+        ) from None
+    except (IndexError, TypeError, ValueError) as error:
+        # Tensors are unpacked by their shapes, which may have any number of dimensions where a file is damaged.
+        if isinstance(error, MaskUNetError):
+            raise
+        raise BadRewardFile(
+            f"'{path.name}' holds tensors of unexpected shapes ({error}): it is damaged. Download it again."
+        ) from None
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file or a checkpoint of torch, without wrappers and the prefixes of trainers.
 
     Raises BadRewardFile.
     """
+    return _read(path, load_file, "cpu")
+
+
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """The same on the meta device, with names and shapes alone: of the tensors' content nothing is read."""
+    return _read(path, _shapes_of_safetensors, "meta")
+
+
+def _shapes_of_safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+
+
+def _read(path: Path, of_safetensors: Callable[[Path], dict[str, Tensor]], device: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise BadRewardFile(f"'{path}' does not exist. Put one of these into models/reward: {KNOWN}.")
-    with path.open("rb") as file:
-        start = file.read(9)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise _damaged(path, error) from None
     # A safetensors file begins with the length of its header, a zip or a pickle with a mark of its own.
     if start[8:] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32:
         try:
-            content = load_file(path)
+            content = of_safetensors(path)
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from None
     elif start.startswith((b"PK", b"\x80")):
-        content = _unpickle(path)
+        content = _unpickle(path, device)
     else:
         raise BadRewardFile(
             f"'{path.name}' is neither a safetensors file nor a checkpoint of torch; it may be a web page or a "
@@ -93,13 +131,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     found = content.items() if isinstance(content, Mapping) else ()
-    return {_bare(name): value for name, value in found if isinstance(value, Tensor)}
+    return {_bare(name): value for name, value in found if isinstance(name, str) and isinstance(value, Tensor)}
 
 
-def _unpickle(path: Path) -> object:
+def _unpickle(path: Path, device: str) -> object:
     zipped = zipfile.is_zipfile(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location=device, weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged pickle can raise anything
         told = str(error)
         if "numpy" in told and "GLOBAL" in told:
@@ -130,23 +168,61 @@ def _bare(name: str) -> str:
 
 
 def _is_aesthetic(tensors: Mapping[str, Tensor]) -> bool:
-    return {"layers.0.weight", "layers.7.weight"} <= tensors.keys()
+    return {"layers.0.weight", "layers.7.weight"} <= tensors.keys() and tensors["layers.0.weight"].ndim == 2
 
 
-def _find_tower(head: Path, width: int, others: Iterable[Path]) -> dict[str, Tensor]:
-    """The first image tower among `others` that looks at 224x224 pixels and gives embeddings of this width."""
+@lru_cache(maxsize=256)
+def _tower_width(path: Path, changed: int, size: int) -> int | None:
+    """Width of the embeddings that the image tower of CLIP in this file gives, if there is one for pictures of 224x224.
+
+    changed, size: of the file, for the cache: to look into many files takes time where their format is torch's old one.
+    """
+    try:
+        tensors = to_openclip(read_shapes(path))
+    except BadRewardFile:
+        return None
+    dimensions = {"visual.positional_embedding": 2, "visual.conv1.weight": 4, "visual.proj": 2}
+    if any(name not in tensors or tensors[name].ndim != wanted for name, wanted in dimensions.items()):
+        return None
+    return tensors["visual.proj"].shape[1] if picture_side(tensors) == 224 else None
+
+
+def _towers(head: Mapping[str, Tensor], others: Iterable[Path]) -> Iterator[Path]:
+    """Those of the files that hold a tower of the shape that the aesthetic predictor's head works on."""
+    width = head["layers.0.weight"].shape[1]
     for path in others:
-        try:
-            tensors = to_openclip(read_tensors(path))
-        except BadRewardFile:
-            continue
-        places, patches = tensors.get("visual.positional_embedding"), tensors.get("visual.conv1.weight")
-        if places is None or patches is None or "visual.proj" not in tensors:
-            continue
-        side = patches.shape[-1]
-        if tensors["visual.proj"].shape[1] == width and len(places) == (224 // side) ** 2 + 1:
-            return tensors
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            if _tower_width(path, status.st_mtime_ns, status.st_size) == width:
+                yield path
+
+
+def _load_tower(
+    path: Path, head: Mapping[str, Tensor], others: Iterable[Path], dtype: torch.dtype, checkpointing: bool
+) -> ImageTower:
+    """The first tower among `others` that fits the head and is OpenAI's. Raises BadRewardFile."""
+    refused = ""
+    for other in _towers(head, others):
+        with _naming(other):
+            tensors = to_openclip(read_tensors(other))
+            try:
+                layout = layout_of(tensors, read_description(other))
+            except BadTensors:
+                refused = f" ('{other.name}' has its shape, but is of other origin)"
+                continue
+            return ImageTower.from_tensors(tensors, dtype, layout, checkpointing=checkpointing)
     raise BadRewardFile(
-        f"'{head.name}' holds only the head of the aesthetic predictor, and the image tower it works on, OpenAI's CLIP "
-        f"ViT-L/14, was not found. Put {_CLIP_L} into models/clip_vision or models/reward."
+        f"'{path.name}' holds only the head of the aesthetic predictor, and the image tower it works on, OpenAI's CLIP "
+        f"ViT-L/14, was not found{refused}. Put {_CLIP_L} into models/clip_vision or models/reward."
     )
+
+
+def files_of(path: Path, others: Iterable[Path] = ()) -> list[Path]:
+    """The files that a reward is made of: `path`, and those among `others` that may be the tower which it lacks, each
+    with its description where there is one. Nothing of the tensors' content is read."""
+    found = [path]
+    with contextlib.suppress(BadRewardFile):
+        head = read_shapes(path)
+        if _is_aesthetic(head):
+            found += _towers(head, others)
+    return [file for one in found for file in (one, one.with_suffix(".json")) if file.is_file()]

@@ -10,9 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import MaskUNetError
 
+_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
 
 class BadTensors(MaskUNetError):
-    """Tensors that do not make up the model; the message goes on after the file's name: "lacks the tensor ..."."""
+    """Tensors that do not make up the model; the message goes on after the file's name: "lacks the tensor ...: ..."."""
+
+    def __init__(self, what: str, mend: str = "it is damaged. Download it again."):
+        super().__init__(f"{what}: {mend}")
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -22,8 +27,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool =
 
 
 def heads_of(width: int) -> int:
-    """Number of heads, which the files do not tell: they are 64 wide, or 80 in ViT-H."""
-    return max(1, width // (80 if width == 1280 else 64))
+    """Number of heads, which the files do not tell: they are 64 wide, but in the largest image towers of CLIP."""
+    return max(1, width // 64)
 
 
 def run(blocks: Iterable[nn.Module], x: Tensor, *context: Tensor, checkpointing: bool) -> Tensor:
@@ -43,7 +48,14 @@ class LinearChain(nn.Module):
         super().__init__()
         pattern = re.compile(re.escape(prefix) + r"layers\.(\d+)\.weight")
         found = {int(match[1]): tensors[name].shape for name in tensors if (match := pattern.fullmatch(name))}
-        self.layers = nn.ModuleDict({str(index): nn.Linear(*reversed(found[index])) for index in sorted(found)})
+        layers, width = {}, None
+        for index, shape in sorted(found.items()):
+            if len(shape) != 2 or width not in (None, shape[1]):
+                name, rows = f"{prefix}layers.{index}.weight", "" if width is None else f" of {width} columns"
+                raise BadTensors(f"holds the tensor {name} in the shape {tuple(shape)}, where a matrix{rows} fits")
+            width, columns = shape
+            layers[str(index)] = nn.Linear(columns, width)
+        self.layers = nn.ModuleDict(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers.values():
@@ -70,5 +82,9 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, p
             found, expected = tuple(tensors[name].shape), tuple(wanted.shape)
             raise BadTensors(f"holds the tensor {name} in the shape {found}, where {expected} fits the others")
         state[own] = tensors[name].to(dtype, copy=True).contiguous()
+        if not state[own].isfinite().all():
+            if tensors[name].float().isfinite().all():
+                raise BadTensors(f"holds numbers in {name} that {_NAMES[dtype]} cannot", "choose another dtype.")
+            raise BadTensors(f"holds numbers in {name} that are NaN or infinite")
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)

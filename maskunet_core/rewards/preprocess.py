@@ -1,5 +1,7 @@
 """From pictures of any size to the square that a model looks at. Differentiable; nothing is clamped."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,13 +31,22 @@ def letterbox(images: Tensor, size: int) -> Tensor:
     """Longest side to `size`, black bars around: what HPSv2's published scores were made with."""
     height, width = images.shape[2:]
     scale = size / max(height, width)
-    height, width = round(height * scale), round(width * scale)
+    # A picture far longer than wide still has a line of pixels.
+    height, width = (max(1, round(side * scale)) for side in (height, width))
     across, down = size - width, size - height
     bars = (across // 2, across - across // 2, down // 2, down - down // 2)
     return F.pad(_resize(images, height, width), bars)
 
 
+@cache
+@torch.inference_mode(False)
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `[3, 1, 1]`. Kept: to send them anew would make a device wait at every call."""
+    mean, std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (_MEAN, _STD))
+    return mean, std
+
+
 def normalise(pictures: Tensor) -> Tensor:
     """CLIP's mean and standard deviation, which all published rewards here share."""
-    mean, std = (torch.tensor(value, device=pictures.device).view(3, 1, 1) for value in (_MEAN, _STD))
+    mean, std = _statistics(pictures.device)
     return (pictures - mean) / std

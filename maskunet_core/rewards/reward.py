@@ -83,13 +83,17 @@ class CombinedReward(Reward):
 
 
 class BoundSum(BoundReward):
-    """The weighted sum of rewards that are bound already."""
+    """The weighted sum of rewards that are bound already. A weight of zero leaves its reward out: it is not asked."""
 
     def __init__(self, name: str, members: list[tuple[float, BoundReward]]):
         self.name, self._members = name, members
 
     def __call__(self, images: Tensor) -> Tensor:
-        return sum(weight * bound(images) for weight, bound in self.parts())
+        scores = torch.zeros(len(images), device=images.device)
+        for weight, bound in self.parts():
+            if weight:
+                scores = scores + weight * bound(images)
+        return scores
 
     def parts(self) -> list[tuple[float, BoundReward]]:
         return [(outer * inner, part) for outer, bound in self._members for inner, part in bound.parts()]
@@ -100,27 +104,45 @@ def value_and_gradient(bound: BoundReward, images: Tensor) -> tuple[Tensor, Tens
 
     The parts of a combination run one after the other, and each one's graph is freed before the next begins: what the
     caller gets back can be fed to `images.backward(gradient)`, which is exact. Works under inference mode, too.
+    Scores are as the reward gives them, NaN or infinite as well. A picture whose gradient is not finite has NaN in all
+    of it; the other pictures of the batch have theirs.
     """
     with torch.inference_mode(False), torch.enable_grad():
         scores = torch.zeros(len(images), device=images.device)
         gradient = torch.zeros(images.shape, device=images.device)
         for weight, part in bound.parts():
-            score, slope = _of_part(part, images)
-            scores += weight * score
-            gradient += weight * slope
-        return scores, gradient.to(images.dtype)
+            if weight:
+                score, slope = _of_part(part, images)
+                scores += weight * score
+                gradient += weight * slope
+        gradient = gradient.to(images.dtype)
+        return scores, torch.where(_finite(gradient), gradient, torch.nan)
 
 
 def _of_part(part: BoundReward, images: Tensor) -> tuple[Tensor, Tensor]:
-    scale = part.gradient_scale
+    """Scores and slopes of one model, each picture's slope at the largest scale of the loss at which it is finite."""
+    first = scale = part.gradient_scale
+    score = slope = None
     while True:
         leaf = images.detach().to(torch.float32, copy=True).requires_grad_()
-        score = part(leaf)
-        (slope,) = torch.autograd.grad(scale * score.sum(), leaf)
-        if scale <= 1.0 or bool(slope.isfinite().all()):
-            return score.detach(), slope / scale
-        # Too much for half precision.
+        now = part(leaf)
+        (found,) = torch.autograd.grad(scale * now.sum(), leaf)
+        found /= scale
+        if slope is None:
+            score, slope = now.detach(), found
+        else:
+            slope = torch.where(_finite(slope), slope, found)
+        if scale <= 1.0 / first:
+            return score, slope
+        # Where there is no score no scale helps; elsewhere the slope may be too much for half precision.
+        if bool((_finite(slope).flatten() | ~score.isfinite()).all()):
+            return score, slope
         scale /= 32
+
+
+def _finite(slopes: Tensor) -> Tensor:
+    """[B, 1, 1, 1] bool: whether all of a picture's slopes `[B, C, H, W]` are numbers."""
+    return slopes.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)
 
 
 def _first(module: nn.Module) -> Tensor:

@@ -1,6 +1,7 @@
 """Token ids as the rewards were trained on them, from vocabularies on disk: the one shipped here and the host's."""
 
 import html
+import logging
 import unicodedata
 from functools import cache
 from importlib.util import find_spec
@@ -52,14 +53,32 @@ def _repair(text: str) -> str:
     return ftfy.fix_text(text)
 
 
+def _warn_if_cut(tokenizer, text: str, ids: list[int], length: int) -> None:
+    """A line in the log where a prompt is longer than a reward reads. ids: of the text as it was cut to `length`."""
+    if len(ids) < length:
+        return
+    count = len(tokenizer.tokenize(text))
+    if count > length - 2:
+        last = tokenizer.decode(ids[-6:], skip_special_tokens=True).strip()
+        logging.warning(
+            f"MaskUNet: this reward reads the first {length - 2} of the prompt's {count} tokens, to '... {last}'. What "
+            "comes after that does not count."
+        )
+
+
 def bert_tokens(prompt: str) -> tuple[Tensor, Tensor]:
     """ImageReward's ids and attention mask, `[35]` each: [CLS] ... [SEP], cut and padded with 0."""
-    found = _bert_tokenizer()(prompt, padding="max_length", truncation=True, max_length=BERT_LENGTH)
+    tokenizer = _bert_tokenizer()
+    found = tokenizer(prompt, padding="max_length", truncation=True, max_length=BERT_LENGTH)
+    if all(found["attention_mask"]):
+        _warn_if_cut(tokenizer, prompt, found["input_ids"], BERT_LENGTH)
     return torch.tensor(found["input_ids"]), torch.tensor(found["attention_mask"])
 
 
 def clip_tokens(prompt: str) -> Tensor:
     """CLIP's ids `[77]`: start ... end, padded with 0; a prompt that is too long is cut and keeps its end token."""
     text = " ".join(html.unescape(html.unescape(_repair(prompt))).split())
-    ids = _clip_tokenizer()(text, truncation=True, max_length=CLIP_LENGTH)["input_ids"]
+    tokenizer = _clip_tokenizer()
+    ids = tokenizer(text, truncation=True, max_length=CLIP_LENGTH)["input_ids"]
+    _warn_if_cut(tokenizer, text, ids, CLIP_LENGTH)
     return torch.tensor(ids + [0] * (CLIP_LENGTH - len(ids)))

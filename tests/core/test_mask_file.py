@@ -1,8 +1,12 @@
+import errno
 import json
 import math
+import resource
+import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from maskunet_core import tensor_file
 from maskunet_core.files import checkpoint, mask_file
@@ -110,6 +114,47 @@ def test_nothing_is_left_behind_when_saving_fails(saved, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_a_full_disk_is_an_error_of_the_system_with_its_number(saved):
+    """safetensors raises an error of its own, which nobody who waits for OSError would catch."""
+    path, masks = saved
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        with pytest.raises(OSError, match="File too large") as caught:
+            mask_file.save(path.with_name("new.safetensors"), masks)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.errno == errno.EFBIG
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_the_longest_name_that_a_file_may_have_can_be_saved(saved):
+    path, masks = saved
+    longest = path.with_name("n" * (255 - len(".safetensors")) + ".safetensors")
+    mask_file.save(longest, masks)
+    assert_equal(mask_file.load(longest), masks)
+
+
+def with_raw_metadata(**changes):
+    return lambda path: rewritten(path, metadata=parts_of(path)[1] | changes)
+
+
+def with_structure(change):
+    def damage(path):
+        structure = json.loads(parts_of(path)[1]["base_model"])
+        change(structure)
+        rewritten(path, metadata=parts_of(path)[1] | {"base_model": json.dumps(structure)})
+
+    return damage
+
+
+def whole_numbers(path):
+    tensors, _ = parts_of(path)
+    rewritten(path, {name: tensor.int() for name, tensor in tensors.items()})
+
+
 def with_metadata(**changes):
     def damage(path):
         rewritten(path, metadata=parts_of(path)[1] | {key: json.dumps(value) for key, value in changes.items()})
@@ -158,6 +203,13 @@ def floating_point(path):
         (with_metadata(sigmas=5), "has damaged metadata"),
         (with_metadata(stored=["1"] * 4), "stored must hold a digit 0 or 1 per layer"),
         (with_metadata(stored=5), "has damaged metadata"),
+        (with_metadata(images=True), "images must be a whole number"),
+        (with_metadata(sigmas=[10**400, 3.0, 0.5, 0.3]), "has damaged metadata .OverflowError"),
+        (with_structure(lambda structure: structure.update(embedding=math.inf)), "has damaged metadata .OverflowError"),
+        (with_structure(lambda structure: structure["blocks"].extend(structure["blocks"])), "names a layer twice"),
+        (with_raw_metadata(base_model="[" * 200_000), "has damaged metadata .RecursionError"),
+        (with_raw_metadata(record='{"a":' * 100_000 + "1" + "}" * 100_000), "has damaged metadata .RecursionError"),
+        (whole_numbers, r"is I32 .* but should be U8"),
     ],
 )
 def test_a_bad_file_gets_one_sentence_that_names_it(saved, damage, sentence):
@@ -167,6 +219,14 @@ def test_a_bad_file_gets_one_sentence_that_names_it(saved, damage, sentence):
         mask_file.load(path)
     assert "found.safetensors" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_are_not_taken_for_floating_point(tmp_path):
+    path = tmp_path / "numbers.safetensors"
+    save_file({"whole": torch.zeros(2, dtype=torch.int32), "real": torch.zeros(2)}, path)
+    expected = {"whole": (None, (2,)), "real": (None, (2,))}
+    with pytest.raises(BadMaskFile, match=r"Tensor whole of 'numbers.safetensors' is I32 .* should be floating point"):
+        mask_file.KIND.read_tensors(path, expected)
 
 
 def test_a_missing_file_gets_a_sentence(tmp_path):

@@ -118,6 +118,42 @@ def test_magnitudes_of_what_is_kept_and_removed(masks):
     assert found.mean_kept[2].tolist() == [0.0, 0.0, 0.0]
 
 
+class OfADeviceWithoutDouble(torch.Tensor):
+    """A tensor that refuses double precision, as those of Apple's GPUs do, until it is brought to the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if function is torch.Tensor.cpu:
+            return result.as_subclass(torch.Tensor)
+        if isinstance(result, cls) and result.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return result
+
+
+def test_weights_on_a_device_without_double_precision_have_the_same_statistics(masks):
+    on_cpu = weight_statistics(ImageMasks(masks), WEIGHTS.__getitem__)
+    there = weight_statistics(ImageMasks(masks), lambda layer: WEIGHTS[layer].as_subclass(OfADeviceWithoutDouble))
+    for name in ("edges", "kept", "removed", "mean_kept", "mean_removed"):
+        torch.testing.assert_close(getattr(there, name), getattr(on_cpu, name), rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(TypeError, match="no float64"):
+        WEIGHTS["a"].as_subclass(OfADeviceWithoutDouble).sum(dtype=torch.float64)
+
+
+def test_many_removals_of_many_weights_are_counted_exactly():
+    """One bin of a layer as large as SDXL's, over many steps: more than fp32 counts."""
+    layer = Layer("large", 4096, 2048)
+    structure = Structure("a model", 16, (Block("up.0", "x", 8, (layer,)),))
+    masks = RecordedMasks(structure, 1)
+    nothing = torch.zeros(1, 4096, 2048, dtype=torch.bool)
+    for step in range(3):
+        masks.add(1.0 + step, {"large": nothing})
+    found = weight_statistics(ImageMasks(masks), lambda _: torch.full((4096, 2048), 0.1))
+    assert float(found.removed.sum()) == 4096 * 2048
+    assert float(found.kept.abs().sum()) == 0.0
+    assert found.mean_removed.tolist()[0] == pytest.approx([0.1] * 3, rel=1e-6)
+
+
 def test_histograms_count_every_weight_once_at_its_magnitude(masks):
     found = weight_statistics(ImageMasks(masks), WEIGHTS.__getitem__)
     assert found.edges[[0, -1]].tolist() == pytest.approx([1e-3, 10])

@@ -1,8 +1,10 @@
 """Rewards from published files: equal to the original code, differentiable, in every precision."""
 
+import gc
 import json
 import math
 import sys
+import weakref
 
 import pytest
 import torch
@@ -10,16 +12,26 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from maskunet_core.rewards import preprocess
 from maskunet_core.rewards.aesthetic import AestheticReward
 from maskunet_core.rewards.blip import ImageReward
-from maskunet_core.rewards.clip import ClipReward, to_openclip
+from maskunet_core.rewards.clip import ClipReward, ImageTower, to_openclip
+from maskunet_core.rewards.clip_layout import ClipLayout, layout_of
 from maskunet_core.rewards.layers import heads_of
 from maskunet_core.rewards.preprocess import fit, letterbox, normalise
-from maskunet_core.rewards.reward import BoundModel, CombinedReward, value_and_gradient
+from maskunet_core.rewards.reward import (
+    HALF_SCALE,
+    BoundModel,
+    BoundReward,
+    BoundSum,
+    CombinedReward,
+    value_and_gradient,
+)
 from maskunet_core.rewards.tokens import bert_tokens, clip_tokens
 from tests.reward_files import (
-    HPS_HEADS,
+    HPS_LAYOUT,
     IMAGE_REWARD_HEADS,
     PUBLISHED,
     WRONGLY_DECODED,
@@ -41,7 +53,7 @@ def image_reward(dtype=torch.float32, checkpointing=False) -> ImageReward:
 
 def hps(dtype=torch.float32, scale=1.0, checkpointing=False) -> ClipReward:
     reward = ClipReward.from_tensors(
-        "HPSv2", hps_tensors(), dtype, scaled=False, checkpointing=checkpointing, heads=HPS_HEADS
+        "HPSv2", hps_tensors(), dtype, scaled=False, checkpointing=checkpointing, layout=HPS_LAYOUT
     )
     reward.scale = scale
     return reward
@@ -82,9 +94,9 @@ def test_scores_and_gradients_equal_the_original_codes(name, make):
         assert relative(gradient[0], gradients[n]) < 1e-5
 
 
-@pytest.mark.parametrize(("width", "heads"), [(1280, 16), (1024, 16), (768, 12)])
+@pytest.mark.parametrize(("width", "heads"), [(1280, 20), (1024, 16), (768, 12), (512, 8)])
 def test_numbers_of_heads_are_those_of_the_published_models(width, heads):
-    """ViT-H; ViT-L and the text tower of ViT-H; BERT and the text tower of ViT-L."""
+    """The text towers of ViT-bigG, ViT-H, ViT-L (and BERT), and ViT-B."""
     assert heads_of(width) == heads
 
 
@@ -109,10 +121,21 @@ def test_a_prompt_that_is_too_long_keeps_its_end_token():
     assert bert_tokens("red " * 200)[0].tolist()[-1] == 102
 
 
+@pytest.mark.parametrize(("tokens", "length"), [(bert_tokens, 33), (clip_tokens, 75)])
+def test_a_prompt_that_is_cut_is_told_in_the_log(caplog, tokens, length):
+    tokens("red " * length)
+    assert caplog.text == ""
+    tokens("red " * (length - 2) + "blue green black white")
+    assert f"reads the first {length} of the prompt's {length + 2} tokens, to '... " in caplog.text
+    assert "red blue green'. What comes after that does not count" in caplog.text
+
+
 def test_pickscore_equals_transformers():
     """The names are mapped: towers, projections, pooling, logit scale."""
     model = clip_model()
-    reward = ClipReward.from_tensors("PickScore", to_openclip(model.state_dict()), torch.float32, scaled=True)
+    reward = ClipReward.from_tensors(
+        "PickScore", to_openclip(model.state_dict()), torch.float32, scaled=True, layout=ClipLayout(False, 1, 1)
+    )
     torch.manual_seed(2)
     pictures, prompt = torch.rand(3, 3, 28, 28), "a photo of an axolotl, in the style of Caravaggio"
     leaf = pictures.clone().requires_grad_()
@@ -127,7 +150,9 @@ def test_pickscore_equals_transformers():
 
 def test_the_aesthetic_predictor_equals_transformers_with_the_head():
     model, head = clip_l_image_model(), aesthetic_head()
-    reward = AestheticReward.from_tensors("aesthetic", head, to_openclip(model.state_dict()), torch.float32)
+    tensors = to_openclip(model.state_dict())
+    tower = ImageTower.from_tensors(tensors, torch.float32, layout_of(tensors))
+    reward = AestheticReward.from_tensors("aesthetic", head, tower)
     chain = nn.Sequential()
     for index in (0, 2, 4, 6, 7):
         weight, bias = head[f"layers.{index}.weight"], head[f"layers.{index}.bias"]
@@ -171,6 +196,13 @@ def test_letterboxed_pictures_are_whole_between_black_bars():
     assert torch.equal(fit(boxed, 64), boxed)
 
 
+@pytest.mark.parametrize(("height", "width", "inside"), [(4, 2000, (1, 64)), (2000, 4, (64, 1))])
+def test_pictures_far_longer_than_wide_are_letterboxed_to_a_line(height, width, inside):
+    boxed = letterbox(torch.ones(1, 3, height, width), 64)
+    assert boxed.shape == (1, 3, 64, 64)
+    assert (boxed[0, 0].any(1).sum(), boxed[0, 0].any(0).sum()) == inside
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 0.995), (torch.float16, 0.9999)])
 def test_half_precision_keeps_scores_and_gradients(family, dtype, least):
@@ -206,6 +238,96 @@ def test_in_fp16_large_gradients_survive_because_the_scale_gives_way():
     assert not overflown.isfinite().all()
     _, exact = value_and_gradient(hps(scale=1e4).bind("a red dog"), images)
     assert cosine(value_and_gradient(bound, images)[1], exact) > 0.999
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_picture_that_is_no_number_spoils_no_other_of_its_batch(dtype, bad):
+    images = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    bound = hps(dtype).bind("a red dog")
+    expected_scores, expected = value_and_gradient(bound, images)
+    images[1] *= bad
+    scores, gradient = value_and_gradient(bound, images)
+    assert torch.equal(scores[[0, 2]], expected_scores[[0, 2]])
+    assert torch.equal(gradient[[0, 2]], expected[[0, 2]])
+    assert gradient[1].isnan().all() == (not scores[1].isfinite())
+
+
+class Steep(BoundReward):
+    """The sum of a picture in fp16, with a slope of its own for each picture. It counts how often it is asked."""
+
+    name, gradient_scale = "steep", HALF_SCALE
+
+    def __init__(self, *slopes: float):
+        self.slopes, self.calls = torch.tensor(slopes), 0
+
+    def __call__(self, images):
+        self.calls += 1
+        half = images.half()
+        if half.requires_grad:
+            half.register_hook(lambda slope: (slope.float() * self.slopes.view(-1, 1, 1, 1)).half())
+        return half.float().flatten(1).sum(1)
+
+
+def test_each_picture_of_a_batch_has_the_largest_scale_at_which_its_slope_is_a_number():
+    """At 1/32 of the scale the faint slope would lose digits, at the full one the steep one overflows."""
+    faint, steep = 1e-7, 500.0
+    images, bound = torch.rand(2, 3, 4, 4), Steep(faint, steep)
+    scores, gradient = value_and_gradient(bound, images)
+    torch.testing.assert_close(gradient[0], torch.full((3, 4, 4), faint), rtol=1e-3, atol=0)
+    torch.testing.assert_close(gradient[1], torch.full((3, 4, 4), steep), rtol=1e-3, atol=0)
+    assert scores.isfinite().all()
+    assert bound.calls == 2
+
+
+def test_slopes_too_steep_for_half_precision_at_their_own_size_are_scaled_down():
+    _, gradient = value_and_gradient(Steep(120_000.0), torch.rand(1, 3, 4, 4))
+    torch.testing.assert_close(gradient, torch.full((1, 3, 4, 4), 120_000.0), rtol=1e-3, atol=0)
+
+
+def test_a_slope_that_is_never_a_number_is_marked_for_its_picture_alone():
+    images, bound = torch.rand(3, 3, 4, 4), Steep(1.0, math.inf, 2.0)
+    scores, gradient = value_and_gradient(bound, images)
+    assert scores.isfinite().all()
+    assert gradient[1].isnan().all()
+    torch.testing.assert_close(gradient[[0, 2]], torch.tensor([1.0, 2.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4))
+    assert bound.calls <= 5
+
+
+def test_a_picture_without_a_score_is_not_tried_again():
+    images, bound = torch.rand(2, 3, 4, 4), Steep(1.0, 1.0)
+    images[1, 0, 0, 0] = math.nan
+    scores, gradient = value_and_gradient(bound, images)
+    assert scores.isnan().tolist() == [False, True]
+    assert gradient[0].isfinite().all()
+    assert bound.calls == 1
+
+
+def test_gradients_that_the_pictures_dtype_cannot_hold_are_marked_as_no_numbers():
+    images = torch.rand(2, 3, 4, 4).half()
+
+    class Plain(Steep):
+        gradient_scale = 1.0
+
+        def __call__(self, images):
+            return (images.float() * self.slopes.view(-1, 1, 1, 1)).flatten(1).sum(1)
+
+    _, gradient = value_and_gradient(Plain(1.0, 1e6), images)
+    assert gradient[0].eq(1.0).all()
+    assert gradient[1].isnan().all()
+
+
+def test_a_weight_of_zero_leaves_a_reward_out_of_the_sum():
+    broken, whole = Steep(math.inf), Steep(1.0)
+    bound = BoundSum("sum", [(0.0, broken), (2.0, whole)])
+    images = torch.rand(1, 3, 4, 4)
+    scores, gradient = value_and_gradient(bound, images)
+    torch.testing.assert_close(scores, 2 * whole(images))
+    assert gradient.eq(2.0).all()
+    torch.testing.assert_close(bound(images), scores)
+    assert broken.calls == 0
+    nothing = BoundSum("nothing", [(0.0, broken)])
+    assert nothing(images).tolist() == value_and_gradient(nothing, images)[0].tolist() == [0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -253,6 +375,54 @@ def test_rewards_work_inside_the_hosts_inference_mode():
         scores, gradient = value_and_gradient(reward.bind("a red dog"), images.clone())
     assert not scores.is_inference()
     torch.testing.assert_close((scores, gradient), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reward_that_nobody_holds_is_freed_at_once(family):
+    """Without waiting for the collector of cycles: a reward is a gigabyte, and its host counts it as gone."""
+    reward, images = FAMILIES[family](), torch.rand(1, 3, 28, 28)
+    module = weakref.ref(reward.modules()[0])
+    gc.collect()
+    gc.disable()
+    try:
+        value_and_gradient(reward.bind("a red dog"), images)
+        del reward
+        assert module() is None
+    finally:
+        gc.enable()
+
+
+def test_features_of_many_prompts_do_not_pile_up():
+    reward = hps()
+    for number in range(300):
+        reward._features[str(number)] = torch.zeros(1)
+    reward.bind("a red dog")
+    assert len(reward._features) <= 256
+    assert "a red dog" in reward._features
+
+
+def test_the_statistics_of_pictures_are_sent_to_a_device_once():
+    """And give gradients where they were first asked for in inference mode."""
+    sent = []
+
+    class Sent(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.tensor:
+                sent.append(args)
+            return function(*args, **(kwargs or {}))
+
+    preprocess._statistics.cache_clear()
+    pictures = torch.rand(1, 3, 8, 8)
+    with torch.inference_mode(), Sent():
+        normalise(pictures)
+    with Sent():
+        normalised = normalise(pictures.requires_grad_())
+        (slope,) = torch.autograd.grad(normalised.sum(), pictures)
+    assert len(sent) == 2
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    torch.testing.assert_close(normalised, (pictures - mean) / std)
+    torch.testing.assert_close(slope, (1 / std).expand(1, 3, 8, 8))
 
 
 def test_the_text_tower_runs_once_per_prompt():

@@ -1,8 +1,13 @@
 """Recorded masks in a real ComfyUI server: applied, saved, loaded, and refused."""
 
+import errno
 import io
+import os
+import sys
 import time
+from pathlib import Path
 
+import folder_paths
 import numpy as np
 import pytest
 import torch
@@ -12,6 +17,7 @@ from maskunet_core.files import checkpoint, mask_file
 from maskunet_core.records.recorded import RecordedMasks
 from tests.builders import make_generator
 from tests.damage import newer_version, no_safetensors, parts_of, truncated
+from tests.host.extension import NAME
 from tests.host.server import ExecutionError, Server, ServerError
 from tests.recording import random_masks
 
@@ -104,6 +110,71 @@ def test_saving_counts_on_and_stays_inside_the_output_folder(server, one):
     assert save("masks/./counted") == "counted_00002_.safetensors"
     with pytest.raises(ExecutionError, match="outside the output folder"):
         save("../counted")
+
+
+@pytest.fixture
+def save(extension, monkeypatch, tmp_path, toy_structure):
+    """MaskUNet Save Masks in this process, with an output folder of its own."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    masks = random_masks(toy_structure)
+
+    def execute(prefix: str) -> str:
+        (saved,) = extension("masks").MaskUNetSaveMasks.execute(masks, prefix).ui["masks"]
+        return f"{saved['subfolder']}/{saved['filename']}"
+
+    return execute
+
+
+def test_without_a_name_masks_are_saved_under_the_usual_one_and_never_over_others(save, tmp_path):
+    names = [save(prefix) for prefix in ("", " ", ".", "..", "/", "masks/maskunet")]
+    assert names == [f"masks/maskunet_0000{n}_.safetensors" for n in range(1, 7)]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_two_servers_on_one_output_folder_do_not_take_the_same_number(save, tmp_path, monkeypatch):
+    """The other one saves between the look at the folder and the writing of the file."""
+    look = folder_paths.get_save_image_path
+
+    def looks_too_early(*arguments):
+        found = look(*arguments)
+        Path(found[0], f"{found[1]}_{found[2]:05}_.safetensors").write_text("of the other server")
+        return found
+
+    monkeypatch.setattr(folder_paths, "get_save_image_path", looks_too_early)
+    assert save("a") == "/a_00002_.safetensors"
+    assert (tmp_path / "a_00001_.safetensors").read_text() == "of the other server"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "sentence"),
+    [
+        ("n" * 300, r"cannot be saved as 'n+' .*File name too long.* Choose a shorter filename_prefix"),
+        ("f" * 300 + "/n", "File name too long.* Choose a shorter filename_prefix"),
+        ("file/n", "Not a directory.* Choose another name or folder by filename_prefix"),
+        ("../n", "outside the output folder. Give a name inside of it, such as masks/maskunet"),
+        ("/n", "outside the output folder"),
+    ],
+)
+def test_a_name_that_cannot_be_written_gets_a_sentence(save, tmp_path, prefix, sentence):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=sentence) as caught:
+        save(prefix)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [(errno.ENOSPC, "No space left.* Free some space"), (errno.EROFS, "Read-only file.* Make the output folder writ")],
+)
+def test_a_folder_that_takes_no_file_gets_a_sentence(save, tmp_path, monkeypatch, number, sentence):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(sys.modules[f"{NAME}.maskunet_core.tensor_file"], "save_file", refuse)
+    with pytest.raises(ValueError, match=sentence):
+        save("n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_masks_of_a_batch_fit_that_batch_alone(server, toy_structure):

@@ -1,8 +1,13 @@
 """The reward nodes: in the host's own process, and in a real server as a user meets them."""
 
+import gc
 import io
 import json
+import os
+import weakref
 
+import comfy.model_management
+import folder_paths
 import numpy as np
 import pytest
 import torch
@@ -13,7 +18,7 @@ from maskunet_core.rewards.files import load
 from maskunet_core.rewards.reward import value_and_gradient
 from maskunet_core.rewards.toy import ToyReward
 from tests.host.server import ExecutionError, ServerError
-from tests.reward_files import aesthetic_head, clip_l_image_model, write_hps, write_image_reward
+from tests.reward_files import aesthetic_head, clip_l_image_model, describe, write_hps, write_image_reward
 from trainer.toy.world import render, sample_scenes
 
 PROMPT = "a red circle"
@@ -28,8 +33,6 @@ def nodes(extension):
 @pytest.fixture
 def reward_folder(nodes, tmp_path, monkeypatch):
     """models/reward and models/clip_vision of this test alone."""
-    import folder_paths
-
     for name in ("reward", "clip_vision"):
         folder = tmp_path / name
         folder.mkdir()
@@ -139,8 +142,6 @@ def test_letterboxing_shows_the_reward_the_whole_picture(nodes):
 
 
 def test_the_host_manages_the_weights(nodes, reward_folder):
-    import comfy.model_management
-
     write_hps(reward_folder / "HPS_tiny.pt")
     reward = loaded(nodes, "HPS_tiny.pt")
     scored(nodes, reward, pictures())
@@ -152,8 +153,6 @@ def test_the_host_manages_the_weights(nodes, reward_folder):
 
 
 def test_a_reward_that_was_loaded_and_moved_in_inference_mode_still_gives_gradients(nodes, reward_folder):
-    import comfy.model_management
-
     write_hps(reward_folder / "HPS_tiny.pt")
     reward = loaded(nodes, "HPS_tiny.pt")
     with torch.inference_mode():
@@ -161,6 +160,142 @@ def test_a_reward_that_was_loaded_and_moved_in_inference_mode_still_gives_gradie
         images = torch.rand(1, 3, 28, 28)
         _, gradient = value_and_gradient(reward.reward.bind("a red dog"), images)
     assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_pictures_of_any_number_of_channels_are_scored(nodes, channels):
+    images = torch.rand(2, 64, 64, channels, generator=torch.Generator().manual_seed(0))
+    coloured = images[..., :3] if channels == 4 else images[..., :1].expand(-1, -1, -1, 3)
+    reward = loaded(nodes, nodes.TOY_REWARD)
+    expected, sheet, _ = scored(nodes, reward, coloured)
+    scores, drawn, _ = scored(nodes, reward, images)
+    assert scores == expected
+    assert torch.equal(drawn, sheet)
+
+
+@pytest.mark.parametrize("framing", ["centre crop", "letterbox"])
+@pytest.mark.parametrize(("height", "width"), [(4, 1000), (1, 1), (1000, 4)])
+def test_pictures_of_any_shape_are_scored(nodes, height, width, framing):
+    scores, sheet, _ = scored(nodes, loaded(nodes, nodes.TOY_REWARD), torch.rand(1, height, width, 3), framing=framing)
+    assert np.isfinite(scores).all()
+    assert sheet.shape[1] > height
+
+
+def test_an_empty_batch_gets_a_sentence(nodes):
+    with pytest.raises(ValueError, match="'images' holds no picture to score"):
+        scored(nodes, loaded(nodes, nodes.TOY_REWARD), torch.zeros(0, 64, 64, 3))
+
+
+def test_scores_that_are_no_numbers_are_null_in_the_table(nodes):
+    images, reward = pictures(2), loaded(nodes, nodes.TOY_REWARD)
+    images[1] = torch.nan
+    combined = run(nodes.MaskUNetRewardCombine, reward_a=reward, weight_a=1.0, reward_b=reward, weight_b=0.0)[0]
+    scores, _, text = scored(nodes, combined, images)
+    table = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert np.isnan(scores).tolist() == [False, True]
+    assert table["scores"] == [scores[0], None]
+    assert table["parts"][1]["scores"] == [scores[0], None]
+
+
+def test_a_reward_of_weight_zero_does_not_spoil_the_sum(nodes):
+    """Nor does its score where it is no number."""
+    images, reward = pictures(2), loaded(nodes, nodes.TOY_REWARD)
+    broken = loaded(nodes, nodes.TOY_REWARD)
+    for parameter in broken.reward.reader.parameters():
+        parameter.fill_(torch.nan)
+    combined = run(nodes.MaskUNetRewardCombine, reward_a=reward, weight_a=1.0, reward_b=broken, weight_b=0.0)[0]
+    assert scored(nodes, combined, images)[0] == scored(nodes, reward, images)[0]
+
+
+@pytest.mark.parametrize(
+    ("most", "asked"), [(8, [8, 3]), (4, [8, 4, 4, 3]), (1, [8, 4, 2, *[1] * 11]), (0, [8, 4, 2, 1])]
+)
+def test_where_memory_is_short_fewer_pictures_are_scored_at_once(nodes, most, asked):
+    images, reward, seen = pictures(11), loaded(nodes, nodes.TOY_REWARD), []
+    expected = scored(nodes, reward, images)[0]
+
+    def room_for_few(module, arguments):
+        seen.append(len(arguments[0]))
+        if seen[-1] > most:
+            raise torch.OutOfMemoryError("out of memory")
+
+    reward.reward.reader.register_forward_pre_hook(room_for_few)
+    if most:
+        assert scored(nodes, reward, images)[0] == pytest.approx(expected, rel=1e-5)
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            scored(nodes, reward, images)
+    assert seen == asked
+
+
+def test_other_errors_of_a_reward_are_not_tried_again(nodes):
+    reward, seen = loaded(nodes, nodes.TOY_REWARD), []
+
+    def broken(module, arguments):
+        seen.append(len(arguments[0]))
+        raise RuntimeError("the reward broke")
+
+    reward.reward.reader.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="the reward broke"):
+        scored(nodes, reward, pictures(3))
+    assert seen == [3]
+
+
+def test_the_host_is_told_what_the_pictures_take(nodes, monkeypatch):
+    """Large pictures lie on the device as they are before a reward resizes them."""
+    told, load_models = [], comfy.model_management.load_models_gpu
+
+    def listening(models, memory_required=0, **options):
+        told.append(memory_required)
+        load_models(models, memory_required=memory_required, **options)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", listening)
+    reward = loaded(nodes, nodes.TOY_REWARD)
+    for count, side in ((1, 64), (1, 1024), (2, 1024), (20, 64)):
+        scored(nodes, reward, torch.rand(count, side, side, 3))
+    small, large, two, many = told
+    assert large - small > 1024 * 1024 * 3 * 4
+    assert two == 2 * large
+    assert many == 8 * small
+
+
+def test_a_loaded_reward_that_nobody_holds_is_freed_at_once(nodes, reward_folder):
+    write_hps(reward_folder / "HPS_tiny.pt")
+    reward = loaded(nodes, "HPS_tiny.pt")
+    module = weakref.ref(reward.reward.modules()[0])
+    gc.collect()
+    gc.disable()
+    try:
+        scored(nodes, reward, pictures())
+        comfy.model_management.unload_all_models()
+        del reward
+        assert module() is None
+    finally:
+        gc.enable()
+
+
+def test_the_aesthetic_predictor_is_loaded_again_when_its_tower_changes(nodes, reward_folder):
+    """And no other reward is."""
+    clip_vision = reward_folder.parent / "clip_vision"
+    torch.save(aesthetic_head(), reward_folder / "head.pth")
+    write_hps(reward_folder / "hps.pt")
+
+    def fingerprints():
+        options = {"dtype": "auto", "checkpointing": False}
+        return [nodes.MaskUNetRewardLoader.fingerprint_inputs(name, **options) for name in ("head.pth", "hps.pt")]
+
+    none = fingerprints()
+    save_file(clip_l_image_model().state_dict(), clip_vision / "clip_l.safetensors")
+    folder_paths.filename_list_cache.clear()
+    first = fingerprints()
+    os.utime(clip_vision / "clip_l.safetensors", ns=(1, 1))
+    second = fingerprints()
+    assert none[0] != first[0] != second[0] != none[0]
+    assert none[1] == first[1] == second[1]
+    describe(reward_folder / "hps.pt", {})
+    os.utime(reward_folder / "hps.json", ns=(1, 1))
+    assert fingerprints()[1] != first[1]
+    assert nodes.MaskUNetRewardLoader.fingerprint_inputs(nodes.TOY_REWARD) == []
 
 
 def graph(reward_name, prompt=PROMPT):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.parity.environment import PACKAGES, ParityError, interpreter
 from tests.reward_files import (
-    HPS_HEADS,
+    HPS_LAYOUT,
     IMAGE_REWARD_HEADS,
     PUBLISHED,
     WRONGLY_DECODED,
@@ -101,7 +101,7 @@ def our_rewards(folder: Path) -> dict:
     blip, clip = read_tensors(folder / "ImageReward.pt"), read_tensors(folder / "HPS_v2.1_compressed.pt")
     return {
         "ImageReward": ImageReward.from_tensors("", blip, torch.float32, heads=IMAGE_REWARD_HEADS),
-        "HPSv2.1": ClipReward.from_tensors("", clip, torch.float32, scaled=False, heads=HPS_HEADS),
+        "HPSv2.1": ClipReward.from_tensors("", clip, torch.float32, scaled=False, layout=HPS_LAYOUT),
         "PickScore": load(folder / "PickScore.safetensors"),
     }
 
