@@ -33,8 +33,9 @@ def _as_os_error(error: SafetensorError, path: Path) -> OSError:
 class FileKind:
     """A kind of file, and the sentences for a person whose file is not of this kind or was spoilt.
 
-    format, version: as its metadata say. noun: "MaskUNet generator". error: what is raised. place, choose, unreadable,
-    again: what to do about a file that is missing, of another format, no safetensors, or damaged.
+    format, version: as its metadata say; later: versions that are read, too. noun: "MaskUNet generator". error: what is
+    raised. place, choose, unreadable, again: what to do about a file that is missing, of another format, no
+    safetensors, or damaged.
     """
 
     format: str
@@ -45,6 +46,7 @@ class FileKind:
     choose: str
     unreadable: str
     again: str
+    later: tuple[str, ...] = ()
 
     def write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         """Write the file under a temporary name beside `path`, then rename it. Raises OSError."""
@@ -84,10 +86,10 @@ class FileKind:
                 f'"{self.format}"). {self.choose}'
             )
         version = metadata.get("format_version", "")
-        if version != self.version:
+        if version not in (self.version, *self.later):
             raise self.error(
                 f"'{path.name}' has format version {version or 'unknown'}; this extension reads version "
-                f"{self.version}. Update ComfyUI-MaskUNet."
+                f"{' and '.join((self.version, *self.later))}. Update ComfyUI-MaskUNet."
             )
         return metadata
 

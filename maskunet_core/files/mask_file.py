@@ -1,15 +1,18 @@
 """Files of recorded masks: one `.safetensors` each, with metadata that tells for which model and how they were found.
 
-Format version 1. Metadata (strings; JSON where it is more than a word): `format` "maskunet_masks", `format_version`
-"1", `base_model` (a `Structure`), `targets`, `branches` (of guidance: "both", "positive" or "each"), `images`, `sigmas`
-(descending), `stored` (for each sigma a digit per layer, in the order of `base_model`: 1 where a tensor holds its bits,
-0 where everything is kept), `record` (how they were found). Tensors: `{step}.{layer}`, uint8
-[images, ceil(out * in / 8)], laid out by `pack_bits`; with the branches "each" twice as many rows, first those of the
-positive branch.
+Metadata (strings; JSON where it is more than a word): `format` "maskunet_masks", `format_version` "1", or "2" where the
+conditionings of a branch differ, `base_model` (a `Structure`), `targets`, `branches` (of guidance: "both", "positive" or
+"each"), `images`, `sigmas` (descending), `stored` (for each sigma a digit per layer, in the order of `base_model`: 1
+where a tensor holds its bits, 0 where everything is kept), `record` (how they were found). Tensors: `{step}.{layer}`,
+uint8 [images, ceil(out * in / 8)], laid out by `pack_bits`; with the branches "each" twice as many rows, first those of
+the positive branch. May be absent: `apart` (names of layers that were computed sample by sample). Version 2 adds
+`others` (for each sigma an object: for each conditioning that differs from the first of its branch, by `occurrence_key`,
+digits as in `stored`) and tensors `{step}.{key}.{layer}` [images, ceil(out * in / 8)].
 """
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -27,6 +30,7 @@ class BadMaskFile(MaskUNetError):
 KIND = FileKind(
     format="maskunet_masks",
     version="1",
+    later=("2",),
     noun="file of recorded masks",
     error=BadMaskFile,
     place="Put files of recorded masks into models/maskunet_masks.",
@@ -46,11 +50,26 @@ def save(path: Path, masks: RecordedMasks) -> None:
         "branches": masks.branches,
         "images": json.dumps(masks.images),
         "sigmas": json.dumps(sigmas),
-        "stored": json.dumps(["".join(str(int(layer in step)) for layer in masks.layers) for step in steps]),
+        "stored": json.dumps([_digits(masks, step) for step in steps]),
         "record": json.dumps(masks.record),
     }
     tensors = {f"{n}.{layer}": packed for n, step in enumerate(steps) for layer, packed in step.items()}
+    if masks.apart:
+        metadata["apart"] = json.dumps(sorted(masks.apart))
+    if masks.others:
+        others = [masks.others.get(sigma, {}) for sigma in sigmas]
+        metadata["format_version"] = KIND.later[0]
+        metadata["others"] = json.dumps(
+            [{key: _digits(masks, found) for key, found in step.items()} for step in others]
+        )
+        for n, step in enumerate(others):
+            for key, found in step.items():
+                tensors |= {f"{n}.{key}.{layer}": packed.contiguous() for layer, packed in found.items()}
     KIND.write(path, tensors, metadata)
+
+
+def _digits(masks: RecordedMasks, stored: dict[str, torch.Tensor]) -> str:
+    return "".join(str(int(layer in stored)) for layer in masks.layers)
 
 
 def _stored_layers(digits: list[str], layers: list[str]) -> list[list[str]]:
@@ -61,15 +80,23 @@ def _stored_layers(digits: list[str], layers: list[str]) -> list[list[str]]:
     return [[layer for layer, digit in zip(layers, of_step) if digit == "1"] for of_step in digits]
 
 
-def _build(path: Path, metadata: dict[str, str]) -> tuple[RecordedMasks, list[float], list[list[str]]]:
-    """Masks without steps, the sigmas, and the layers that are stored for each of them."""
+def _others(metadata: dict[str, str], steps: int, layers: list[str]) -> list[dict[str, list[str]]]:
+    """For each step the layers that are stored for further conditionings. Raises KeyError, TypeError or ValueError."""
+    if metadata["format_version"] == KIND.version:
+        return [{} for _ in range(steps)]
+    others = json.loads(metadata["others"])
+    if len(others) != steps or not all(re.fullmatch(r"\w+\.\d+#\d+", key) for step in others for key in step):
+        raise ValueError("others must name conditionings for each step")
+    return [dict(zip(step, _stored_layers(list(step.values()), layers))) for step in others]
+
+
+def _build(path: Path, metadata: dict[str, str]) -> tuple[RecordedMasks, list[float], list, list]:
+    """Masks without steps, the sigmas, and the layers that are stored for each of them, also for conditionings."""
     try:
         structure = Structure.from_dict(json.loads(metadata["base_model"]))
         images, record = json.loads(metadata["images"]), json.loads(metadata["record"])
         if type(images) is not int or not isinstance(record, dict):
             raise TypeError("images must be a whole number and record an object")
-        if len(structure.layers) != sum(len(block.layers) for block in structure.blocks):
-            raise ValueError("base_model names a layer twice")
         masks = RecordedMasks(structure, images, record, metadata["targets"], metadata["branches"])
         sigmas = [float(sigma) for sigma in json.loads(metadata["sigmas"])]
         stored = _stored_layers(json.loads(metadata["stored"]), list(masks.layers))
@@ -77,21 +104,36 @@ def _build(path: Path, metadata: dict[str, str]) -> tuple[RecordedMasks, list[fl
             raise ValueError("sigmas must be positive, finite and descending")
         if len(sigmas) != len(stored):
             raise ValueError(f"there are {len(sigmas)} sigmas, but stored has {len(stored)} steps")
-    except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        others = _others(metadata, len(sigmas), list(masks.layers))
+        masks.apart = frozenset(json.loads(metadata.get("apart", "[]")))
+        if not masks.apart <= masks.layers.keys():
+            raise ValueError("apart names layers that base_model does not have")
+    except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise KIND.damaged_metadata(path, error) from None
-    return masks, sigmas, stored
+    return masks, sigmas, stored, others
 
 
 def load(path: Path) -> RecordedMasks:
     """Read and check a file of recorded masks. Raises BadMaskFile."""
-    masks, sigmas, stored = _build(path, KIND.read_metadata(path))
+    masks, sigmas, stored, others = _build(path, KIND.read_metadata(path))
     expected: Expected = {
         f"{n}.{layer}": (torch.uint8, (masks.rows, packed_size(masks.layers[layer])))
         for n, layers in enumerate(stored)
+        for layer in layers
+    }
+    expected |= {
+        f"{n}.{key}.{layer}": (torch.uint8, (masks.images, packed_size(masks.layers[layer])))
+        for n, step in enumerate(others)
+        for key, layers in step.items()
         for layer in layers
     }
     tensors = KIND.read_tensors(path, expected)
     for n, (sigma, layers) in enumerate(zip(sigmas, stored)):
         # Copies: what the file gives is mapped, and the file may be written over while the masks are in use.
         masks.steps[sigma] = {layer: tensors[f"{n}.{layer}"].clone() for layer in layers}
+        if others[n]:
+            masks.others[sigma] = {
+                key: {layer: tensors[f"{n}.{key}.{layer}"].clone() for layer in found}
+                for key, found in others[n].items()
+            }
     return masks

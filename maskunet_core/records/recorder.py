@@ -92,7 +92,7 @@ class Recorder:
             others = {place: masks for (branch, place), masks in step.items() if self._differ(masks, base[branch])}
             if others:
                 record.others[sigma] = {
-                    place: {layer: masks.get(layer, everything[layer]) for layer in record.layers}
+                    place: {layer: m for layer, m in masks.items() if not torch.equal(m, everything[layer])}
                     for place, masks in others.items()
                 }
         return record

@@ -439,12 +439,19 @@ def test_masks_of_a_generator_wait_for_no_number_and_a_replay_for_one_in_a_step(
 
 
 def test_a_schedule_that_is_set_behind_the_masks_moves_their_window(toy, lively):
-    from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
+    """As the host's nodes of that kind do, which cannot be imported beside this project's folder of the same name."""
+    import comfy.model_sampling
+
+    class Schedule(comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.EPS):
+        pass
 
     model, clip, _ = toy
 
     def shifted(patched):
-        return ModelSamplingContinuousEDM().patch(patched, "eps", 20.0, 0.1)[0]
+        patched, schedule = patched.clone(), Schedule(model.model.model_config)
+        schedule.set_parameters(0.1, 20.0, 1.0)
+        patched.add_object_patch("model_sampling", schedule)
+        return patched
 
     def masked(patched):
         return attach(patched, GeneratorMasks(lively), 1.0, 0.5, 1.0)

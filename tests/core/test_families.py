@@ -76,7 +76,8 @@ def test_a_layer_with_a_kernel_of_its_own_is_refused_with_its_class():
 
 def test_layers_that_see_a_place_over_time_are_left_out():
     """Their rows are places of the picture, and the frames of a sample lie apart in them."""
-    video = sd15_unet(use_temporal_attention=True, use_temporal_resblock=True, video_kernel_size=[3, 1, 1])
+    mixing = {"merge_strategy": "learned_with_images", "merge_factor": 0.0, "video_kernel_size": [3, 1, 1]}
+    video = sd15_unet(use_temporal_attention=True, use_temporal_resblock=True, **mixing)
     names = [name for name, _ in video.named_modules() if name.endswith("attn1.to_q") and "output_blocks" in name]
     assert any(".time_stack." in name for name in names)
     structure = inspect_model(video, "decoder attention", "SVD")
