@@ -1,12 +1,12 @@
 """Files of recorded masks: one `.safetensors` each, with metadata that tells for which model and how they were found.
 
 Metadata (strings; JSON where it is more than a word): `format` "maskunet_masks", `format_version` "1", or "2" where the
-conditionings of a branch differ, `base_model` (a `Structure`), `targets`, `branches` (of guidance: "both", "positive" or
+conditionings of a branch differ, `base_model` (a `Structure`), `targets`, `branches` (of guidance: "both", "positive",
 "each"), `images`, `sigmas` (descending), `stored` (for each sigma a digit per layer, in the order of `base_model`: 1
 where a tensor holds its bits, 0 where everything is kept), `record` (how they were found). Tensors: `{step}.{layer}`,
 uint8 [images, ceil(out * in / 8)], laid out by `pack_bits`; with the branches "each" twice as many rows, first those of
 the positive branch. May be absent: `apart` (names of layers that were computed sample by sample). Version 2 adds
-`others` (for each sigma an object: for each conditioning that differs from the first of its branch, by `occurrence_key`,
+`others` (for each sigma an object: for each conditioning that differs from the first of its branch, by its key,
 digits as in `stored`) and tensors `{step}.{key}.{layer}` [images, ceil(out * in / 8)].
 """
 
