@@ -103,9 +103,11 @@ class _Watch:
         self.counted.__exit__(None, None, None)
         raise _Enough
 
-    def before_update(self, *_) -> None:
+    def before_update(self, optimiser: torch.optim.Optimizer, *_) -> None:
         # On the disk, because in memory they would count.
-        torch.save({name: leaf.grad for name, leaf in self.masks.logits.items()}, self.gradients)
+        slopes = [leaf.grad for group in optimiser.param_groups for leaf in group["params"]]
+        logits = self.masks.logits.items()
+        torch.save({name: slope.view_as(leaf) for (name, leaf), slope in zip(logits, slopes)}, self.gradients)
 
 
 class _DirectLoop:
@@ -114,11 +116,11 @@ class _DirectLoop:
     def __init__(self, scene: Scene, watch: _Watch):
         from comfy.patcher_extension import WrappersMP
 
-        from maskunet_core.seam.attach import enabled, structure_of
+        from maskunet_core.seam.attach import structure_of, with_masks
 
         self.scene, self.watch = scene, watch
         self.structure = structure_of(scene.model, "decoder attention")
-        self.model = enabled(scene.model)
+        self.model = with_masks(scene.model)
         self.model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "direct loop", self._predict_noise)
 
     def _predict_noise(self, executor, x, timestep, model_options, seed):
@@ -127,7 +129,7 @@ class _DirectLoop:
         masks = SearchedMasks(self.structure, len(x), _ONE.start, x.device)
         leaves = list(masks.logits.values())
         optimiser = torch.optim.AdamW(leaves, lr=_ONE.lr)
-        options = with_attachment(model_options, Attachment(masks, 1.0))
+        options = with_attachment(model_options, Attachment(masks))
         decode = self.scene.decode()
         while True:
             with torch.enable_grad():
@@ -163,7 +165,7 @@ def _model(scene: Scene, variant: _Variant, watch: _Watch) -> Any:
     search = RewardSearch(
         scene.model, settings, scene.judge(variant.small_vae, settings), 1, report=lambda *_: watch.look(search._masks)
     )
-    return search.model
+    return search.searching(scene.model)
 
 
 class Imagined(Operations):
@@ -289,7 +291,9 @@ def _searched(scene: Scene, settings: SearchSettings, steps: int, cfg: float, st
 
     def with_updates(updates: int) -> int:
         everywhere = replace(settings, iterations=updates, start_percent=0.0, end_percent=1.0, patience=0)
-        return _counted(lambda: scene.one_step(RewardSearch(scene.model, everywhere, judge, 1).model, cfg))
+        return _counted(
+            lambda: scene.one_step(RewardSearch(scene.model, everywhere, judge, 1).searching(scene.model), cfg)
+        )
 
     one, two = with_updates(1), with_updates(2)
     updates = [settings.iterations_at(number, steps) for number in range(steps)]
