@@ -130,8 +130,15 @@ class BaseModel:
 
 
 def load_toy_base(weights: str = "") -> BaseModel:
-    """The toy model, from its shipped weights or a folder; frozen."""
-    patcher, clip, vae = load_toy_model(Path(weights) if weights else None)
+    """The toy model, from its shipped weights or a folder; its U-Net in fp32, frozen."""
+    from comfy.cli_args import args
+
+    # The host would take half precision on a GPU, in which gradients of so small a model vanish.
+    before, args.fp32_unet = args.fp32_unet, True
+    try:
+        patcher, clip, vae = load_toy_model(Path(weights) if weights else None)
+    finally:
+        args.fp32_unet = before
     return _frozen(BaseModel(patcher, clip, vae))
 
 

@@ -174,7 +174,13 @@ def test_attention_in_slices_has_the_gradients_of_the_whole(monkeypatch, tokens)
 def test_the_base_has_weights_of_its_own_where_the_hosts_default_is_to_lend_them(tiny, checkpoint, monkeypatch):
     import comfy.model_patcher as patchers
 
-    monkeypatch.setattr(patchers, "CoreModelPatcher", patchers.ModelPatcherDynamic)
+    class Lending(patchers.ModelPatcher):
+        """ModelPatcherDynamic, which has no CPU."""
+
+        def is_dynamic(self):
+            return True
+
+    monkeypatch.setattr(patchers, "CoreModelPatcher", Lending)
     base = load_base(Base(str(tiny)) if checkpoint == "tiny" else Base())
     assert load_for_training(base) == base.patcher.load_device
     assert not base.patcher.is_dynamic()
@@ -183,6 +189,13 @@ def test_the_base_has_weights_of_its_own_where_the_hosts_default_is_to_lend_them
         assert type(parameter) is nn.Parameter
         assert not parameter.is_inference()
         assert parameter.device == base.patcher.load_device
+
+
+def test_the_toy_is_trained_in_fp32_where_the_host_would_take_half(monkeypatch):
+    import comfy.model_management
+
+    monkeypatch.setattr(comfy.model_management, "should_use_fp16", lambda *_, **__: True)
+    assert {p.dtype for p in load_toy_base().unet.parameters()} == {torch.float32}
 
 
 def test_importing_the_host_turns_no_weights_dynamic():
