@@ -1,5 +1,6 @@
 """Small real models for tests, and the trainer's commands."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,14 @@ def trainer_command(*arguments: str, **options) -> subprocess.CompletedProcess:
     """`python -m trainer ...` from the project's root."""
     command = [sys.executable, "-m", "trainer", *arguments]
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, **options)
+
+
+def in_two_processes(*arguments: str) -> subprocess.CompletedProcess:
+    """A program of Python's, in two processes on the CPU that know of each other."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    options = {"cwd": PROJECT, "env": environment, "capture_output": True, "text": True, "timeout": 600}
+    return subprocess.run([sys.executable, *launch, *arguments], **options)
 
 
 def make_generator(structure: Structure, seed: int = 0, lively: bool = False, **settings) -> LowRankGenerator:

@@ -39,7 +39,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    enter_host()
+    enter_host(cpu=True)
     from .evaluate import Protocol, evaluate
 
     protocol = Protocol.quick() if arguments.quick else Protocol()
@@ -70,7 +70,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def toy(arguments: argparse.Namespace) -> None:
-    enter_host()
+    enter_host(cpu=True)
     from .evaluate import Protocol
     from .toy.train import Recipe, train_toy
 
@@ -82,7 +82,7 @@ def compare(arguments: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(1)
-    enter_host()
+    enter_host(cpu=True)
     from .compare.plan import WORLDS, Scale
     from .compare.run import compare
 
@@ -91,7 +91,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def reward_compare(arguments: argparse.Namespace) -> None:
-    enter_host()
+    enter_host(cpu=True)
     from .reward_compare.plan import Scale
     from .reward_compare.run import reward_compare
 

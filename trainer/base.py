@@ -13,12 +13,36 @@ from maskunet_core.seam.shadow import Shadowed
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.model import load_toy_model
 
+from .attention import differentiable_attention
 from .config import TOY, Base
 from .seeds import seeded
 
 
 class BadBase(MaskUNetError):
     """A base model that cannot be trained on; the message names the file and says what to do."""
+
+
+class OutOfMemory(MaskUNetError):
+    """Something does not fit into the device's memory; the message says what, and what to do."""
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed: CUDA, ROCm and XPU have a class for it, MPS and the CPU a sentence."""
+    import comfy.model_management
+
+    told = "out of memory" in str(error) or "allocate memory" in str(error)
+    return told or comfy.model_management.is_oom(error)
+
+
+@contextlib.contextmanager
+def fitting(what: str, device: torch.device, advice: str) -> Iterator[None]:
+    """Raises OutOfMemory, in one sentence, where an allocation inside the block fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"{what} does not fit into the memory of {device}: {advice}.") from None
 
 
 @dataclass
@@ -50,8 +74,10 @@ class BaseModel:
 
     @torch.no_grad()
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Cross-attention context `[B, 16, 128]` of the toy's token ids `[B, 16]`."""
-        return self.clip.cond_stage_model.clip_l.transformer(tokens)[0]
+        """Cross-attention context `[B, 16, 128]`, on the CPU, of the toy's token ids `[B, 16]`."""
+        encoder = self.clip.cond_stage_model.clip_l.transformer
+        # The host moves it to a device for a sample grid, and back when it needs the room.
+        return encoder(tokens.to(next(encoder.parameters()).device))[0].cpu()
 
     @torch.no_grad()
     def encode_text(self, text: str) -> dict[str, Tensor]:
@@ -90,7 +116,8 @@ class BaseModel:
         height, width = (8 * side for side in clean.shape[-2:])
         extra = self.model.extra_conds(**conditions, noise=noisy, device=noisy.device, width=width, height=height)
         inputs = {key: value.cond for key, value in extra.items()}
-        denoised = self.model.apply_model(noisy, sigma, transformer_options={"sigmas": sigma}, **inputs)
+        options = {"sigmas": sigma, "optimized_attention_override": differentiable_attention}
+        denoised = self.model.apply_model(noisy, sigma, transformer_options=options, **inputs)
         error = ((denoised - clean) / spread).square().flatten(1).mean(1)
         snr = sigma**-2
         if self.predicts_v:
@@ -101,8 +128,15 @@ class BaseModel:
 
 
 def load_toy_base(weights: str = "") -> BaseModel:
-    """The toy model, from its shipped weights or a folder; frozen."""
-    patcher, clip, vae = load_toy_model(Path(weights) if weights else None)
+    """The toy model, from its shipped weights or a folder; its U-Net in fp32, frozen."""
+    from comfy.cli_args import args
+
+    # The host would take half precision on a GPU, in which gradients of so small a model vanish.
+    before, args.fp32_unet = args.fp32_unet, True
+    try:
+        patcher, clip, vae = load_toy_model(Path(weights) if weights else None)
+    finally:
+        args.fp32_unet = before
     return _frozen(BaseModel(patcher, clip, vae))
 
 
@@ -136,6 +170,10 @@ def load_base(settings: Base, dtype: torch.dtype = torch.float32) -> BaseModel:
 
 
 def _frozen(base: BaseModel) -> BaseModel:
+    # `import comfy` alone gives plain patchers on every machine; ComfyUI's main.py is what turns to dynamic ones, whose
+    # layers borrow their weights for one product.
+    if base.patcher.is_dynamic():
+        base.patcher = base.patcher.clone(disable_dynamic=True)
     for module in (base.patcher.model, base.clip.cond_stage_model, base.vae.first_stage_model):
         module.requires_grad_(False)
     return base
@@ -153,14 +191,24 @@ def checkpointed_decoder(unet: nn.Module) -> Shadowed:
 
 
 def load_for_training(base: BaseModel) -> torch.device:
-    """Put the whole U-Net on its device, LoRAs merged. Returns the device.
+    """Put the whole U-Net on its device, LoRAs merged, and everything else off it. Returns the device.
 
-    Partial loads would hand layers buffers that are used again, and gradients would be wrong without a word.
+    Partial loads would hand layers buffers that are used again, and gradients would be wrong without a word: raises
+    OutOfMemory where the host cannot load it as a whole.
     """
-    import comfy.model_management
+    import comfy.model_management as management
 
-    comfy.model_management.load_models_gpu([base.patcher], force_full_load=True)
-    return base.patcher.load_device
+    patcher, device = base.patcher, base.patcher.load_device
+    advice = "close other programs that use it, train in loop.precision bf16, or take a smaller base"
+    with fitting(f"The U-Net of {base.name}", device, advice):
+        management.load_models_gpu([patcher], force_full_load=True)
+        # Text encoder and autoencoder have done their work: the step needs what they hold.
+        management.free_memory(1e30, device, keep_loaded=[management.LoadedModel(patcher)])
+    if any(hasattr(module, "prev_comfy_cast_weights") for module in base.unet.modules()):
+        raise OutOfMemory(
+            f"The U-Net of {base.name} is on {device} only in part, and training needs it whole: {advice}."
+        )
+    return device
 
 
 @torch.no_grad()

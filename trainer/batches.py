@@ -1,5 +1,6 @@
 """What a step of training sees: a function of seed and step number alone, whoever computes which part of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -31,17 +32,29 @@ class Batch:
     noise: Tensor
     weights: Tensor
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = (getattr(self, field.name) for field in fields(self))
+        return Batch(
+            *(
+                {k: change(v) for k, v in value.items()} if isinstance(value, dict) else change(value)
+                for value in values
+            )
+        )
+
+    def pinned(self) -> "Batch":
+        """In page-locked memory, from where `part` copies to a GPU while the CPU goes on."""
+        return self._each(Tensor.pin_memory)
+
     def part(self, index: int, parts: int, device: torch.device) -> "Batch":
         """Part `index` of `parts` equal ones, moved to `device`."""
         size = len(self.clean) // parts
         rows = slice(index * size, (index + 1) * size)
+        return self._each(lambda value: value[rows].to(device, non_blocking=value.is_pinned()))
 
-        def moved(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: moved(item) for key, item in value.items()}
-            return value[rows].to(device)
-
-        return Batch(*(moved(getattr(self, field.name)) for field in fields(self)))
+    def chosen(self, which: list[bool]) -> "Batch":
+        """The samples for which `which` says so."""
+        rows = torch.tensor(which).nonzero()[:, 0]
+        return self._each(lambda value: value[rows.to(value.device)])
 
 
 class Batches:

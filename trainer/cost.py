@@ -5,39 +5,53 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
-from .base import BaseModel, load_for_training
+from .base import BaseModel, OutOfMemory, fitting, load_for_training
 from .config import Config
 
 MB = 2**20
 
 
+def _counters(device: torch.device) -> Any:
+    """torch's module of a kind of device that counts its peak itself (`torch.cuda`, `torch.xpu`), or None."""
+    module = getattr(torch, device.type, None)
+    return module if hasattr(module, "max_memory_allocated") else None
+
+
 class PeakMemory:
-    """Peak of the GPU's memory inside the block, or of the process's where there is no GPU."""
+    """Peak of the device's memory inside the block; of the process's where the device has none of its own or does not
+    count."""
 
     def __init__(self, device: torch.device):
         self.device = device
+        self._counters = _counters(device)
+        self._process = psutil.Process()
         self._peak = 0
 
     @property
     def peak(self) -> int:
         """Bytes, so far."""
-        if self.device.type == "cuda":
-            self._peak = max(self._peak, torch.cuda.max_memory_allocated(self.device))
+        if self._counters is not None:
+            self._peak = max(self._peak, self._counters.max_memory_allocated(self.device))
         return self._peak
 
-    def _watch(self) -> None:
-        import psutil
+    @property
+    def now(self) -> int:
+        """Bytes in use."""
+        if self._counters is not None:
+            return self._counters.memory_allocated(self.device)
+        return self._process.memory_info().rss
 
-        process = psutil.Process()
+    def _watch(self) -> None:
         while not self._stop.is_set():
-            self._peak = max(self._peak, process.memory_info().rss)
+            self._peak = max(self._peak, self.now)
             self._stop.wait(0.005)
 
     def __enter__(self) -> "PeakMemory":
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if self._counters is not None:
+            self._counters.reset_peak_memory_stats(self.device)
             return self
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -45,8 +59,8 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self._counters is not None:
+            self._counters.synchronize(self.device)
             return
         self._stop.set()
         self._thread.join()
@@ -54,11 +68,13 @@ class PeakMemory:
 
 @dataclass(frozen=True)
 class Cost:
-    """peak: bytes; seconds: of a step on one process. parameters: trained ones."""
+    """peak: bytes; seconds: of a step on one process. parameters: trained ones. too_many: samples at once for which the
+    device has too little memory, 0 where those of the configuration fit."""
 
     peak: int
     seconds: float
     parameters: int
+    too_many: int = 0
 
 
 def _pass(base: BaseModel, method: Any, accelerator: Any, device: torch.device, count: int, size: tuple[int, int]):
@@ -74,9 +90,9 @@ def _pass(base: BaseModel, method: Any, accelerator: Any, device: torch.device, 
     with PeakMemory(device) as memory, method.acting():
         with accelerator.autocast():
             loss = base.diffusion_loss(clean, conditions, timesteps, noise).mean()
+        # Waits for the device as well.
         loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        loss.item()
     return memory.peak, time.monotonic() - began
 
 
@@ -84,25 +100,22 @@ LARGEST = 8
 """Samples of the largest pass of an estimate."""
 
 
-def _total_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    import psutil
+def total_memory(device: torch.device) -> int:
+    """Bytes of the device, or of the machine where it shares the machine's."""
+    import comfy.model_management
 
-    return psutil.virtual_memory().total
+    return comfy.model_management.get_total_memory(device)
 
 
 @dataclass(frozen=True)
 class _Line:
-    """Through the two largest of the measured passes. passes: (samples, peak bytes, seconds) each, in rising order."""
+    """Through the two largest of the measured passes. passes: (samples, peak bytes, seconds) each, in rising order, at
+    least two."""
 
     passes: list[tuple[int, int, float]]
 
     def _at(self, count: int, index: int) -> float:
-        end = self.passes[-1]
-        if len(self.passes) == 1:
-            return end[index]
-        before = self.passes[-2]
+        before, end = self.passes[-2:]
         return end[index] + (count - end[0]) * max(0.0, end[index] - before[index]) / (end[0] - before[0])
 
     def peak(self, count: int) -> int:
@@ -124,14 +137,22 @@ def estimate(base: BaseModel, method: Any, config: Config, accelerator: Any, siz
     count = config.loop.batch // accelerator.num_processes // config.loop.accumulate
     # The first pass sets up kernels and buffers and leaves the gradients, which stay.
     _pass(base, method, accelerator, device, 1, size)
-    line = _Line([(1, *_pass(base, method, accelerator, device, 1, size))])
-    room = 0.8 * _total_memory(device)
+    line = _Line([(0, PeakMemory(device).now, 0.0), (1, *_pass(base, method, accelerator, device, 1, size))])
+    room, too_many = 0.8 * total_memory(device), 0
     while (measured := line.passes[-1][0]) < min(count, LARGEST):
         wider = min(2 * measured, count, LARGEST)
-        if measured > 1 and line.peak(wider) > room:
+        if line.peak(wider) > room:
             break
-        line = _Line([*line.passes, (wider, *_pass(base, method, accelerator, device, wider, size))])
+        try:
+            with fitting(f"A step of {wider} pictures", device, "see below"):
+                line = _Line([*line.passes, (wider, *_pass(base, method, accelerator, device, wider, size))])
+        except OutOfMemory:
+            too_many = wider
+            break
     for parameter in parameters:
         parameter.grad = None
     extra = 4 * trained * (2 + (config.loop.ema > 0))
-    return Cost(line.peak(count) + extra, config.loop.accumulate * line.seconds(count), trained)
+    peak = line.peak(count) + extra
+    if not too_many and peak > total_memory(device):
+        too_many = count
+    return Cost(peak, config.loop.accumulate * line.seconds(count), trained, too_many)

@@ -39,15 +39,29 @@ def find_host() -> Path:
     )
 
 
-def enter_host() -> Path:
-    """Put ComfyUI on the import path, on the CPU where torch has no CUDA. Returns its folder."""
+def _sees_a_gpu() -> bool:
+    """Whether torch has a device besides the CPU: CUDA, ROCm, XPU, MPS, or what a plug-in of torch brings."""
+    import torch
+
+    if hasattr(torch, "accelerator"):
+        return torch.accelerator.is_available()
+    return torch.cuda.is_available() or torch.backends.mps.is_available()  # torch before 2.6
+
+
+def enter_host(cpu: bool = False) -> Path:
+    """Put ComfyUI on the import path. Returns its folder.
+
+    The host chooses the device, as it does for the nodes; the CPU where torch sees no other, where `accelerate launch
+    --cpu` says so, or where `cpu`: the toy world's own measurements are small, and the same everywhere. To be called
+    before anything of the host is imported.
+    """
     folder = find_host()
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-    import torch
     from comfy.cli_args import args
 
-    if not torch.cuda.is_available():
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if cpu or told or not _sees_a_gpu():
         args.cpu = True
     logging.getLogger().setLevel(logging.WARNING)
     return folder

@@ -1,6 +1,12 @@
-"""What a run tells: progress bar, `log.csv`, `validation.csv`, `layers.csv`, TensorBoard, grids of samples."""
+"""What a run tells: progress bar, `log.csv`, `validation.csv`, `layers.csv`, TensorBoard, grids of samples, warnings.
+
+`left_out.csv` has a row for each step that did without a sample, or updated nothing, because losses or gradients were
+not finite.
+"""
 
 import csv
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +19,7 @@ COLUMNS = {
     "log.csv": ("step", "loss", "keep_ratio", "share_differing", "steps_per_second", "peak_memory_mb"),
     "validation.csv": ("step", "loss", "change", "error"),
     "layers.csv": ("step", "layer", "keep_ratio"),
+    "left_out.csv": ("step", "samples", "whole_step"),
 }
 
 
@@ -26,6 +33,7 @@ class Log:
         self.folder, self.enabled = folder, enabled
         self.postfix: dict[str, str] = {}
         self._recent: list[float] = []
+        self._troubled = 0
         self._base_pictures: torch.Tensor | None = None
         self._board = _tensorboard(folder) if enabled and board else None
 
@@ -54,10 +62,12 @@ class Log:
 
     def step(self, run: Any, loss: float, observed: bool) -> None:
         """After a step; `run.step` counts it already."""
-        self._recent = [*self._recent[-49:], loss]
         if not self.enabled:
             return
-        self.postfix["loss"] = f"{sum(self._recent) / len(self._recent):.4f}"
+        if math.isfinite(loss):
+            self._recent = [*self._recent[-49:], loss]
+            self.postfix["loss"] = f"{sum(self._recent) / len(self._recent):.4f}"
+        self._left_out_at(run)
         keep, differing = "", ""
         speed = round(run.step / max(run.seconds, 1e-9), 3)
         statistics = run.method.statistics
@@ -68,6 +78,33 @@ class Log:
         memory = run.memory.peak // MB if observed else ""
         self._append("log.csv", [(run.step, loss, keep, differing, speed, memory)])
         self._plot({"loss": loss, "learning_rate": run.schedule.get_last_lr()[0]}, run.step)
+
+    def warn(self, sentence: str) -> None:
+        if self.enabled:
+            logging.getLogger(__name__).warning(sentence)
+
+    def _left_out_at(self, run: Any) -> None:
+        """Of the last step: a row at every one that did without something, a warning at the 1st, 10th, 100th..."""
+        samples, whole_step = run.left_out.last
+        if not samples and not whole_step:
+            return
+        self._append("left_out.csv", [(run.step, samples, int(whole_step))])
+        self._troubled += 1
+        if math.log10(self._troubled).is_integer():
+            what = f"The losses of {samples} samples" if samples else "The gradients"
+            so_far = f"{run.left_out.samples:,} samples left out, {run.left_out.steps:,} steps without an update"
+            self.warn(
+                f"{what} were not finite at step {run.step}, "
+                f"{'which updates nothing' if whole_step else 'and left out'} (so far {so_far})."
+            )
+
+    def left_out(self, found: Any) -> None:
+        """At the end of a run. found: a LeftOut."""
+        if found.samples or found.steps:
+            self.warn(
+                f"In all {found.samples:,} samples were left out and {found.steps:,} steps updated nothing, because "
+                f"losses or gradients were not finite; {self.folder / 'left_out.csv'} says which."
+            )
 
     def validation(self, run: Any, found: dict[str, float]) -> None:
         if not self.enabled:

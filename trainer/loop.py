@@ -1,7 +1,8 @@
 """The training loop: any method on any base and data, by the diffusion loss (Eq. 2).
 
-What a step does depends on the seed and the step's number alone: a run that was killed and resumed ends with the
-same bits as one that was not, and two processes see the batch that one process would have seen.
+What a step sees depends on the seed and the step's number alone: two processes see the batch that one process would
+have seen, and a run that was killed and resumed goes on as if it had not been. On the CPU it ends with the same bits;
+elsewhere some of torch's kernels sum in another order each time, and two runs differ by roundings anyway.
 """
 
 import contextlib
@@ -11,10 +12,12 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from maskunet_core.errors import MaskUNetError
@@ -32,7 +35,7 @@ from .validate import Validator
 
 
 class Diverged(MaskUNetError):
-    """The loss is no longer a number."""
+    """No step has a finite loss and gradient any more."""
 
 
 class CannotResume(MaskUNetError):
@@ -41,6 +44,32 @@ class CannotResume(MaskUNetError):
 
 class DiskFull(MaskUNetError):
     """No room for a checkpoint; the last one is as it was."""
+
+
+_WIDER_PRECISION = {"fp16": ", or with loop.precision bf16 or fp32", "bf16": ", or with loop.precision fp32"}
+PATIENCE = 30
+"""Steps in a row without a finite loss and gradient after which a run stops. The loss scale of fp16, which is halved at
+each of them, has come from 2^16 to 2^-14 by then."""
+
+
+@dataclass
+class LeftOut:
+    """What a run did without, because losses or gradients were not finite.
+
+    samples, steps: of the whole run; in_a_row: the last steps, all of them left out; last: (samples, whether the whole
+    step) of the last step.
+    """
+
+    samples: int = 0
+    steps: int = 0
+    in_a_row: int = 0
+    last: tuple[int, bool] = (0, False)
+
+    def count(self, samples: int, step: bool) -> None:
+        self.last = samples, step
+        self.samples += samples
+        self.steps += step
+        self.in_a_row = self.in_a_row + 1 if step else 0
 
 
 @contextlib.contextmanager
@@ -85,6 +114,8 @@ class Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         self.average = [p.detach().clone() for p in self.module.parameters()] if config.loop.ema else None
         self.validator = Validator(self, held_out) if config.validation.every and held else None
+        self.left_out = LeftOut()
+        self._ahead: tuple[int, Batch] | None = None
         self.step = 0
         self.seconds = 0.0
         self.best: dict[str, float] | None = None
@@ -93,55 +124,119 @@ class Run:
 
     # One step ---------------------------------------------------------------------------------------------------
 
-    def _forward_backward(self, batch: Batch) -> float:
-        """The loss of one part, with its gradients added to the parameters'."""
+    def _batch(self, step: int) -> Batch:
+        """The batch of a step, where the copies to the device do not wait if it can be told so."""
+        import comfy.model_management
+
+        batch = self.batches.draw(step)
+        if self.device.type != "cpu" and comfy.model_management.device_supports_non_blocking(self.device):
+            return batch.pinned()
+        return batch
+
+    def _forward_backward(self, batch: Batch, finite: list[bool] | None = None) -> Tensor:
+        """Adds the gradients of this process's samples to the parameters'. Returns their weighted losses [N] there.
+
+        finite: [N], which samples take part; the others' losses are left out of the result.
+        """
         parts = self.accelerator.num_processes * self.config.loop.accumulate
-        total = 0.0
+        size = len(batch.clean) // parts
+        losses = []
         for turn in range(self.config.loop.accumulate):
             index = self.accelerator.process_index * self.config.loop.accumulate + turn
             part = batch.part(index, parts, self.device)
+            if finite is not None:
+                part = part.chosen(finite[turn * size : (turn + 1) * size])
+                if not len(part.clean):
+                    continue
             torch.manual_seed(self.step * parts + index)
             with self.method.acting():
                 with self.accelerator.autocast():
-                    losses = self.base.diffusion_loss(
+                    weighted = part.weights * self.base.diffusion_loss(
                         part.clean, part.conditions, part.timesteps, part.noise, self.config.loop.min_snr
                     )
-                loss = (part.weights * losses).mean() / self.config.loop.accumulate
-                self.accelerator.backward(loss)
-            total += loss.item()
-        return total
+                share = len(weighted) / size / self.config.loop.accumulate
+                self.accelerator.backward(weighted.mean() * share)
+            losses.append(weighted.detach())
+        return torch.cat(losses) if losses else torch.empty(0, device=self.device)
+
+    def _gradients(self) -> tuple[list[float], int, bool]:
+        """The gradients of this process's samples of the step, from those with finite losses.
+
+        Returns their weighted losses, the number of samples that were left out, and whether the gradients are finite.
+        """
+        if self._ahead is None or self._ahead[0] != self.step:
+            self._ahead = self.step, self._batch(self.step)
+        _, batch = self._ahead
+        losses = self._forward_backward(batch)
+        if self.step + 1 < self.config.loop.steps:
+            # The device is at work, and is asked for its results only then.
+            self._ahead = self.step + 1, self._batch(self.step + 1)
+        *weighted, largest = torch.cat([losses, self._largest_gradient()]).tolist()
+        finite = [math.isfinite(loss) for loss in weighted]
+        if not all(finite):
+            # Where activations overflow, zero times a sample's loss is still NaN in the gradient: do it without them.
+            self.optimiser.zero_grad(set_to_none=True)
+            losses = self._forward_backward(batch, finite)
+            *weighted, largest = torch.cat([losses, self._largest_gradient()]).tolist()
+        return weighted, finite.count(False), math.isfinite(largest)
+
+    def _largest_gradient(self) -> Tensor:
+        """[1], fp32: NaN or infinite where a gradient has such an entry."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if not gradients:
+            return torch.zeros(1, device=self.device)
+        return torch.stack(torch._foreach_norm(gradients, math.inf)).max().float()[None]
 
     def _average_gradients(self) -> None:
         """One gradient for all processes. DDP would do it in the forward pass of the module, which has none here."""
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        for parameter in self.module.parameters():
+            if parameter.grad is None:  # This process had no sample with a finite loss.
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in self.module.parameters()]
         flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
             gradient.copy_(part.view_as(gradient))
 
     def train_step(self) -> float:
-        """One update of the parameters; returns the loss over all processes."""
-        loss = self._forward_backward(self.batches.draw(self.step))
+        """One update of the parameters; returns the mean loss of the samples of all processes.
+
+        A sample whose loss is not finite is left out. Where none is left, or gradients are not finite, the parameters,
+        the optimiser and the average stay as they are, and the loss is NaN where there is none. Raises Diverged after
+        `PATIENCE` such steps in a row.
+        """
+        losses, lost, finite = self._gradients()
+        total, count = math.fsum(losses), len(losses)
         if self.accelerator.num_processes > 1:
-            loss = self.accelerator.reduce(torch.tensor(loss, device=self.device), reduction="mean").item()
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"The loss is not finite at step {self.step}. The last good state is in {self.state_file}. "
-                "Train with a lower learning rate, or with loop.precision bf16 instead of fp16."
-            )
-        self._average_gradients()
-        if self.config.optimiser.clip:
-            self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.optimiser.clip)
-        self.optimiser.step()
+            self._average_gradients()
+            sums = torch.tensor([total, count, lost, not finite], device=self.device)
+            total, count, lost, broken = self.accelerator.reduce(sums, reduction="sum").tolist()
+            lost, finite = int(lost), not broken
+        if count and finite:
+            self._update()
+        elif count and self.accelerator.scaler:
+            # Updates nothing either, but lowers the scale of the loss.
+            self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step += 1
+        self.left_out.count(lost, not (count and finite))
+        if self.left_out.in_a_row >= PATIENCE:
+            raise Diverged(
+                f"Losses or gradients were not finite in each of the {PATIENCE} steps up to step {self.step}. The last "
+                f"good state is in {self.state_file}. Train with lower optimiser.lr and optimiser.lr_bias"
+                f"{_WIDER_PRECISION.get(self.config.loop.precision, '')}."
+            )
+        return total / count if count else math.nan
+
+    def _update(self) -> None:
+        """From the gradients to the parameters and their average."""
+        if self.config.optimiser.clip:
+            self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.optimiser.clip)
+        self.optimiser.step()
         if self.average is not None:
             # Follows closely at first: the start is no good average.
-            decay = min(self.config.loop.ema, self.step / (self.step + 10))
+            decay = min(self.config.loop.ema, (self.step + 1) / (self.step + 11))
             torch._foreach_lerp_(self.average, list(self.module.parameters()), 1 - decay)
-        return loss
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -179,6 +274,7 @@ class Run:
             "average": self.average,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "stale": self.validator.stale if self.validator else 0,
+            "left_out": asdict(self.left_out),
         }
         with _room_for(self.state_file), replacing(self.state_file) as temporary:
             torch.save(state, temporary)
@@ -200,6 +296,7 @@ class Run:
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         if self.validator:
             self.validator.stale = state["stale"]
+        self.left_out = LeftOut(**state.get("left_out", {}))
 
     def save_result(self) -> None:
         """The file for the nodes, with how it was made."""
@@ -227,6 +324,7 @@ class Run:
             raise KeyboardInterrupt
         if self.validator is None or self.best is None:
             self.save_result()
+        self.log.left_out(self.left_out)
         why = " (no better validation for a while)" if stopped_early else ""
         self.accelerator.print(f"wrote {self.config.result} after {self.step} steps, {self.seconds:.0f} s{why}")
         return self.config.result
@@ -270,7 +368,8 @@ class Run:
         with self.averaged():
             found = self.validator.measure()
         self.log.validation(self, found)
-        better = self.best is None or found["change"] < self.best["change"]
+        # NaN, where no held-out loss is finite, is never better.
+        better = found["change"] < (math.inf if self.best is None else self.best["change"])
         self.validator.stale = 0 if better else self.validator.stale + 1
         if better:
             self.best = found | {"step": self.step}

@@ -35,28 +35,35 @@ class MaskCounts:
         self.reset()
 
     def reset(self) -> None:
-        self._counts: dict[str, list[int]] = {}
+        # Per layer: [kept, differing] on the mask's device, so that no layer waits for it; [bits, weights].
+        self._counted: dict[str, Tensor] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
 
     def __call__(self, layer: str, mask: Tensor) -> None:
         bits = mask.detach() > 0.5
-        differing = (bits.any(0) & ~bits.all(0)).sum() if len(bits) > 1 else torch.tensor(0)
-        found = (int(bits.sum()), bits.numel(), int(differing), bits[0].numel())
-        self._counts[layer] = [a + b for a, b in zip(self._counts.get(layer, (0, 0, 0, 0)), found)]
+        counted = torch.stack([bits.sum(), (bits.any(0) & ~bits.all(0)).sum()])
+        before, (total, weights) = self._counted.get(layer), self._sizes.get(layer, (0, 0))
+        self._counted[layer] = counted if before is None else before + counted
+        self._sizes[layer] = total + bits.numel(), weights + bits[0].numel()
 
-    def _total(self, index: int) -> int:
-        return sum(counts[index] for counts in self._counts.values())
+    def _totals(self) -> list[int]:
+        """[kept, differing] of all layers."""
+        return torch.stack(list(self._counted.values())).sum(0).tolist() if self._counted else [0, 0]
 
     @property
     def keep_ratio(self) -> float:
-        return self._total(0) / max(1, self._total(1))
+        return self._totals()[0] / max(1, sum(total for total, _ in self._sizes.values()))
 
     @property
     def share_differing(self) -> float:
-        return self._total(2) / max(1, self._total(3))
+        return self._totals()[1] / max(1, sum(weights for _, weights in self._sizes.values()))
 
     @property
     def keep_ratio_per_layer(self) -> dict[str, float]:
-        return {layer: counts[0] / counts[1] for layer, counts in self._counts.items()}
+        if not self._counted:
+            return {}
+        kept = torch.stack(list(self._counted.values()))[:, 0].tolist()
+        return {layer: count / self._sizes[layer][0] for layer, count in zip(self._counted, kept)}
 
 
 class _Method:

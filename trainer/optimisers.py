@@ -34,7 +34,13 @@ def find_optimiser(name: str) -> type[torch.optim.Optimizer]:
 
 def build_optimiser(groups: list[dict[str, Any]], name: str, arguments: dict[str, Any]) -> torch.optim.Optimizer:
     """The optimiser over parameter groups, which may bring learning rates of their own."""
+    chosen = find_optimiser(name)
     try:
-        return find_optimiser(name)(groups, **arguments)
+        return chosen(groups, **arguments)
+    except RuntimeError:
+        # Not every device has the kernels for `fused`, which is no one's wish but for speed.
+        if not arguments.get("fused"):
+            raise
+        return chosen(groups, **arguments | {"fused": False})
     except TypeError as error:
         raise UnknownOptimiser(f"optimiser.options: {name} does not take them ({error}).") from None

@@ -19,8 +19,11 @@ def machine() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {"device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+    import comfy.model_management
+
+    device = comfy.model_management.get_torch_device()
+    name = platform.machine() if device.type == "cpu" else comfy.model_management.get_torch_device_name(device)
+    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:

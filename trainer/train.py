@@ -9,12 +9,14 @@ import torch
 from maskunet_core.errors import MaskUNetError
 
 from . import base as bases
+from .attention import notice
 from .config import Config, to_toml_values
 from .config_file import parse_config, warnings
 from .files import replacing
 from .loop import CannotResume, Run
 from .seeds import seeded
 
+LESS_MEMORY = "raise loop.accumulate, set loop.checkpointing to true, or lower data.resolution"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -23,7 +25,9 @@ class MissingPackage(MaskUNetError):
 
 
 def make_accelerator(config: Config):
-    """Device, mixed precision and processes, by `accelerate`. Raises MissingPackage."""
+    """Mixed precision and processes by `accelerate`, on the host's device. Raises MissingPackage."""
+    import comfy.model_management
+
     try:
         from accelerate import Accelerator
     except ImportError:
@@ -32,7 +36,15 @@ def make_accelerator(config: Config):
             "tensorboard` in the environment that ComfyUI runs in."
         ) from None
     precision = "no" if config.loop.precision == "fp32" else config.loop.precision
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    on_cpu = comfy.model_management.get_torch_device().type == "cpu"
+    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
+    # The processes of accelerate have a device each, which is the host's from now on.
+    device = comfy.model_management.get_torch_device()
+    if device.type != accelerator.device.type:
+        raise MaskUNetError(
+            f"ComfyUI computes on {device} here, but accelerate on {accelerator.device}. Set ACCELERATE_USE_CPU=1 to "
+            "train on the CPU, or install a version of accelerate that knows the device."
+        )
     parts = accelerator.num_processes * config.loop.accumulate
     if config.loop.batch % parts:
         raise MaskUNetError(
@@ -67,7 +79,7 @@ def load_prior(config: Config, base: bases.BaseModel) -> Any:
 
 def check(config: Config) -> list[str]:
     """What the configuration will do, a sentence each; nothing is trained, and no picture is encoded."""
-    from .cost import MB, estimate
+    from .cost import MB, estimate, total_memory
     from .methods import build_method
 
     accelerator = make_accelerator(config)
@@ -84,14 +96,21 @@ def check(config: Config) -> list[str]:
 
         prior = [plan(config)]
     base = load(config, accelerator)
-    cost = estimate(base, build_method(base, config), config, accelerator, size)
+    device = base.patcher.load_device
+    with bases.fitting(f"A step of one picture of {size[0]}x{size[1]}", device, LESS_MEMORY):
+        cost = estimate(base, build_method(base, config), config, accelerator, size)
+    if cost.too_many:
+        told.append(
+            f"Warning: {cost.too_many} pictures at once do not fit into the memory of {device} "
+            f"({total_memory(device) / MB:,.0f} MB): {LESS_MEMORY}."
+        )
     whole = cost.seconds * config.loop.steps / 3600
     return [
         *told,
         f"Base: {base.name}. Data: {pictures:,} pictures, up to {size[0]}x{size[1]}. "
         f"Method: {config.method}, {cost.parameters:,} parameters.",
         *prior,
-        f"Estimated peak memory: {cost.peak / MB:,.0f} MB.",
+        f"Estimated peak memory: {cost.peak / MB:,.0f} MB, on {device}.",
         f"Estimated time: {cost.seconds:.2f} s a step, {whole:.1f} h for {config.loop.steps:,} steps.",
     ]
 
@@ -118,8 +137,12 @@ def start(config: Config, *, resume: bool = False) -> Path:
             temporary.write_text(json.dumps(to_toml_values(config), indent=2), encoding="utf-8")
     trained = sum(p.numel() for p in run.module.parameters())
     pictures = f"{len(run.data):,} pictures" + (f", {len(prior):,} of the class" if prior else "")
-    accelerator.print(f"{config.method}: {trained:,} parameters, {pictures}, on {run.device}")
-    return run.run()
+    processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    accelerator.print(f"{config.method}: {trained:,} parameters, {pictures}, on {run.device}{processes}")
+    if sentence := notice(run.device):
+        accelerator.print(sentence)
+    with bases.fitting(f"A step of {config.loop.batch // config.loop.accumulate} pictures", run.device, LESS_MEMORY):
+        return run.run()
 
 
 def resume(folder: Path) -> Path:

@@ -39,7 +39,7 @@ class Validator:
                 timesteps = self._timesteps[done : done + len(rows)]
                 losses.append(self._loss(rows, timesteps, seeded(34, self.run.config.seed, turn, done), acting))
                 done += len(rows)
-        return torch.cat(losses)
+        return torch.cat(losses).cpu()
 
     def _loss(self, rows: Tensor, timesteps: Tensor, stream: torch.Generator, acting: bool) -> Tensor:
         run = self.run
@@ -50,9 +50,9 @@ class Validator:
         batch = (clean.to(run.device), moved, timesteps.to(run.device), noise.to(run.device))
         with run.accelerator.autocast():
             if not acting:
-                return run.base.diffusion_loss(*batch).float().cpu()
+                return run.base.diffusion_loss(*batch).float()
             with run.method.acting(training=False):
-                return run.base.diffusion_loss(*batch).float().cpu()
+                return run.base.diffusion_loss(*batch).float()
 
     @property
     def _batch(self) -> int:
@@ -63,10 +63,20 @@ class Validator:
         return self.run.accelerator.is_main_process
 
     def measure(self) -> dict[str, float]:
-        """{"loss", "change": mean difference to the base on the same pairs, "error": its standard error}."""
+        """{"loss", "change": mean difference to the base on the same pairs, "error": its standard error}.
+
+        Pairs in which one of the two losses is not finite are left out, and a warning says how many; all three are
+        NaN where none is left.
+        """
         if self._base is None:
             self._base = self._losses(acting=False)
         losses = self._losses(acting=True)
-        difference = losses - self._base
+        finite = losses.isfinite() & self._base.isfinite()
+        if not finite.all():
+            self.run.log.warn(
+                f"Validation at step {self.run.step}: {int((~finite).sum())} of {len(finite)} held-out losses are not "
+                "finite and left out."
+            )
+        losses, difference = losses[finite], (losses - self._base)[finite]
         error = (difference.std() / len(difference) ** 0.5).item() if len(difference) > 1 else 0.0
         return {"loss": losses.mean().item(), "change": difference.mean().item(), "error": error}

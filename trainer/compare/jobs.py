@@ -224,7 +224,7 @@ def do(job: Job, scale: Scale, output: Path) -> dict[str, Any]:
 def main() -> int:
     output, name = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    enter_host()
+    enter_host(cpu=True)
     scale = scale_from_values(json.loads((output / "scale.json").read_text(encoding="utf-8")))
     do(next(job for job in make_plan(scale) if job.name == name), scale, output)
     return 0

@@ -81,7 +81,7 @@ def do(output: Path, job: Job, scale: Scale) -> dict[str, Any]:
 def main() -> int:
     output, name = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    enter_host()
+    enter_host(cpu=True)
     scale = Scale(**json.loads((output / "scale.json").read_text(encoding="utf-8")))
     job = next(job for job in make_plan(scale) if job.name == name)
     if result_of(output, name) is None:

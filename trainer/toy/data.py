@@ -35,10 +35,11 @@ def latent_set(
 ) -> LatentSet:
     """`count` rendered and encoded pictures, with captions inside or outside the held-out set."""
     scenes, captions = sample_captioned(count, generator, caption_noise, held_out)
-    latents = []
+    latents, like = [], next(autoencoder.parameters())
     for start in tqdm(range(0, count, 500), desc="pictures", mininterval=1):
         pictures = render(scenes[torch.arange(start, min(start + 500, count))], generator)
-        latents.append(autoencoder.encode(pictures * 2 - 1))
+        # The host holds it in half precision on some devices.
+        latents.append(autoencoder.encode((pictures * 2 - 1).to(like)).float().cpu())
     tokens = torch.tensor([vocabulary.encode_padded(str(caption)) for caption in captions])
     return LatentSet(torch.cat(latents), tokens, captions)
 
