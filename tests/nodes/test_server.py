@@ -157,7 +157,7 @@ def reward_of(server: Server, prompt: dict, title: str) -> list[float]:
 
 
 def test_the_masks_that_ship_fit_their_graph_and_raise_the_reward(server, object_info):
-    shipped = Path(mask_file.__file__).parent / "toy" / "masks" / "toy_example.safetensors"
+    shipped = Path(mask_file.__file__).parent.parent / "toy" / "masks" / "toy_example.safetensors"
     assert shipped.stat().st_size < 1_000_000
     record = mask_file.load(shipped).record
     replay = to_prompt(load_workflow("replay_masks"), object_info)
