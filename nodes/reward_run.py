@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import comfy.model_management
@@ -19,6 +19,7 @@ from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.records.recorder import without_recording
 from ..maskunet_core.rewards.reward import BoundReward, value_and_gradient
 from ..maskunet_core.seam.attach import structure_of
+from ..maskunet_core.seam.attention import attention_notice
 from ..maskunet_core.search.decoder import latent_decoder
 from ..maskunet_core.search.graph import KEY
 from ..maskunet_core.search.judge import Judge
@@ -36,6 +37,12 @@ _TRIAL_STEPS = 6
 
 class _StopSampling(Exception):
     """Leaves a run of the host's sampler from inside."""
+
+
+@cache
+def _log_once(text: str) -> None:
+    if text:
+        logging.info(f"MaskUNet Reward Sampler: {text}")
 
 
 class RewardRun:
@@ -172,6 +179,7 @@ class RewardRun:
         room = 0
         if self.settings.total_iterations(self.steps):
             self._require_possible()
+            _log_once(attention_notice(self.model.load_device))
             decoded = self.judge.decoded_size(*self.samples.shape[-2:])
             structure = structure_of(self.model, self.targets)
             room = room_for(structure, self.settings, len(self.samples), self.gradient_vae, decoded)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.seam.attention import with_differentiable_attention
 from maskunet_core.seam.shadow import Shadowed
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.model import load_toy_model
 
-from .attention import differentiable_attention
 from .config import TOY, Base
 from .seeds import seeded
 
@@ -116,7 +116,9 @@ class BaseModel:
         height, width = (8 * side for side in clean.shape[-2:])
         extra = self.model.extra_conds(**conditions, noise=noisy, device=noisy.device, width=width, height=height)
         inputs = {key: value.cond for key, value in extra.items()}
-        options = {"sigmas": sigma, "optimized_attention_override": differentiable_attention}
+        options = {"sigmas": sigma}
+        if torch.is_grad_enabled():
+            options = with_differentiable_attention(options)
         denoised = self.model.apply_model(noisy, sigma, transformer_options=options, **inputs)
         error = ((denoised - clean) / spread).square().flatten(1).mean(1)
         snr = sigma**-2

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.seam.attention import attention_notice
 
 from . import base as bases
-from .attention import notice
 from .config import Config, to_toml_values
 from .config_file import parse_config, warnings
 from .files import replacing
@@ -139,7 +139,7 @@ def start(config: Config, *, resume: bool = False) -> Path:
     pictures = f"{len(run.data):,} pictures" + (f", {len(prior):,} of the class" if prior else "")
     processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     accelerator.print(f"{config.method}: {trained:,} parameters, {pictures}, on {run.device}{processes}")
-    if sentence := notice(run.device):
+    if sentence := attention_notice(run.device):
         accelerator.print(sentence)
     with bases.fitting(f"A step of {config.loop.batch // config.loop.accumulate} pictures", run.device, LESS_MEMORY):
         return run.run()

@@ -81,35 +81,6 @@ def on_a_copy(blocks: Iterable[nn.Sequential]) -> Shadowed:
     return Shadowed((block[0], {"forward": forward_of(block[0])}) for block in blocks)
 
 
-LARGE = 1 << 16
-"""Entries of one head's attention matrix from which on it is worth not to keep it: 256 tokens that see each other."""
-_WITH_GRADIENTS = ("attention_basic", "attention_split", "attention_sub_quad", "attention_pytorch")
-"""The host's ways of computing attention that have a backward pass."""
-
-
-def differentiable_attention(function: Callable, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The host's override of attention (`optimized_attention_override`), for calls that take part in a backward pass.
-
-    Fast kernels have none (flash, sage). What the host chooses on a CPU cuts large matrices into slices, all of which a
-    backward pass keeps, where PyTorch's own keeps no matrix. Where the host does without that (some AMD cards, Apple,
-    DirectML) it would keep them whole, so there the slices remain.
-    """
-    from comfy.ldm.modules import attention
-    from comfy.model_management import pytorch_attention_enabled
-
-    on_cpu, tokens = query.device.type == "cpu", 2 if kwargs.get("skip_reshape") else 1
-    small = query.shape[tokens] * key.shape[tokens] < LARGE
-    if on_cpu and small and getattr(function, "__name__", "") in _WITH_GRADIENTS:
-        return function(query, key, *args, **kwargs)
-    chosen = attention.attention_pytorch if on_cpu or pytorch_attention_enabled() else attention.attention_sub_quad
-    return chosen(query, key, *args, **kwargs)
-
-
-def with_differentiable_attention(transformer_options: dict[str, Any]) -> dict[str, Any]:
-    """The options with `differentiable_attention`, in place of whatever else was to compute attention."""
-    return transformer_options | {"optimized_attention_override": differentiable_attention}
-
-
 class LeanGraph(TorchFunctionMode):
     """Frozen layers inside the block keep less for their backward passes, and inference tensors do not stop them.
 

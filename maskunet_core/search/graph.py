@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ..masks.call import POSITIVE
 from ..models.structure import Structure, execution_order
 from ..seam.attach import OPTION, options_of, with_options
+from ..seam.attention import with_differentiable_attention
 from ..seam.gradients import (
     kept_weights,
     on_a_copy,
     recomputed,
-    with_differentiable_attention,
 )
 from ..seam.prefix import Prefix, same
 from ..seam.run import RUN

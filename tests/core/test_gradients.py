@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maskunet_core.seam.gradients import LeanGraph, differentiable_attention
+from maskunet_core.seam.attention import differentiable_attention
+from maskunet_core.seam.gradients import LeanGraph
 from tests.kept import KeptByAutograd
 
 

@@ -123,7 +123,9 @@ def test_a_reward_that_fails_leaves_the_model_as_it_was(server, kind, after):
     graph = Graph()
     graph["faulty"] = node("FaultyReward", reward=["reward", 0], after=after, kind=kind)
     graph.rewarded("rewarded", **FEW_UPDATES | {"reward": ["faulty", 0]})
-    with pytest.raises(ExecutionError, match="the reward broke" if kind == "error" else "ran out of the device's memory") as caught:
+    with pytest.raises(
+        ExecutionError, match="the reward broke" if kind == "error" else "ran out of the device's memory"
+    ) as caught:
         Result(server, graph)
     assert caught.value.node_type == "MaskUNetRewardSampler"
     assert torch.equal(plain_latents(server), before)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.seam.attention import attention_notice, differentiable_attention
 from tests.builders import write_tiny_checkpoint
 from trainer import cost
-from trainer.attention import notice
 from trainer.base import BaseModel, OutOfMemory, load_base, load_for_training, load_toy_base
 from trainer.batches import Batch
 from trainer.config import Base
@@ -140,27 +140,27 @@ def test_an_attention_without_a_backward_pass_is_not_trained_through(base, tmp_p
         run._forward_backward(run.batches.draw(0))
         gradients.append(torch.cat([p.grad.flatten() for p in run.module.parameters()]))
     torch.testing.assert_close(*gradients)
-    assert "by attention_pytorch: attention_flash, ComfyUI's choice, is made for inference" in notice(run.device)
+    assert "through attention_pytorch: attention_flash, which ComfyUI uses, has no backward pass" in attention_notice(
+        run.device
+    )
 
 
 def test_the_hosts_own_attention_is_not_worth_a_word(base, monkeypatch):
     from comfy.ldm.modules import attention
 
     monkeypatch.setattr(attention, "optimized_attention", attention.attention_sub_quad)
-    assert notice(torch.device("cpu")) == ""
+    assert attention_notice(torch.device("cpu")) == ""
 
 
-@pytest.mark.parametrize("tokens", [64, 1024])
+@pytest.mark.parametrize("tokens", [256, 1024])
 def test_attention_in_slices_has_the_gradients_of_the_whole(monkeypatch, tokens):
     """Where the host does without PyTorch's attention: MPS, some AMD cards."""
     from comfy.ldm.modules import attention
 
-    from trainer.attention import differentiable_attention
-
     inputs = [torch.randn(2, tokens, 64, generator=seeded(n)).requires_grad_() for n in range(3)]
     found = []
     for chosen in (attention.attention_pytorch, attention.attention_sub_quad):
-        monkeypatch.setattr("trainer.attention._chosen", lambda device, chosen=chosen: chosen)
+        monkeypatch.setattr("maskunet_core.seam.attention._chosen", lambda device, chosen=chosen: chosen)
         out = differentiable_attention(attention.attention_basic, *inputs, 4, attn_precision=torch.float32)
         found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for whole, sliced in zip(*found, strict=True):
