@@ -1,6 +1,7 @@
 """Recorded masks: apply them to a model, save them, load them."""
 
 import errno
+import os
 from pathlib import Path
 
 import folder_paths
@@ -94,7 +95,7 @@ class MaskUNetSaveMasks(io.ComfyNode):
     def execute(cls, masks: RecordedMasks, filename_prefix: str) -> io.NodeOutput:
         prefix = filename_prefix.replace("\0", "").strip()
         path = _save(masks, prefix if prefix.strip("./\\ ") else DEFAULT_PREFIX)
-        subfolder = path.parent.relative_to(folder_paths.get_output_directory())
+        subfolder = Path(os.path.relpath(path.parent, folder_paths.get_output_directory()))
         saved = {"filename": path.name, "subfolder": "" if subfolder == Path() else str(subfolder), "type": "output"}
         text = [f"Saved as {(subfolder / path.name).as_posix()}"]
         seeds = masks.record.get("seeds")
@@ -107,7 +108,7 @@ def _save(masks: RecordedMasks, prefix: str) -> Path:
     """Writes masks under the next free number below the output folder, and returns where. Raises MaskUNetError."""
     output = folder_paths.get_output_directory()
     try:
-        if not Path(output, prefix).resolve().is_relative_to(Path(output).resolve()):
+        if not Path(os.path.abspath(Path(output, prefix))).is_relative_to(os.path.abspath(output)):
             raise MaskUNetError(
                 f"filename_prefix '{prefix}' lies outside the output folder. Give a name inside of it, such as "
                 f"{DEFAULT_PREFIX}."

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from maskunet_core import tensor_file
 from maskunet_core.files import checkpoint, mask_file
@@ -218,6 +219,14 @@ def test_a_bad_file_gets_one_sentence_that_names_it(saved, damage, sentence):
         mask_file.load(path)
     assert "found.safetensors" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_are_not_taken_for_floating_point(tmp_path):
+    path = tmp_path / "numbers.safetensors"
+    save_file({"whole": torch.zeros(2, dtype=torch.int32), "real": torch.zeros(2)}, path)
+    expected = {"whole": (None, (2,)), "real": (None, (2,))}
+    with pytest.raises(BadMaskFile, match=r"Tensor whole of 'numbers.safetensors' is I32 .* should be floating point"):
+        mask_file.KIND.read_tensors(path, expected)
 
 
 def test_a_missing_file_gets_a_sentence(tmp_path):
