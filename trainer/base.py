@@ -1,5 +1,7 @@
 """The frozen base model as the trainer uses it: loaded by the host, its conditioning, its loss, its sampler."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
