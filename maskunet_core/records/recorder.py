@@ -5,6 +5,7 @@ these latents, and goes with them. Nothing of it is held by the model.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +21,6 @@ from .recorded import EACH, RecordedMasks, occurrence_key, pack_bits, packed_siz
 
 _KEY = "maskunet_record"
 """Of the wrapper on the MODEL, and of the record on the latents."""
-_SEED = 7
-"""Its place among the arguments of the host's `outer_sample`."""
 
 
 class NothingRecorded(MaskUNetError):
@@ -160,8 +159,8 @@ def masks_of_run(latents: Tensor) -> RecordedMasks:
     """What a run of a recording MODEL left on the latents that it gave. Raises NothingRecorded."""
     if not hasattr(latents, _KEY):
         raise NothingRecorded(
-            "This latent holds no recorded masks. Put MaskUNet Record Masks in front of the sampler and connect the "
-            "sampler's own latent: nodes that change a latent drop the record, and so does loading one from a file. "
+            "This latent holds no recorded masks. Put MaskUNet Record Masks in front of the sampler, let it make a step "
+            "(denoise above 0), and connect the sampler's own latent: nodes that change a latent drop the record, and so does loading one from a file. "
             "MaskUNet Reward Sampler has an output of its own for its masks."
         )
     masks = getattr(latents, _KEY)
@@ -189,7 +188,7 @@ def _record_run(executor, *args, **kwargs):
         return _with_record(latents, None)
     about = {"sources": [type(attachment.source).__name__ for attachment in attachments]}
     about |= {"strengths": [attachment.strength for attachment in attachments]}
-    seed = args[_SEED] if len(args) > _SEED else kwargs.get("seed")
+    seed = inspect.signature(guider.outer_sample).bind(*args, **kwargs).arguments.get("seed")
     if seed is not None:
         about["seeds"] = [seed] * recorder.images
     structure = structure_of(guider.model_patcher, targets)

@@ -40,6 +40,11 @@ def _view(pictures: Tensor, seed: int) -> Tensor:
     return torch.lerp(shifted, blurred, 0.5) + 0.02 * noise
 
 
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors that both exist are the same numbers because they are the same memory."""
+    return (one.data_ptr(), one.shape, one._version) == (other.data_ptr(), other.shape, other._version)
+
+
 class Judge:
     """Scores latents. Two stages, which is exact: first the reward's gradient in the picture, then the decoder's.
 
@@ -58,6 +63,7 @@ class Judge:
     ):
         self.decode, self.score = decode, score
         self.small_side, self.pixels_per_cell, self.finish = small_side, pixels_per_cell, finish
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def _decoded(self, latents: Tensor) -> Tensor:
         if self.finish is not None:
@@ -76,7 +82,10 @@ class Judge:
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> Tensor:
-        return self._decoded(latents)
+        """What the latents show; those that were judged last are not decoded again."""
+        if self._last is None or not same_memory(self._last[0], latents):
+            self._last = latents, self._decoded(latents)
+        return self._last[1]
 
     def scores(self, latents: Tensor, views: list[View] | tuple[()] = ()) -> Tensor:
         """`[N]`, averaged over the picture and its views."""
@@ -90,6 +99,7 @@ class Judge:
             leaf = latents.detach().requires_grad_()
             with LeanGraph():
                 pictures = self._decoded(leaf)
+            self._last = latents, pictures.detach()
             scores, gradient = self.score(pictures.detach())
             for view in views:
                 seen = pictures.detach().requires_grad_()

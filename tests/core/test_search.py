@@ -20,6 +20,7 @@ from maskunet_core.search.masks import SearchedMasks
 from maskunet_core.search.run import search_images
 from maskunet_core.search.sampling import RewardSearch
 from maskunet_core.search.settings import PRESETS, SearchSettings
+from tests.tiny_models import controlnet
 
 PROMPT, STEPS = "a red circle left of a small blue square", 4
 FEW = SearchSettings(iterations=3, start_percent=0.25, end_percent=1.0, lr=0.1)
@@ -389,3 +390,36 @@ def test_a_step_without_an_active_prompt_is_taken_plainly(toy, judge):
     ratios = search.recorded.keep_ratio()
     assert ratios[0] < 1.0
     assert ratios[-1] == 1.0
+
+
+def test_a_watched_reward_looks_at_the_pictures_that_were_judged(toy, judge):
+    decoded = []
+
+    def decode(latents):
+        decoded.append(1)
+        return judge.decode(latents)
+
+    counted = Judge(decode, judge.score)
+    search, _ = found(toy, counted, FEW, watch=lambda z: judge.score(counted.pictures(z))[0])
+    assert len(decoded) == len(search.history)
+    assert all(torch.equal(look.watched, look.scores) for look in search.history)
+
+
+def test_a_controlnet_is_computed_once_in_a_step(toy, judge):
+    model, clip, _ = toy
+    net, runs = controlnet(model, torch.device("cpu")), []
+    positive, negative = (
+        [[text, more | {"control": net, "control_apply_to_uncond": True}] for text, more in encoded]
+        for encoded in (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, ""))
+    )
+    handle = net.control_model.register_forward_hook(lambda *_: runs.append(1))
+    search = RewardSearch(model, replace(FEW, start_percent=0.0), judge, 1)
+    try:
+        with torch.no_grad():
+            parts = (noise(), 3, 5.0, "euler", "normal", positive, negative, torch.zeros(1, 4, 8, 8))
+            comfy.sample.sample(search.searching(model), *parts, disable_pbar=True, seed=1)
+    finally:
+        handle.remove()
+    assert len(search.history) == 3 * (FEW.iterations + 1)
+    assert len(runs) == 3 * 2, "once for all looks, and in the step itself"
+    assert "get_control" not in vars(net)
