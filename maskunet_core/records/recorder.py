@@ -160,7 +160,8 @@ def masks_of_run(latents: Tensor) -> RecordedMasks:
     if not hasattr(latents, _KEY):
         raise NothingRecorded(
             "This latent holds no recorded masks. Put MaskUNet Record Masks in front of the sampler, let it make a step "
-            "(denoise above 0), and connect the sampler's own latent: nodes that change a latent drop the record, and so does loading one from a file. "
+            "(denoise above 0), and connect the sampler's own latent: nodes that change a latent drop the record, and "
+            "so does loading one from a file. "
             "MaskUNet Reward Sampler has an output of its own for its masks."
         )
     masks = getattr(latents, _KEY)
