@@ -159,7 +159,7 @@ def masks_of_run(latents: Tensor) -> RecordedMasks:
     """What a run of a recording MODEL left on the latents that it gave. Raises NothingRecorded."""
     if not hasattr(latents, _KEY):
         raise NothingRecorded(
-            "This latent holds no recorded masks. Put MaskUNet Record Masks in front of the sampler, let it make a step "
+            "This latent holds no recorded masks. Put MaskUNet Record Masks in front of the sampler, let it make steps "
             "(denoise above 0), and connect the sampler's own latent: nodes that change a latent drop the record, and "
             "so does loading one from a file. "
             "MaskUNet Reward Sampler has an output of its own for its masks."
