@@ -162,12 +162,10 @@ def _unet_blocks(unet: nn.Module) -> Iterator[tuple[str, str, list[str]]]:
 
 def execution_order(unet: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, block) of ComfyUI's UNetModel: the host goes through the layers of a block one by one."""
+    encoder = [(f"input_blocks.{n}", block) for n, block in enumerate(unet.input_blocks)]
     middle = [] if unet.middle_block is None else [("middle_block", unet.middle_block)]
-    ends = {part: [(f"{part}.{n}", block) for n, block in enumerate(getattr(unet, part))] for part in _ENDS}
-    return [*ends["input_blocks"], *middle, *ends["output_blocks"]]
-
-
-_ENDS = ("input_blocks", "output_blocks")
+    decoder = [(f"output_blocks.{n}", block) for n, block in enumerate(unet.output_blocks)]
+    return [*encoder, *middle, *decoder]
 
 
 def _require_maskable(name: str, module: nn.Module) -> None:
