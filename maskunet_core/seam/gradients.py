@@ -86,7 +86,7 @@ class LeanGraph(TorchFunctionMode):
 
     A convolution whose weights take no gradient needs its input for nothing but its shape. What lies between a group
     norm and its SiLU is made anew from the norm's input. So a residual block keeps two feature maps instead of six.
-    Other nodes' tensors that were made in the inference mode that nodes run in are copied where a gradient passes them.
+    Tensors of the inference mode that nodes run in, which autograd refuses, are replaced by ordinary ones.
     """
 
     def __init__(self):
@@ -116,12 +116,24 @@ class LeanGraph(TorchFunctionMode):
 
 
 def _ordinary(value: Any) -> Any:
-    """A copy of an inference tensor, also in a list or tuple; anything else as it is."""
+    """An ordinary tensor of an inference tensor's values, also in a list or tuple; anything else as it is."""
     if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
+        return _of_same_values(value) if value.is_inference() else value
     if type(value) in (list, tuple):
         return type(value)(map(_ordinary, value))
     return value
+
+
+def _of_same_values(tensor: Tensor) -> Tensor:
+    """On the CPU over the same memory: a model's weights would be twice there. Elsewhere a copy."""
+    if (
+        tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, nn.Parameter)
+        and tensor.ndim
+        and tensor.is_contiguous()
+    ):
+        return torch.from_numpy(tensor.detach().view(torch.uint8).numpy()).view(tensor.dtype)
+    return tensor.clone()
 
 
 def _convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> tuple:

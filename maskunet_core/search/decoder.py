@@ -1,5 +1,6 @@
 """The host's VAE as a differentiable decoder."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ def latent_decoder(vae: Any, latent_format: Any) -> Callable[[Tensor], Tensor]:
     vae: the host's VAE, KL or TAESD, loaded as the host likes. The host's own `decode` may unload other models, tiles,
     and clamps. Raises UnusableDecoder.
     """
+    from comfy.model_management import is_device_cpu
+
     network, dtype, device = vae.first_stage_model, vae.vae_dtype, vae.device
     kind, channels = type(network).__name__, getattr(vae, "latent_channels", latent_format.latent_channels)
     if channels != latent_format.latent_channels:
@@ -38,10 +41,8 @@ def latent_decoder(vae: Any, latent_format: Any) -> Callable[[Tensor], Tensor]:
 
     def decode(latents: Tensor) -> Tensor:
         inputs = latent_format.process_out(latents).to(device, dtype)
-        if torch.is_grad_enabled():
-            with kept_weights([network]):
-                pictures = network.decode(inputs)
-        else:
+        lent = torch.is_grad_enabled() and not is_device_cpu(vae.patcher.load_device)
+        with kept_weights([network]) if lent else contextlib.nullcontext():
             pictures = network.decode(inputs)
         return (pictures[:, :3].to(latents) + 1.0) / 2.0
 

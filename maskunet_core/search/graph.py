@@ -29,10 +29,10 @@ class StepGraph:
 
     structure: what is masked. fixed: whether the latent is the same in all calls; where it is searched for, gradients
     flow through the whole U-Net. recompute: layers keep their inputs alone for the backward pass and run again in it;
-    otherwise their activations are kept, and copies of their weights.
+    otherwise their activations are kept. lent: weights may be others by then, so layers compute with copies.
     """
 
-    def __init__(self, unet: nn.Module, structure: Structure, fixed: bool, recompute: bool):
+    def __init__(self, unet: nn.Module, structure: Structure, fixed: bool, recompute: bool, lent: bool):
         order = execution_order(unet)
         masked = [n for n, (name, _) in enumerate(order) if any(x.startswith(f"{name}.") for x in structure.layers)]
         decoder = len(unet.input_blocks) + (unet.middle_block is not None)
@@ -42,7 +42,7 @@ class StepGraph:
         self._encoder = blocks[first:decoder]
         self._layers = [layer for block in blocks[first:] for layer in block]
         self._layers.append(unet.out)
-        self._recompute = recompute
+        self._recompute, self._lent = recompute, lent
 
     def options(self, model_options: dict[str, Any]) -> dict[str, Any]:
         """The options of a call of the sampler, for calls of the search."""
@@ -69,8 +69,10 @@ class StepGraph:
                 stack.enter_context(self._prefix.serving(*inputs))
             if torch.is_grad_enabled():
                 stack.enter_context(on_a_copy(self._encoder))
-                keep = recomputed if self._recompute and not acts_in_blocks(options) else kept_weights
-                stack.enter_context(keep(self._layers))
+                if self._recompute and not acts_in_blocks(options):
+                    stack.enter_context(recomputed(self._layers))
+                elif self._lent:
+                    stack.enter_context(kept_weights(self._layers))
             return executor(*args, **kwargs)
 
 

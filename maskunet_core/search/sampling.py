@@ -136,6 +136,7 @@ class RewardSearch:
             fixed=shift is None,
             # Weights that change from call to call are not the same in the backward pass.
             recompute=recompute and not has_hooks(conditions),
+            lent=not on_cpu or has_hooks(conditions),
         )
         options = self._options(graph, model_options, fixed=shift is None)
 
