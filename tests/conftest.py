@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests import device  # isort: skip - chooses the cards that torch sees
 from maskunet_core.models.structure import Structure, inspect_model
 from maskunet_core.seam.patch import structure_of
 from maskunet_core.toy.model import load_toy_model
@@ -18,7 +19,15 @@ def pytest_configure(config):
     """ComfyUI becomes importable; the project stays in front, because the host has a folder `tests` too."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     enter_host()
+    device.use_in_host()
     sys.path.insert(0, str(PROJECT))
+
+
+@pytest.fixture
+def on_device():
+    """Tensors and layers are made on the tests' device."""
+    with device.DEVICE:
+        yield
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ class Noted:
             found = mask_of(layer, weight)
             rows = found.expand(len(call.guidance) * self.images, *weight.shape)
             for branch, part in zip(call.guidance, rows.split(self.images)):
-                self.noted.setdefault((call.sigma, branch, layer), part.clone())
+                self.noted.setdefault((call.sigma, branch, layer), part.cpu().clone())
             return found
 
         return mask
