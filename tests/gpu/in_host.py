@@ -134,7 +134,7 @@ def presets(scene, rows: Rows) -> None:
             rows.promise(f"preset {preset}: finite", bool(torch.isfinite(latent["samples"]).all()))
             ratios, seed = masks.keep_ratio(), masks.record["seeds"][0]
             removed = f"keeps from {min(ratios):.5f}, scores {masks.record['scores']}"
-            # The paper's rate moves logits from 1 to 0 in 100 updates: here only noise flips bits, in some presets none.
+            # So few updates remove nothing in some presets.
             rows.promise(f"preset {preset}: masks in range", 0.0 < min(ratios) <= max(ratios) <= 1.0, removed)
             again = scene.samples(scene.replaying(masks), seed=seed, pixels=scene.size.small, **sampling)
             same(rows, f"preset {preset}: a replay draws the same bits", again, latent["samples"])

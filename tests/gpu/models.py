@@ -14,12 +14,8 @@ from tests.builders import make_generator, sd15_unet, tiny_sd15_layout, write_ti
 from tests.reward_files import clip_model
 
 TARGETS = "decoder attention"
-CHECKPOINT, CONTROLNET, REWARD, LORA = (
-    "random.safetensors",
-    "control.safetensors",
-    "reward.safetensors",
-    "lora.safetensors",
-)
+CHECKPOINT, CONTROLNET = "random.safetensors", "control.safetensors"
+REWARD, LORA = "reward.safetensors", "lora.safetensors"
 LIVELY, UNTRAINED = "lively.safetensors", "untrained.safetensors"
 _POOL = 1 << 25
 """Numbers that all weights of a full-size file are cut from: drawing each anew would take longer than the tests."""

@@ -24,9 +24,8 @@ class Collector:
             self.end()
             self._begin(file)
         if report.failed:
-            said = (
-                str(report.longrepr.reprcrash.message).splitlines() if hasattr(report.longrepr, "reprcrash") else [""]
-            )
+            crash = getattr(report.longrepr, "reprcrash", None)
+            said = str(crash.message if crash else report.longrepr).strip().splitlines() or [""]
             self.failed.append(f"{name}: {said[0]}"[:160])
         elif report.skipped:
             self.skipped += 1

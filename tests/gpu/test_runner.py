@@ -1,4 +1,4 @@
-"""How `make gpu` runs its steps: tables after every step, resuming, the budget of time, and steps that do not end well."""
+"""How `make gpu` runs its steps: tables after every step, resuming, the budget of time, steps that do not end well."""
 
 import json
 import time
