@@ -11,7 +11,6 @@ from maskunet_core.models.structure import Structure, inspect_model
 from maskunet_core.seam.patch import structure_of
 from maskunet_core.toy.model import load_toy_model
 from tests.builders import sd15_unet
-from tests.host.server import Server
 from trainer.host import PROJECT, enter_host
 
 
@@ -49,6 +48,9 @@ def sd15_structure() -> Structure:
 @pytest.fixture(scope="session")
 def server():
     """A running ComfyUI with the extension, and a reward that fails on demand, for all tests of the session."""
+    # It needs aiohttp, which tests without a server do without.
+    from tests.host.server import Server
+
     with Server(other_nodes=(PROJECT / "tests" / "host" / "faulty_reward.py",)) as running:
         yield running
 
