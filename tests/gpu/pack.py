@@ -76,6 +76,9 @@ def stand_ins() -> dict[str, bytes]:
     files = {}
     for package in STAND_INS:
         files[f"stand_ins/{package}/{package}/_stand_in.py"] = source
+        # transformers asks for versions, and finds this one too old for everything.
+        metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.0\n"
+        files[f"stand_ins/{package}/{package}-0.0.dist-info/METADATA"] = metadata.encode()
         files[f"stand_ins/{package}/{package}/__init__.py"] = b"from ._stand_in import install\n\ninstall(__name__)\n"
     return files
 
