@@ -11,6 +11,7 @@ Tests run in fp32 on every device, with deterministic kernels where there are an
 """
 
 import os
+from typing import Any
 
 NAME = os.environ.get("MASKUNET_TEST_DEVICE", "cpu")
 if NAME == "cpu":
@@ -39,6 +40,16 @@ def use_in_host() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if NAME == "imitated":
         imitation.enter_host()
+
+
+def loaded(reward: Any, vae: Any = None) -> Any:
+    """The reward, on DEVICE, and the VAE with it, as the nodes load them before pictures are scored or searched for."""
+    from comfy.model_management import load_models_gpu
+
+    load_models_gpu([] if vae is None else [vae.patcher])
+    for module in reward.modules():
+        module.to(DEVICE)
+    return reward
 
 
 def assert_same_bits_on_cpu(actual: torch.Tensor, expected: torch.Tensor, rtol: float, atol: float) -> None:

@@ -154,7 +154,7 @@ def _made_on_cpu(function: Callable) -> Callable:
         if not _is_ours(device):
             return function(*args, **kwargs)
         learning = kwargs.pop("requires_grad", False)
-        return function(*args, **kwargs | {"device": "cpu"}).to(device).requires_grad_(learning)
+        return function(*tree_map(_raw, args), **kwargs | {"device": "cpu"}).to(device).requires_grad_(learning)
 
     return make
 
