@@ -43,11 +43,8 @@ def use_in_host() -> None:
 
 
 def loaded(reward: Any, vae: Any = None) -> Any:
-    """The reward, on DEVICE, and the VAE with it, as the nodes load them before pictures are scored or searched for."""
-    from comfy.model_management import load_models_gpu
-
-    load_models_gpu([] if vae is None else [vae.patcher])
-    for module in reward.modules():
+    """The reward, moved to DEVICE with the VAE: where the nodes have them when pictures are scored or searched for."""
+    for module in [*reward.modules(), *([] if vae is None else [vae.first_stage_model])]:
         module.to(DEVICE)
     return reward
 

@@ -193,6 +193,13 @@ def enter_host() -> None:
     import comfy.model_management
 
     comfy.model_management.lowvram_available = True
+    plenty = 2**36
+    comfy.model_management.get_total_memory = lambda dev=None, torch_total_too=False: (
+        (plenty, plenty) if torch_total_too else plenty
+    )
+    comfy.model_management.get_free_memory = lambda dev=None, torch_free_too=False: (
+        (plenty, plenty) if torch_free_too else plenty
+    )
     for name in ("supports_fp8_compute", "supports_nvfp4_compute", "supports_mxfp8_compute"):
         if hasattr(comfy.model_management, name):
             setattr(comfy.model_management, name, lambda *_, **__: False)

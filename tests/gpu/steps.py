@@ -7,7 +7,7 @@ from tests.gpu.runner import Step
 SUITES = {
     "masks": ("core/test_masked_linear", "core/test_gumbel", "core/test_generator", "core/test_patch"),
     "records": ("core/test_recorder", "core/test_recorded"),
-    "search": ("core/test_search", "core/test_lean"),
+    "search": ("core/test_search", "core/test_search_few_steps", "core/test_lean"),
     "rewards": ("core/test_rewards_toy", "nodes/test_reward_sampler_in_process"),
     "trainer": ("trainer/test_methods", "trainer/test_toy_training"),
 }
