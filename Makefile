@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV_PYTHON = $(firstword $(wildcard .venv/bin/python .venv/Scripts/python.exe) .venv/bin/python)
 
-.PHONY: setup demo test bench parity pictures clean
+.PHONY: setup demo test bench parity pictures gpu gpu-pack clean
 
 setup:
 	@$(PYTHON) tests/host/setup.py
@@ -21,6 +21,12 @@ parity: setup
 
 pictures: setup
 	@$(VENV_PYTHON) -m tests.host.thumbnails $(PICTURES_ARGS)
+
+gpu: setup
+	@$(VENV_PYTHON) -m tests.gpu $(GPU_ARGS)
+
+gpu-pack: setup
+	@$(VENV_PYTHON) -m tests.gpu.pack $(GPU_PACK_ARGS)
 
 clean:
 	rm -rf .venv .host .parity output

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
+from tests import device  # isort: skip - chooses the cards that torch sees
 from maskunet_core.models.structure import Structure, inspect_model
 from maskunet_core.seam.attach import structure_of
 from maskunet_core.toy.model import load_toy_model
 from tests.builders import sd15_unet
 from tests.host.memory import any_card, scarce  # noqa: F401 - fixtures
-from tests.host.server import Server
 from trainer.host import PROJECT, enter_host
 
 
@@ -19,7 +19,15 @@ def pytest_configure(config):
     """ComfyUI becomes importable; the project stays in front, because the host has a folder `tests` too."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     enter_host()
+    device.use_in_host()
     sys.path.insert(0, str(PROJECT))
+
+
+@pytest.fixture
+def on_device():
+    """Tensors and layers are made on the tests' device."""
+    with device.DEVICE:
+        yield
 
 
 @pytest.fixture
@@ -41,6 +49,9 @@ def sd15_structure() -> Structure:
 @pytest.fixture(scope="session")
 def server():
     """A running ComfyUI with the extension, and a reward that fails on demand, for all tests of the session."""
+    # It needs aiohttp, which tests without a server do without.
+    from tests.host.server import Server
+
     with Server(other_nodes=(PROJECT / "tests" / "host" / "faulty_reward.py",)) as running:
         yield running
 

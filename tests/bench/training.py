@@ -16,7 +16,7 @@ from maskunet_core.seam.layers import masked, modules_of
 from tests.bench.allocator import freed_at_once, keep_freed_memory
 from tests.bench.clock import seconds
 from tests.bench.models import random_base
-from trainer.base import BaseModel, load_toy_base
+from trainer.base import BaseModel, load_for_training, load_toy_base
 from trainer.config_file import parse_config
 from trainer.cost import MB, PeakMemory, estimate
 from trainer.methods import build_method
@@ -77,6 +77,7 @@ class _Trained:
 
 def _start(name: str, base: BaseModel) -> _Trained:
     method = _build(name, base)
+    method.module.to(base.patcher.load_device)
     parameters = list(method.module.parameters())
     settings = parse_config({}).optimiser
     optimiser = build_optimiser([{"params": parameters}], settings.name, settings.arguments)
@@ -85,12 +86,17 @@ def _start(name: str, base: BaseModel) -> _Trained:
 
 def _step(base: BaseModel, trained: _Trained, batch: int, pixels: int) -> float:
     """Seconds of one training step."""
-    clean, noise = torch.randn(2, batch, 4, pixels // 8, pixels // 8)
-    conditions = {"cross_attn": base.encode_text("")["cross_attn"].repeat(batch, 1, 1)}
+    device = base.patcher.load_device
+    clean, noise = torch.randn(2, batch, 4, pixels // 8, pixels // 8).to(device)
+    conditions = {"cross_attn": base.encode_text("")["cross_attn"].repeat(batch, 1, 1).to(device)}
+    timesteps = torch.randint(1000, (batch,)).to(device)
+    half = base.unet.dtype if base.unet.dtype != torch.float32 else None
 
     def step() -> None:
         with trained.acting():
-            base.diffusion_loss(clean, conditions, torch.randint(1000, (batch,)), noise).mean().backward()
+            with torch.autocast(device.type, half, enabled=half is not None):
+                loss = base.diffusion_loss(clean, conditions, timesteps, noise).mean()
+            loss.backward()
         trained.optimiser.step()
         trained.optimiser.zero_grad(set_to_none=True)
 
@@ -101,7 +107,7 @@ def _peak(name: str, base: BaseModel, batch: int, pixels: int) -> int:
     """Peak memory in bytes of the second step of a method that is alone in memory with the base."""
     trained = _start(name, base)
     _step(base, trained, batch, pixels)
-    with freed_at_once(), PeakMemory(torch.device("cpu")) as memory:
+    with freed_at_once(), PeakMemory(base.patcher.load_device) as memory:
         _step(base, trained, batch, pixels)
     return memory.peak
 
@@ -113,21 +119,29 @@ def _estimated(name: str, base: BaseModel, batch: int, pixels: int) -> int:
         return estimate(base, _build(name, base), config, make_accelerator(config), (pixels, pixels)).peak
 
 
-def measure(model: str, pixels: int, turns_of: dict[int, int]) -> list[dict]:
+def measure(
+    model: str,
+    pixels: int,
+    turns_of: dict[int, int],
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - devices do not change
+    methods: tuple[str, ...] = METHODS,
+) -> list[dict]:
     """A row per batch and method: steps in turns, medians, and the median of the ratios to LoRA's within a turn.
 
-    turns_of: how many, by batch; one more warms up.
+    turns_of: how many, by batch; one more warms up. On a card the base is bf16, as the trainer loads it there.
     """
     torch.manual_seed(0)
     keep_freed_memory()
-    base = load_toy_base() if model == "toy" else random_base()
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    base = load_toy_base() if model == "toy" else random_base(dtype=dtype, device=device, small=device.type != "cpu")
+    load_for_training(base)
     rows = []
     for batch, count in turns_of.items():
-        estimates = {name: _estimated(name, base, batch, pixels) for name in METHODS}
-        peaks = {name: _peak(name, base, batch, pixels) for name in METHODS}
-        trained = {name: _start(name, base) for name in METHODS}
+        estimates = {name: _estimated(name, base, batch, pixels) for name in methods}
+        peaks = {name: _peak(name, base, batch, pixels) for name in methods}
+        trained = {name: _start(name, base) for name in methods}
         turns = [{n: _step(base, t, batch, pixels) for n, t in trained.items()} for _ in range(count + 1)][1:]
-        for name in METHODS:
+        for name in methods:
             rows.append(
                 {
                     "model": model,

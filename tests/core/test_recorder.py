@@ -32,7 +32,7 @@ class Noted:
             found = mask_of(layer, weight)
             rows = found.expand(len(call.chunks) * self.images, *weight.shape)
             for chunk, part in zip(call.chunks, rows.split(self.images)):
-                self.noted.setdefault((call.sigma, chunk.branch, layer), part.clone())
+                self.noted.setdefault((call.sigma, chunk.branch, layer), part.cpu().clone())
             return found
 
         return mask

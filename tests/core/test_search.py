@@ -20,6 +20,7 @@ from maskunet_core.search.masks import SearchedMasks
 from maskunet_core.search.run import search_images
 from maskunet_core.search.sampling import RewardSearch
 from maskunet_core.search.settings import PRESETS, SearchSettings
+from tests.device import loaded
 from tests.tiny_models import controlnet
 
 PROMPT, STEPS = "a red circle left of a small blue square", 4
@@ -36,7 +37,7 @@ def toy():
 @pytest.fixture(scope="module")
 def judge(toy):
     model, _, vae = toy
-    bound = ToyReward().bind(PROMPT)
+    bound = loaded(ToyReward(), vae).bind(PROMPT)
     decode = latent_decoder(vae, model.get_model_object("latent_format"))
     return Judge(decode, lambda pictures: value_and_gradient(bound, pictures))
 
@@ -202,7 +203,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(toy, judge):
 def test_the_judges_two_stages_are_exact(toy, judge):
     latents = noise(2).requires_grad_()
     scores, gradient = judge.scores_and_gradient(latents.detach())
-    bound = ToyReward().bind(PROMPT)
+    bound = loaded(ToyReward()).bind(PROMPT)
     (direct,) = torch.autograd.grad(bound(judge.decode(latents)).sum(), latents)
     torch.testing.assert_close(gradient, direct, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(scores, bound(judge.decode(latents)).detach())

@@ -18,6 +18,7 @@ from maskunet_core.search.masks import SearchedMasks
 from maskunet_core.search.sampling import RewardSearch
 from maskunet_core.search.settings import PRESETS
 from maskunet_core.toy.model import load_toy_model
+from tests.device import loaded
 
 PROMPT = "a red circle left of a small blue square"
 FEW = replace(PRESETS["few_step"], start_percent=0.0, iterations=2)
@@ -26,7 +27,7 @@ FEW = replace(PRESETS["few_step"], start_percent=0.0, iterations=2)
 class Toy:
     def __init__(self):
         self.model, self.clip, vae = load_toy_model()
-        bound = ToyReward().bind(PROMPT)
+        bound = loaded(ToyReward(), vae).bind(PROMPT)
         decode = latent_decoder(vae, self.model.get_model_object("latent_format"))
         self.judge = Judge(decode, lambda pictures: value_and_gradient(bound, pictures))
 
@@ -85,7 +86,7 @@ def direct_gradients(world: Toy) -> dict[str, torch.Tensor]:
     from maskunet_core.seam.attach import Attachment, structure_of, with_attachment, with_masks
 
     model, found = with_masks(world.model), {}
-    bound = ToyReward().bind(PROMPT)
+    bound = loaded(ToyReward()).bind(PROMPT)
 
     def predict(executor, x, timestep, model_options, seed):
         masks = SearchedMasks(structure_of(world.model, "decoder attention"), 1, 1.0, x.device)

@@ -1,13 +1,16 @@
 """Graphs around the reward sampler in API format, and what a real server makes of them."""
 
+from __future__ import annotations
+
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 
-from tests.host.server import Server
+if TYPE_CHECKING:
+    from tests.host.server import Server
 
 PROMPT = "a red star left of a blue circle"
 SAMPLING = {"seed": 3, "steps": 4, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}

@@ -1,0 +1,1 @@
+"""What only a card can tell: `make gpu`. See README.md in this folder."""
