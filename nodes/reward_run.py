@@ -116,6 +116,8 @@ class RewardRun:
         return comfy.sample.sample(model, noise, *settings, self.positive, self.negative, self.samples, **options)
 
     def _sample(self, model: Any, noise: Tensor, candidate: int, callback: Any = None) -> Tensor:
+        # KSampler draws its noise just before it samples: other nodes that draw, too, go on from there.
+        self._noise(candidate)
         return self._run_sampler(
             model,
             noise,

@@ -17,6 +17,7 @@ from ..errors import MaskUNetError
 from ..records.recorded import RecordedMasks, RecordedSource
 from ..seam.attach import Attachment, structure_of, with_attachment, with_masks
 from ..seam.gradients import LeanGraph, kept_weights
+from ..seam.state import CallState
 from .graph import (
     KEY,
     FixedBranches,
@@ -139,8 +140,11 @@ class RewardSearch:
             lent=not on_cpu or has_hooks(conditions),
         )
         options = self._options(graph, model_options, fixed=shift is None)
+        state = CallState(model_options, x.device)
 
         def predict() -> Tensor:
+            # Each look sees what the sampler's own call is going to see.
+            state.restore()
             with LeanGraph():
                 return executor(x if shift is None else x + shift, timestep, graph.of_a_look(options), seed)
 
@@ -179,6 +183,7 @@ class RewardSearch:
                 )
         except torch.OutOfMemoryError:
             raise NoRoomForGradients(self._what_to_lower()) from None
+        state.restore()
         self.peak = max(self.peak, meter.bytes)
         self._watch_for_falls(self.history[first:])
         if shift is not None:
