@@ -3,6 +3,7 @@
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
@@ -29,6 +30,27 @@ def seeds_in_words(seeds: list[int]) -> str:
     if len(set(seeds)) == 1:
         return f"seed {seeds[0]}"
     return f"seeds {', '.join(map(str, seeds))} (image by image)"
+
+
+def not_by_seeds(sampler_name: str) -> str:
+    """Why seeds do not draw images again that were made from unlike starting noises, and what does."""
+    return (
+        f"KSampler draws other images from these seeds: the images were drawn as one batch, and {sampler_name} does "
+        "not draw each image of a batch for itself. To have them again, save the latents, or search with a batch of one"
+    )
+
+
+def how_to_draw_again(record: dict[str, Any]) -> str | None:
+    """What KSampler needs beside the masks, by the record of a search; None where none tells."""
+    seeds = record.get("seeds")
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        return None
+    # Older files do not tell whether that is enough.
+    if record.get("seeds_suffice", True):
+        return f"To draw this again, give KSampler {seeds_in_words(seeds)}"
+    sampling = record.get("sampling")
+    sampler = sampling.get("sampler_name") if isinstance(sampling, dict) else None
+    return f"Found from {seeds_in_words(seeds)}. {not_by_seeds(str(sampler or 'the sampler'))}"
 
 
 class MaskUNetApplyMasks(io.ComfyNode):
@@ -98,10 +120,8 @@ class MaskUNetSaveMasks(io.ComfyNode):
         subfolder = Path(os.path.relpath(path.parent, folder_paths.get_output_directory()))
         saved = {"filename": path.name, "subfolder": "" if subfolder == Path() else str(subfolder), "type": "output"}
         text = [f"Saved as {(subfolder / path.name).as_posix()}"]
-        seeds = masks.record.get("seeds")
-        if isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds):
-            text.append(f"To draw this again, give KSampler {seeds_in_words(seeds)}")
-        return io.NodeOutput(ui={"masks": [saved], "text": text})
+        again = how_to_draw_again(masks.record)
+        return io.NodeOutput(ui={"masks": [saved], "text": text + ([again] if again else [])})
 
 
 def _save(masks: RecordedMasks, prefix: str) -> Path:

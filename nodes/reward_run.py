@@ -27,12 +27,14 @@ from ..maskunet_core.search.memory import room_for
 from ..maskunet_core.search.run import SearchResult, search_images
 from ..maskunet_core.search.sampling import loaded_with_room
 from ..maskunet_core.search.settings import SMALL_SIDE, SearchSettings
-from .masks import seeds_in_words
+from .masks import not_by_seeds, seeds_in_words
 from .sampler_trial import SamplerTrial
 from .search_progress import SearchProgress, numbers
 
 _SAMPLER = ("steps", "cfg", "sampler_name", "scheduler")
-_TRIAL_STEPS = 6
+_PEEK = "maskunet_peek"
+_ROUNDING = 1e-4
+"""By how much of it a noise level may differ from the plan: some samplers reckon with logarithms."""
 
 
 class _StopSampling(Exception):
@@ -45,8 +47,26 @@ def _log_once(text: str) -> None:
         logging.info(f"MaskUNet Reward Sampler: {text}")
 
 
+def _tidied(executor, *args: Any, **kwargs: Any) -> Tensor:
+    """OUTER_SAMPLE wrapper: what the host does at a run's end is done where a run is left, too.
+
+    Else ControlNets keep their hints, and some a network of their own, on the device.
+    """
+    try:
+        return executor(*args, **kwargs)
+    except _StopSampling:
+        guider = executor.class_obj
+        comfy.sampler_helpers.cleanup_models(guider.conds, guider.loaded_models)
+        raise
+
+
 class RewardRun:
-    """Everything that a search needs from the host. Made and run outside of inference mode, under `no_grad`."""
+    """Everything that a search needs from the host. Made and run outside of inference mode, under `no_grad`.
+
+    After the run `seeds` tells for each image the seed of KSampler whose starting noise it was made from, and
+    `seeds_suffice` whether KSampler draws these images again, each with its seed. Images of unlike seeds are drawn as
+    one batch with the first one's seed: some samplers draw noise of their own by it, or choose steps for all images.
+    """
 
     def __init__(
         self,
@@ -86,21 +106,24 @@ class RewardRun:
         # What refers to the run itself would outlive it until Python looks for circles.
         self.judge = judge = Judge(decode, partial(value_and_gradient, self.bound), small, finish=finish)
         self.watch = None if watched is None else lambda z: watched(judge.pictures(z)).detach()
-        self.steps = self._steps()
+        self.sigmas = self._sigmas()
+        self.steps = max(len(self.sigmas) - 1, 0)
         self.progress = SearchProgress(self.model, settings, self.steps, node_id)
 
-    def _steps(self) -> int:
-        """Of the sampler, which for some schedulers are not as many as asked for."""
+    def _sigmas(self) -> list[float]:
+        """The noise levels between the sampler's steps, which for some schedulers are not as many as asked for."""
         steps, sampler, scheduler, denoise = (
             self.sampling[name] for name in ("steps", "sampler_name", "scheduler", "denoise")
         )
         options = {"sampler": sampler, "scheduler": scheduler, "denoise": denoise}
-        planned = comfy.samplers.KSampler(self.model, steps, self.model.load_device, **options)
-        return max(len(planned.sigmas) - 1, 0)
+        return comfy.samplers.KSampler(self.model, steps, self.model.load_device, **options).sigmas.tolist()
+
+    def _inpainting_mask(self) -> Tensor:
+        return comfy.sampler_helpers.prepare_mask(self.latent["noise_mask"], self.samples.shape, self.model.load_device)
 
     def _finish(self) -> Callable[[Tensor], Tensor]:
         """Outside of an inpainting mask the sampler ends with the latent as it was."""
-        mask = comfy.sampler_helpers.prepare_mask(self.latent["noise_mask"], self.samples.shape, self.model.load_device)
+        mask = self._inpainting_mask()
         kept = self.model.model.process_latent_in(self.samples).to(mask)
         return lambda latents: latents * mask.to(latents) + kept.to(latents) * (1 - mask.to(latents))
 
@@ -110,35 +133,40 @@ class RewardRun:
     def _noise(self, candidate: int) -> Tensor:
         return comfy.sample.prepare_noise(self.samples, self._seed(candidate), self.latent.get("batch_index"))
 
-    def _run_sampler(self, model: Any, noise: Tensor, **changes: Any) -> Tensor:
-        options = self.sampling | {"noise_mask": self.latent.get("noise_mask")} | changes
-        settings = [options.pop(name) for name in _SAMPLER]
-        return comfy.sample.sample(model, noise, *settings, self.positive, self.negative, self.samples, **options)
-
     def _sample(self, model: Any, noise: Tensor, candidate: int, callback: Any = None) -> Tensor:
         # KSampler draws its noise just before it samples: other nodes that draw, too, go on from there.
         self._noise(candidate)
-        return self._run_sampler(
-            model,
-            noise,
-            seed=self._seed(candidate),
-            callback=callback or self.progress.step,
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        )
+        options = self.sampling | {"noise_mask": self.latent.get("noise_mask"), "seed": self._seed(candidate)}
+        options |= {"callback": callback or self.progress.step, "disable_pbar": not comfy.utils.PROGRESS_BAR_ENABLED}
+        settings = [options.pop(name) for name in _SAMPLER]
+        return comfy.sample.sample(model, noise, *settings, self.positive, self.negative, self.samples, **options)
 
     def _peek(self, noise: Tensor, candidate: int, steps: int) -> Tensor:
-        """The estimate of the clean latent after the first steps of the very run that would be drawn."""
-        seen: list[Tensor] = []
+        """The estimate of the clean latent after the first steps of the very run that would be drawn.
+
+        Steps are told by their noise level: dpm_fast and dpm_adaptive take others than planned, and count those. Of a
+        run that never comes so far it is the last estimate; of one that tells of none, the finished latent.
+        """
+        enough = self.sigmas[steps - 1] * (1 + _ROUNDING)
+        level, estimates = float("inf"), []
+
+        def note_level(executor, x: Tensor, timestep: Tensor, *args: Any) -> Tensor:
+            nonlocal level
+            level = float(timestep.max())
+            return executor(x, timestep, *args)
 
         def look(step: int, x0: Tensor, x: Tensor, total: int) -> None:
-            seen[:] = [x0]
+            estimates[:] = [x0]
             self.progress.step(step, x0, x, total)
-            if step + 1 >= steps:
+            if level <= enough:
                 raise _StopSampling
 
+        model = self.model.clone()
+        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _PEEK, note_level)
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _PEEK, _tidied)
         with contextlib.suppress(_StopSampling):
-            self._sample(self.model, noise, candidate, look)
-        return seen[0]
+            latents = self._sample(model, noise, candidate, look)
+        return estimates[0] if estimates else self.model.model.process_latent_in(latents)
 
     def _final_scores(self, latents: Tensor) -> Tensor:
         """Rewards `[N]` of finished latents: decoded in the host's way, with its plan of memory and its tiles."""
@@ -154,14 +182,8 @@ class RewardRun:
     # Before anything is sampled ---------------------------------------------------------------------------------
 
     def _trial(self) -> SamplerTrial:
-        steps = min(self.steps, _TRIAL_STEPS)
-
-        def sample(model: Any, noise: Tensor, seed: int) -> Tensor:
-            changes = {"steps": steps, "last_step": max(steps - 1, 1), "disable_pbar": True}
-            with torch.inference_mode(False):
-                return self._run_sampler(model, noise, seed=seed, **changes)
-
-        return SamplerTrial(without_recording(self.model), sample, self.samples)
+        mask = self._inpainting_mask() if "noise_mask" in self.latent else None
+        return SamplerTrial(self.model, self.sampling, self.samples, mask)
 
     def _require_possible(self) -> None:
         if self.model.get_additional_models_with_key("multigpu"):
@@ -202,6 +224,8 @@ class RewardRun:
             report=self.progress.look,
             room=room,
         )
+        self.seeds = [self._seed(int(candidate)) for candidate in found.candidates]
+        self.seeds_suffice = bool(found.drawn_as_candidate.all()) or self._trial().draws_each_alone()
         self._tell(found)
         return found
 
@@ -215,15 +239,7 @@ class RewardRun:
         if found.peak:
             logging.info(f"MaskUNet Reward Sampler: a look took {found.peak / 2**30:.2f} GB beside the models.")
         if found.scores is not None:
-            self.progress.tell(f"reward {numbers(found.scores)}, {seeds_in_words(self.seeds(found))}")
-
-    def seeds(self, found: SearchResult) -> list[int]:
-        """Of KSampler, for each image: the one whose noise it was made from."""
-        return [self._seed(int(candidate)) for candidate in found.candidates]
-
-    def seeds_suffice(self, found: SearchResult) -> bool:
-        """Whether KSampler draws these images again, each with its seed.
-
-        Images of unlike seeds were drawn as one batch: what the sampler adds to it on its way belongs to the first.
-        """
-        return len(set(found.candidates.tolist())) == 1 or not self._trial().adds_noise()
+            told = seeds_in_words(self.seeds)
+            if not self.seeds_suffice:
+                told += f". {not_by_seeds(self.sampling['sampler_name'])}"
+            self.progress.tell(f"reward {numbers(found.scores)}, {told}")

@@ -219,8 +219,7 @@ class MaskUNetRewardSampler(io.ComfyNode):
             )
             found = run.run()
             record = {"prompt": prompt, "reward": reward.reward.name, "preset": preset, "sampling": sampling}
-            record |= {"settings": asdict(settings), "seeds": run.seeds(found)}
-            record["seeds_suffice"] = run.seeds_suffice(found)
+            record |= {"settings": asdict(settings), "seeds": run.seeds, "seeds_suffice": run.seeds_suffice}
             record |= {"scores": None if found.scores is None else [round(float(s), 4) for s in found.scores]}
             found.recorded.record.update(record)
             output = {k: v for k, v in latent_image.items() if not k.startswith("downscale_ratio")}

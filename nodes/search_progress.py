@@ -41,9 +41,11 @@ class SearchProgress:
 
     def step(self, step: int, x0: Tensor, x: Tensor, steps: int) -> None:
         """The host's callback after each step."""
-        place = min(step + 1, self.steps)
-        done = self._before[place] if self._candidate is None else self._candidate * self._peeked + place
-        self._show(done, x0)
+        # Some samplers take more steps than planned.
+        if self._candidate is None:
+            self._show(self._before[min(step + 1, self.steps)], x0)
+        else:
+            self._show(self._candidate * self._peeked + min(step + 1, self._peeked), x0)
 
     def candidate(self, number: int, scores: Tensor) -> None:
         """A candidate was judged."""

@@ -18,13 +18,16 @@ from .settings import SearchSettings
 class SearchResult:
     """latents: what the sampler gave. scores: `[N]` rewards of the final pictures, None where nothing was judged.
 
-    candidates: `[N]` the number of each image's starting noise. recorded: the masks, by which a sampler repeats it.
-    skipped: updates of an image that were left out because a number was not finite. peak: bytes that a look took.
+    candidates: `[N]` the number of each image's starting noise. drawn_as_candidate: `[N]` bool, whether an image comes
+    from a run in which all images had the noises, and the sampler the seed, of that candidate. recorded: the masks, by
+    which a sampler repeats it. skipped: updates of an image that were left out because a number was not finite. peak:
+    bytes that a look took.
     """
 
     latents: Tensor
     scores: Tensor | None
     candidates: Tensor
+    drawn_as_candidate: Tensor
     recorded: RecordedMasks
     history: list[Evaluation]
     skipped: int = 0
@@ -73,16 +76,20 @@ def search_images(
     numbers = best.items.get("number", torch.zeros(images, dtype=torch.long))
     plain = best.items.get("latents")
     if plain is not None and not updates:
-        return SearchResult(plain, best.scores, numbers, search.recorded, [])
+        return SearchResult(plain, best.scores, numbers, numbers >= 0, search.recorded, [])
     try:
         # A sampler that adds noise draws it for the whole batch.
-        of_sampler = int(numbers[0]) if bool((numbers == numbers[0]).all()) else 0
+        alike = bool((numbers == numbers[0]).all())
+        of_sampler = int(numbers[0]) if alike else 0
         latents = sample(search.searching(model), best.items.get("noise", first), of_sampler)
     finally:
         search.close()
+    drawn_as_candidate = torch.full((images,), alike)
     scores = score(latents) if updates or best.scores is not None else None
     if plain is not None and settings.keep_best:
         for image in torch.nonzero(comparable(scores) < comparable(best.scores)).flatten().tolist():
             latents[image], scores[image] = plain[image], best.scores[image]
             search.recorded.keep_all(image)
-    return SearchResult(latents, scores, numbers, search.recorded, search.history, search.skipped, search.peak)
+            drawn_as_candidate[image] = True
+    found = latents, scores, numbers, drawn_as_candidate
+    return SearchResult(*found, search.recorded, search.history, search.skipped, search.peak)
