@@ -306,7 +306,7 @@ def test_candidates_are_judged_by_their_estimates_where_asked(toy, judge):
         keep = lambda step, x0, x, total, seen=seen: seen.append(x0)  # noqa: E731
         sample(model, clip, noise(2, seed=number), callback=keep)
         estimates.append(judge.scores(seen[1]))
-    best = torch.stack(estimates).argmax(0)
+    best = torch.stack(estimates).argmax(0).cpu()
     assert torch.equal(result.candidates, best)
     start = torch.stack([noise(2, seed=int(number))[n] for n, number in enumerate(best)])
     assert torch.equal(result.latents, sample(model, clip, start))

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.rows import FAILED, PASSED, replace_text
+from tests.gpu.rows import FAILED, PASSED, SKIPPED, replace_text
 
 CRASHED, TOO_LONG, NOT_RUN = "crashed", "ended: took too long", "not run: out of time"
-FINISHED = (PASSED, FAILED)
+FINISHED = (PASSED, FAILED, SKIPPED)
 """States of steps that ran to their end. The others are tried again by the next call."""
 LAST_LINES = 3
 """Of a step's output, told where it did not reach its end."""
@@ -97,8 +97,9 @@ def run_step(step: Step, folder: Path, limit: float, environment: dict[str, str]
     if process.returncode:
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
         return Outcome(CRASHED, seconds, rows, f"{how}: {_last_lines(log)}")
-    bad = not rows or any(row["result"] == FAILED for row in rows)
-    return Outcome(FAILED if bad else PASSED, seconds, rows, "" if rows else "told nothing")
+    results = {row["result"] for row in rows}
+    state = FAILED if not rows or FAILED in results else SKIPPED if results == {SKIPPED} else PASSED
+    return Outcome(state, seconds, rows, "" if rows else "told nothing")
 
 
 class Runner:

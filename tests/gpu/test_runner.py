@@ -136,6 +136,12 @@ def test_a_step_that_tells_nothing_has_failed(run):
     assert states == {"silent": "failed"}
 
 
+def test_a_step_that_skipped_everything_is_not_said_to_have_passed(step, run, tmp_path):
+    steps = [step("skips", result="skipped")]
+    assert run(steps)[0] == run(steps)[0] == {"skips": "skipped"}
+    assert runs(tmp_path, "skips") == 1
+
+
 def test_a_damaged_outcome_is_as_none(step, run, tmp_path):
     (tmp_path / "steps").mkdir()
     (tmp_path / "steps" / "cut.json").write_text('{"state": "pas')

@@ -6,11 +6,19 @@ import torch
 from maskunet_core.files import checkpoint
 from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.seam.attach import attach
+from tests.device import DEVICE
 from trainer.base import load_toy_base
 from trainer.config_file import parse_config
 from trainer.loop import Run
 from trainer.methods import MaskCounts, build_method
 from trainer.train import load_data, make_accelerator, start
+
+
+def method_of(base, config):
+    """Where the trainer has it: on the device."""
+    method = build_method(base, config)
+    method.module.to(DEVICE)
+    return method
 
 
 def config_of(method: str, tmp_path, **changes):
@@ -48,7 +56,7 @@ def test_the_stock_loader_reads_what_a_baseline_wrote(method, tmp_path):
     patched, _ = comfy.sd.load_lora_for_models(base.patcher, base.clip, file, 1.0, 1.0)
     assert len(patched.patches) == 32
 
-    trained = build_method(base, config_of(method, tmp_path))
+    trained = method_of(base, config_of(method, tmp_path))
     state = torch.load(path.with_name("state") / "last.pt", weights_only=True)["module"]
     trained.module.load_state_dict(state)
     with trained.sampling() as model:
@@ -64,7 +72,7 @@ def test_the_stock_loader_reads_what_a_baseline_wrote(method, tmp_path):
 def test_a_method_begins_as_the_base(method, tmp_path):
     base = load_toy_base()
     stock = predict(base)
-    with build_method(base, config_of(method, tmp_path)).sampling() as model:
+    with method_of(base, config_of(method, tmp_path)).sampling() as model:
         assert torch.equal(predict(base, model), stock)
     assert torch.equal(predict(base), stock)
 
@@ -153,7 +161,7 @@ def test_the_authors_generator_begins_as_the_base_and_goes_through_a_file(freed,
     generator = {"architecture": "reference", "freed": freed, "start": 2.0}
     config = config_of("maskunet", tmp_path, generator=generator)
     base = load_toy_base()
-    method = build_method(base, config)
+    method = method_of(base, config)
     assert all(bool(mask.all()) for masks in masks_seen(method.module, base).values() for mask in masks)
     small = torch.zeros(1, *method.module.maps["up.0"][:2])
     logits = method.module.layer_logits(next(iter(method.structure.layers)), small).full()
