@@ -139,8 +139,25 @@ class FixedBranches:
         return results
 
 
-def mutable(foreign: bool) -> contextlib.AbstractContextManager:
-    """Around forward and backward pass. foreign: other nodes act inside, and may write into what autograd keeps."""
+_AROUND_THE_MODEL = {
+    "context_handler",
+    "model_function_wrapper",
+    "sampler_calc_cond_batch_function",
+    "sampler_cfg_function",
+    "sampler_post_cfg_function",
+    "sampler_pre_cfg_function",
+}
+"""What other nodes put into the options of a MODEL to act between its network and the estimate."""
+
+
+def mutable(model_options: dict[str, Any]) -> contextlib.AbstractContextManager:
+    """Around forward and backward pass: where other nodes act, they may write into what autograd keeps."""
+    from comfy.patcher_extension import WrappersMP
+
+    options = model_options["transformer_options"]
+    kinds = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
+    wrapped = {key for kind in kinds for key in options.get("wrappers", {}).get(kind, {})} - {KEY}
+    foreign = acts_in_blocks(options) or wrapped or _AROUND_THE_MODEL & model_options.keys()
     return torch.autograd.graph.allow_mutation_on_saved_tensors() if foreign else contextlib.nullcontext()
 
 

@@ -22,7 +22,6 @@ from .graph import (
     KEY,
     FixedBranches,
     StepGraph,
-    acts_in_blocks,
     computed_once,
     controls_of,
     has_hooks,
@@ -164,7 +163,7 @@ class RewardSearch:
         meter = PeakMeter(x.device)
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(mutable(acts_in_blocks(model_options["transformer_options"])))
+                stack.enter_context(mutable(model_options))
                 controls = controls_of(conditions)
                 if shift is None:
                     stack.enter_context(computed_once(controls))
