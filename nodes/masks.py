@@ -32,8 +32,13 @@ def seeds_in_words(seeds: list[int]) -> str:
     return f"seeds {', '.join(map(str, seeds))} (image by image)"
 
 
-def not_by_seeds(sampler_name: str) -> str:
-    """Why seeds do not draw images again that were made from unlike starting noises, and what does."""
+def not_by_seeds(sampler_name: str, latent_lr: float) -> str:
+    """Why the seeds and masks of a search do not draw its images again, and what does."""
+    if latent_lr:
+        return (
+            "KSampler draws other images from this, because latent_lr changed the noisy latents, which masks do not "
+            "record. To have them again, save the latents, or search with latent_lr 0"
+        )
     return (
         f"KSampler draws other images from these seeds: the images were drawn as one batch, and {sampler_name} does "
         "not draw each image of a batch for itself. To have them again, save the latents, or search with a batch of one"
@@ -48,9 +53,14 @@ def how_to_draw_again(record: dict[str, Any]) -> str | None:
     # Older files do not tell whether that is enough.
     if record.get("seeds_suffice", True):
         return f"To draw this again, give KSampler {seeds_in_words(seeds)}"
-    sampling = record.get("sampling")
-    sampler = sampling.get("sampler_name") if isinstance(sampling, dict) else None
-    return f"Found from {seeds_in_words(seeds)}. {not_by_seeds(str(sampler or 'the sampler'))}"
+    sampler = _entry(record, "sampling", "sampler_name") or "the sampler"
+    return f"Found from {seeds_in_words(seeds)}. {not_by_seeds(sampler, _entry(record, 'settings', 'latent_lr'))}"
+
+
+def _entry(record: dict[str, Any], part: str, name: str) -> Any:
+    """What a record says, None where the file says nothing or something else."""
+    entries = record.get(part)
+    return entries.get(name) if isinstance(entries, dict) else None
 
 
 class MaskUNetApplyMasks(io.ComfyNode):

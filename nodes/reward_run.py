@@ -64,8 +64,8 @@ class RewardRun:
     """Everything that a search needs from the host. Made and run outside of inference mode, under `no_grad`.
 
     After the run `seeds` tells for each image the seed of KSampler whose starting noise it was made from, and
-    `seeds_suffice` whether KSampler draws these images again, each with its seed. Images of unlike seeds are drawn as
-    one batch with the first one's seed: some samplers draw noise of their own by it, or choose steps for all images.
+    `seeds_suffice` whether KSampler draws these images again, each with its seed and the masks. Images of unlike seeds
+    are drawn as one batch with the node's seed: some samplers draw noise of their own by it, or choose steps for all.
     """
 
     def __init__(
@@ -225,7 +225,9 @@ class RewardRun:
             room=room,
         )
         self.seeds = [self._seed(int(candidate)) for candidate in found.candidates]
-        self.seeds_suffice = bool(found.drawn_as_candidate.all()) or self._trial().draws_each_alone()
+        by_masks = not (self.settings.latent_lr and found.history)
+        alike = bool(found.drawn_as_candidate.all())
+        self.seeds_suffice = by_masks and (alike or self._trial().draws_each_alone())
         self._tell(found)
         return found
 
@@ -241,5 +243,5 @@ class RewardRun:
         if found.scores is not None:
             told = seeds_in_words(self.seeds)
             if not self.seeds_suffice:
-                told += f". {not_by_seeds(self.sampling['sampler_name'])}"
+                told += f". {not_by_seeds(self.sampling['sampler_name'], self.settings.latent_lr)}"
             self.progress.tell(f"reward {numbers(found.scores)}, {told}")
