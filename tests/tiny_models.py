@@ -120,3 +120,23 @@ def write_unet(path: Path, kind: str = "fp16") -> Path:
             tensors[name] = value.to(torch.float16)
     save_file({name: value.contiguous().clone() for name, value in tensors.items()}, path)
     return path
+
+
+def gligen(model: Any) -> Any:
+    """A GLIGEN model of a MODEL's shape with random weights, as the host's loader hands it over."""
+    import comfy.gligen
+    import comfy.model_patcher
+
+    config, weights = model.model.model_config.unet_config, {}
+    channels, text = config["model_channels"], config["context_dim"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        for part, count in (("input_blocks", 2), ("middle_block", 1), ("output_blocks", 4)):
+            for block in range(count):
+                fuser = comfy.gligen.GatedSelfAttentionDense(channels, text, channels // 64, 64)
+                fuser.alpha_attn.data.fill_(0.5)
+                weights |= {f"{part}.{block}.fuser.{name}": value for name, value in fuser.state_dict().items()}
+        position = comfy.gligen.PositionNet(text, text)
+        weights |= {f"position_net.{name}": value for name, value in position.state_dict().items()}
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(comfy.gligen.load_gligen(weights), load_device=cpu, offload_device=cpu)
