@@ -126,8 +126,8 @@ class Loop:
     """batch: pictures per step, over all processes and `accumulate` parts of a step, class pictures included.
 
     schedule: of the learning rates, after `warm_up` steps. min_snr: gamma of min-SNR weighting, 0 for none. ema: decay
-    of the averaged weights, 0 for none. checkpointing: of the U-Net's blocks, less memory for more time. save_every:
-    steps between saved states.
+    of the averaged weights, 0 for none. precision: of the network; a CPU without bf16 trains in fp32 instead.
+    checkpointing: of the U-Net's blocks, less memory for more time. save_every: steps between saved states.
     """
 
     steps: int = 1200

@@ -13,6 +13,7 @@ from . import base as bases
 from .config import Config, to_toml_values
 from .config_file import parse_config, warnings
 from .files import replacing
+from .host import cpu_has_bf16
 from .loop import CannotResume, Run
 from .seeds import seeded
 
@@ -35,9 +36,12 @@ def make_accelerator(config: Config):
             "The trainer needs the package accelerate. Install what it needs by `pip install accelerate datasets "
             "tensorboard` in the environment that ComfyUI runs in."
         ) from None
-    precision = "no" if config.loop.precision == "fp32" else config.loop.precision
     on_cpu = comfy.model_management.get_torch_device().type == "cpu"
+    emulated = on_cpu and config.loop.precision == "bf16" and not cpu_has_bf16()
+    precision = "no" if emulated or config.loop.precision == "fp32" else config.loop.precision
     accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
+    if emulated:
+        accelerator.print("This CPU does not compute in bf16: it trains in fp32, which is much faster here.")
     # The processes of accelerate have a device each, which is the host's from now on.
     device = comfy.model_management.get_torch_device()
     if device.type != accelerator.device.type:

@@ -26,6 +26,7 @@ from maskunet_core.toy.readers import AttentiveReader, ConvolutionalReader
 
 from ..evaluate import Protocol, evaluate
 from ..files import replacing
+from ..host import cpu_has_bf16
 from ..schedules import learning_rate_factor
 from ..seeds import seeded
 from .data import LatentSet, latent_set
@@ -138,7 +139,7 @@ def train_autoencoder(recipe: Recipe, output: Path) -> None:
     def step_loss(step: int) -> Tensor:
         generator = seeded(1, recipe.seed, step)
         pictures = render(sample_scenes(recipe.autoencoder_batch, generator, 0.6, **WIDER), generator) * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
             mean, log_variance = model.posterior(pictures)
             noise = torch.randn(mean.shape, generator=generator)
             decoded = model.decoder(mean + noise * (0.5 * log_variance).exp())
@@ -202,7 +203,7 @@ def train_reader(name: str, recipe: Recipe, output: Path) -> None:
         generator = seeded(stage, recipe.seed, step)
         scenes = sample_scenes(recipe.reader_batch, generator, 0.8, **WIDER)
         pictures = _weathered(render(scenes, generator), generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
             reading = model(pictures)
         presence, position, size = reading_targets(scenes)
         logits = F.binary_cross_entropy_with_logits(reading.presence.float(), presence, reduction="none")
@@ -287,7 +288,7 @@ def denoising_loss(unet: nn.Module, text: nn.Module, data: LatentSet, recipe: Re
         noise = torch.randn(clean.shape, generator=generator)
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
             context = text(torch.where(dropped, empty, ids))[0]
             predicted = unet(noisy, timesteps.float(), context=context, transformer_options={})
         return F.mse_loss(predicted.float(), noise)
