@@ -23,7 +23,7 @@ from ..maskunet_core.seam.attention import attention_notice
 from ..maskunet_core.search.decoder import latent_decoder
 from ..maskunet_core.search.graph import KEY
 from ..maskunet_core.search.judge import Judge
-from ..maskunet_core.search.memory import room_for
+from ..maskunet_core.search.memory import bytes_of_masks, room_for
 from ..maskunet_core.search.run import SearchResult, search_images
 from ..maskunet_core.search.sampling import loaded_with_room
 from ..maskunet_core.search.settings import SMALL_SIDE, SearchSettings
@@ -206,7 +206,8 @@ class RewardRun:
             _log_once(attention_notice(self.model.load_device))
             decoded = self.judge.decoded_size(*self.samples.shape[-2:])
             structure = structure_of(self.model, self.targets)
-            room = room_for(structure, self.settings, len(self.samples), self.gradient_vae, decoded)
+            masks = bytes_of_masks(structure, self.settings, self.model.model.get_dtype_inference())
+            room = room_for(masks, self.gradient_vae, len(self.samples), decoded)
         found = search_images(
             model=self.model,
             sample=self._sample,

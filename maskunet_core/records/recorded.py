@@ -53,6 +53,22 @@ def unpack_bits(packed: Tensor, layer: Layer) -> Tensor:
     return weights.view(torch.bool).unflatten(1, (layer.out_features, layer.in_features))
 
 
+def all_kept(layer: Layer) -> Tensor:
+    """[1, ceil(out * in / 8)]: the packed mask that keeps all weights of a layer."""
+    packed = torch.full((1, packed_size(layer)), 255, dtype=torch.uint8)
+    packed[:, -1] >>= -layer.out_features * layer.in_features % 8
+    return packed
+
+
+def on_the_cpu(masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Packed masks by layer, waiting for their device once."""
+    if not masks or next(iter(masks.values())).device.type == "cpu":
+        return masks
+    flat = torch.cat([packed.flatten() for packed in masks.values()]).cpu()
+    parts = flat.split([packed.numel() for packed in masks.values()])
+    return {layer: part.view(packed.shape).clone() for (layer, packed), part in zip(masks.items(), parts)}
+
+
 def count_ones(packed: Tensor) -> int:
     """How many bits of packed masks are set: weights that are kept."""
     ones = torch.tensor([bin(byte).count("1") for byte in range(256)])
@@ -113,9 +129,6 @@ class RecordedMasks:
         masks: by layer, [R, out, in] bool (True keeps a weight) on any device. Raises ValueError where a sigma, layer
         or shape is impossible.
         """
-        if not 0 < sigma < math.inf:
-            raise ValueError(f"a step's sigma is positive and finite, not {sigma}")
-        step = {}
         for name, mask in masks.items():
             layer = self.layers.get(name)
             if layer is None:
@@ -123,9 +136,17 @@ class RecordedMasks:
             shape = (self.rows, layer.out_features, layer.in_features)
             if tuple(mask.shape) != shape or mask.dtype != torch.bool:
                 raise ValueError(f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}, but should be bool {shape}")
-            if not bool(mask.all()):
-                step[name] = pack_bits(mask).cpu()
-        self.steps[sigma] = step
+        self.add_packed(sigma, {name: pack_bits(mask) for name, mask in masks.items()})
+
+    def add_packed(self, sigma: float, masks: dict[str, Tensor]) -> None:
+        """The same for masks by layer that `pack_bits` has packed, `[R, ceil(out * in / 8)]`."""
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"a step's sigma is positive and finite, not {sigma}")
+        self.steps[sigma] = {
+            name: packed
+            for name, packed in on_the_cpu(masks).items()
+            if not torch.equal(packed, all_kept(self.layers[name]).expand_as(packed))
+        }
 
     def keep_all(self, image: int) -> None:
         """From now on nothing is removed in one of the images."""

@@ -17,7 +17,7 @@ from ..masks.call import Call
 from ..models.structure import TARGETS, NothingToMask
 from ..seam.attach import OPTION, RECORDER, Attachment, structure_of, with_masks, with_options
 from ..seam.layers import Observer
-from .recorded import EACH, RecordedMasks, occurrence_key, pack_bits, packed_size
+from .recorded import EACH, RecordedMasks, all_kept, occurrence_key, on_the_cpu, pack_bits
 
 _KEY = "maskunet_record"
 """Of the wrapper on the MODEL, and of the record on the latents."""
@@ -65,7 +65,7 @@ class Recorder:
         self.images = images or 1
         step = self.steps.setdefault(call.sigma, {})
         places = [(c.branch, occurrence_key(c.entry, n)) for c, n in zip(call.chunks, call.occurrences())]
-        packed = _on_the_cpu(masks)
+        packed = on_the_cpu(masks)
         for chunk, place in enumerate(places):
             part = slice(chunk * self.images, (chunk + 1) * self.images)
             step[place] = {
@@ -111,15 +111,6 @@ class Recorder:
         return one.keys() != other.keys() or any(not torch.equal(one[layer], other[layer]) for layer in one)
 
 
-def _on_the_cpu(masks: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Packed masks by layer, waiting for their device once."""
-    if not masks or next(iter(masks.values())).device.type == "cpu":
-        return masks
-    flat = torch.cat([packed.flatten() for packed in masks.values()]).cpu()
-    parts = flat.split([packed.numel() for packed in masks.values()])
-    return {layer: part.view(packed.shape).clone() for (layer, packed), part in zip(masks.items(), parts)}
-
-
 class _Everything(dict):
     """Packed masks by layer that keep all weights of all images."""
 
@@ -128,11 +119,7 @@ class _Everything(dict):
         self._masks = masks
 
     def __missing__(self, name: str) -> Tensor:
-        layer = self._masks.layers[name]
-        packed = torch.full((1, packed_size(layer)), 255, dtype=torch.uint8)
-        unused = -layer.out_features * layer.in_features % 8
-        packed[:, -1] >>= unused
-        self[name] = packed.expand(self._masks.images, -1)
+        self[name] = all_kept(self._masks.layers[name]).expand(self._masks.images, -1)
         return self[name]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .settings import SearchSettings
+from .slopes import Slope, norms, per_image, size_of, slopes_of
 
 
 @dataclass(frozen=True)
@@ -17,32 +18,6 @@ class Evaluation:
     iteration: int
     scores: Tensor
     watched: Tensor | None = None
-
-
-def _per_image(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
-
-
-def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """`[N]`: each image's norm over all tensors `[N, ...]`."""
-    return sum(t.flatten(1).float().square().sum(1) for t in tensors).clamp_min(1e-30).sqrt()
-
-
-def _scale(tensors: Sequence[Tensor], factors: Tensor) -> None:
-    for tensor in tensors:
-        tensor.mul_(_per_image(factors.to(tensor.device), tensor))
-
-
-def normalise(tensors: Sequence[Tensor]) -> Tensor:
-    """Divide each image's share of all tensors `[N, ...]` by its root mean square, in place; returns that, `[N]`."""
-    size = _norms(tensors) / sum(t[0].numel() for t in tensors) ** 0.5
-    _scale(tensors, 1 / size)
-    return size
-
-
-def clip(tensors: Sequence[Tensor], limit: float) -> None:
-    """Bound each image's norm over all tensors, in place."""
-    _scale(tensors, (limit / _norms(tensors)).clamp_max(1.0))
 
 
 class Group:
@@ -56,16 +31,18 @@ class Group:
     ):
         self.leaves, self.normalised = leaves, normalised
         # Moments and weight decay move what has a gradient of zeros, and leave alone what has none.
-        self._of_images = [[leaf.detach()[n] for leaf in leaves] for n in range(len(leaves[0]))]
-        self._optimiser = optimiser([part for parts in self._of_images for part in parts])
+        self._of_images = [list(leaf.detach()) for leaf in leaves]
+        # One for each leaf, so that no more than one gradient is whole at a time.
+        self._optimisers = [optimiser(parts) for parts in self._of_images]
 
-    def step(self, slopes: Sequence[Tensor], images: Sequence[bool]) -> None:
-        """One step downhill for the images that are named. slopes: as the leaves."""
-        for n, (parts, moves) in enumerate(zip(self._of_images, images)):
-            for part, slope in zip(parts, slopes):
-                part.grad = slope[n] if moves else None
-        self._optimiser.step()
-        self._optimiser.zero_grad(set_to_none=True)
+    def step(self, slopes: Sequence[Slope], factors: Sequence[Tensor], images: Sequence[bool]) -> None:
+        """One step downhill for the images that are named. slopes: as the leaves; factors: `[N]`, of all of them."""
+        for parts, optimiser, slope in zip(self._of_images, self._optimisers, slopes):
+            gradient = slope.times(factors, parts[0].dtype)
+            for n, part in enumerate(parts):
+                part.grad = gradient[n] if images[n] else None
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
 
 
 class Best:
@@ -85,7 +62,7 @@ class Best:
             self.items = items()
         elif taken.any():
             for name, new in items().items():
-                self.items[name] = torch.where(_per_image(taken.to(new.device), new), new, self.items[name])
+                self.items[name] = torch.where(per_image(taken.to(new.device), new), new, self.items[name])
         self.scores = scores if self.scores is None else torch.where(taken, scores, self.scores)
         return better
 
@@ -142,23 +119,20 @@ def search_step(
 def _update(estimate: Tensor, gradient: Tensor, moving: Tensor, groups: Sequence[Group], clip_to: float) -> int:
     """One update uphill for the images that are moving (`[N]` bool); returns how many of them could be moved."""
     # At size 1 the gradient passes half precision unharmed; its own size comes back where it counts.
-    gradient = gradient.clone()
-    size = normalise([gradient])
+    size = size_of([Slope.of(gradient.float())])
+    gradient = gradient * per_image(1 / size, gradient)
     usable = moving.to(size.device) & size.isfinite()
     # A product with 0 would not end what is not finite.
     gradient[~usable] = 0
     leaves = [leaf for group in groups for leaf in group.leaves]
-    found = torch.autograd.grad(estimate, leaves, -gradient.to(estimate.dtype), allow_unused=True)
-    slopes = [torch.zeros_like(leaf) if slope is None else slope for leaf, slope in zip(leaves, found)]
-    usable &= _norms(slopes).to(usable.device).isfinite()
+    slopes = slopes_of(estimate, -gradient.to(estimate.dtype), leaves)
+    usable &= norms(slopes).to(usable.device).isfinite()
     images = usable.tolist()
     for group in groups:
         mine = [slopes.pop(0) for _ in group.leaves]
-        if group.normalised:
-            normalise(mine)
-        else:
-            _scale(mine, size)
+        factors = [1 / size_of(mine) if group.normalised else size]
         if clip_to:
-            clip(mine, clip_to)
-        group.step(mine, images)
+            norm = norms(mine)
+            factors.append((clip_to / (norm * factors[0].to(norm.device))).clamp_max(1.0))
+        group.step(mine, factors, images)
     return sum(images)

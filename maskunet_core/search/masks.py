@@ -10,6 +10,7 @@ from ..masks.gumbel import binary_mask, logistic_noise
 from ..masks.linear import LearnedMask, MaskLogits, UnknownRows
 from ..masks.sources import MaskOf, noise_generator
 from ..models.structure import Structure
+from ..records.recorded import pack_bits
 
 THRESHOLD = 0.0
 
@@ -18,7 +19,7 @@ class SearchedMasks:
     """A mask source of free logits `[images, out, in]` per layer.
 
     start: logit that every weight begins with. seed: of Gumbel noise, which `draw` makes anew; None for no noise.
-    positive_only: whether they act on the positive branch of guidance alone, or on all.
+    positive_only: whether they act on the positive branch of guidance alone, or on all. dtype: of the logits.
     """
 
     def __init__(
@@ -29,13 +30,16 @@ class SearchedMasks:
         device: torch.device,
         seed: int | None = None,
         positive_only: bool = False,
+        dtype: torch.dtype = torch.float32,
     ):
         self.structure, self.images, self.start, self.seed = structure, images, start, seed
         self.positive_only = positive_only
         self._order = {name: index for index, name in enumerate(structure.layers)}
         self._drawn = 0
         self.logits = {
-            name: torch.full((images, layer.out_features, layer.in_features), start, device=device).requires_grad_()
+            name: torch.full(
+                (images, layer.out_features, layer.in_features), start, device=device, dtype=dtype
+            ).requires_grad_()
             for name, layer in structure.layers.items()
         }
 
@@ -60,11 +64,11 @@ class SearchedMasks:
 
     @torch.no_grad()
     def bits(self) -> dict[str, Tensor]:
-        """The masks of now: True keeps a weight, `[images, out, in]` per layer."""
+        """The masks of now, packed: `[images, ceil(out * in / 8)]` per layer."""
         masks = {}
         for layer, logits in self.logits.items():
             noise = self._noise(layer)
-            masks[layer] = binary_mask(logits, THRESHOLD, None if noise is None else noise(logits.shape))
+            masks[layer] = pack_bits(binary_mask(logits, THRESHOLD, None if noise is None else noise(logits.shape)))
         return masks
 
     def _samples(self, call: Call) -> tuple[int | None, ...]:

@@ -30,7 +30,7 @@ from .graph import (
 from .judge import Judge, views_of
 from .loop import Evaluation, Group, search_step
 from .masks import SearchedMasks
-from .memory import PeakMeter
+from .memory import PeakMeter, dtype_of_logits
 from .settings import SearchSettings
 
 
@@ -107,7 +107,7 @@ class RewardSearch:
             masks = {}
             if iterations and not self._at_an_end():
                 masks = self._search(executor, x, timestep, model_options, seed, step, iterations)
-            self.recorded.add(sigma, masks)
+            self.recorded.add_packed(sigma, masks)
         if self.recorded.steps[sigma]:
             model_options = with_attachment(model_options, Attachment(RecordedSource(self.recorded)))
         return executor(x, timestep, model_options, seed)
@@ -121,12 +121,12 @@ class RewardSearch:
         return 0 < self.settings.seconds < time.monotonic() - self._began
 
     def _search(self, executor, x, timestep, model_options, seed, step: int, iterations: int) -> dict[str, Tensor]:
-        """The best masks of this step; the latent is changed in place where it is searched, too."""
+        """The best masks of this step, packed; the latent is changed in place where it is searched, too."""
         import comfy.model_management
 
         guider = executor.class_obj
         conditions = list(guider.conds.values())
-        groups, shift = self._groups(x)
+        groups, shift = self._groups(x, guider.inner_model.get_dtype_inference())
         masks = self._masks if self.settings.masks else None
         on_cpu = comfy.model_management.is_device_cpu(guider.model_patcher.load_device)
         recompute = not on_cpu if self._recompute is None else self._recompute
@@ -189,14 +189,16 @@ class RewardSearch:
             x.add_(best.items.pop(KEY))
         return best.items
 
-    def _groups(self, x: Tensor) -> tuple[list[Group], Tensor | None]:
+    def _groups(self, x: Tensor, computing: torch.dtype) -> tuple[list[Group], Tensor | None]:
         """What is improved at this step: mask logits, the noisy latent, or both."""
         settings, groups, shift = self.settings, [], None
         if settings.masks:
             if self._masks is None:
                 noise = self.seed if settings.noise else None
                 positive_only = settings.branches == "positive"
-                self._masks = SearchedMasks(self.structure, self.images, settings.start, x.device, noise, positive_only)
+                dtype = dtype_of_logits(settings, computing)
+                start = (self.structure, self.images, settings.start, x.device)
+                self._masks = SearchedMasks(*start, noise, positive_only, dtype)
             else:
                 self._masks.restart(settings.carry)
             leaves = list(self._masks.logits.values())

@@ -1,6 +1,7 @@
 """What a search takes of the device's memory."""
 
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import comfy.sample
@@ -19,10 +20,13 @@ SETTINGS = SearchSettings(iterations=1)
 def test_masks_take_as_many_numbers_as_their_optimiser_keeps(toy_structure):
     weights = toy_structure.masked_weights
     plain = bytes_of_masks(toy_structure, replace(SETTINGS, momentum=0.0))
-    assert plain == (4 + 4 + 2) * weights, "logits, slopes, and bits twice"
+    assert plain == (4 + 4) * weights + weights // 4, "logits, gradients, and bits twice"
     assert bytes_of_masks(toy_structure, SETTINGS) == plain + 4 * weights
     assert bytes_of_masks(toy_structure, replace(SETTINGS, optimiser="AdamW")) == plain + 8 * weights
     assert bytes_of_masks(toy_structure, replace(SETTINGS, masks=False, latent_lr=0.1)) == 0
+    halves = partial(bytes_of_masks, toy_structure, computing=torch.float16)
+    assert halves(SETTINGS) == (2 + 2 + 1) * weights + weights // 4
+    assert halves(replace(SETTINGS, optimiser="AdamW")) == plain + 8 * weights
 
 
 @torch.no_grad()
