@@ -174,6 +174,13 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What a product with `x` is computed in: autocast's dtype inside of autocast."""
+    device = x.device.type
+    within = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if within else x.dtype
+
+
 def thresholded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: LearnedMask) -> Tensor:
     """A linear layer whose weight counts where the mask keeps it, with the straight-through gradient (Eq. 5).
 
@@ -189,9 +196,7 @@ def thresholded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Lea
     if weight.ndim == 3 and chunks > 1:
         logits = MaskLogits(logits.full().repeat(chunks, 1, 1))
         count, chunks = count * chunks, 1
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    dtype = computing_dtype(x)
     with without_autocast(x.device):
         rows = x.to(dtype).reshape(chunks, count, -1, x.shape[-1]).transpose(0, 1).reshape(count, -1, x.shape[-1])
         options = (mask.threshold, mask.tau, mask.noise)

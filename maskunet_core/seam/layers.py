@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks.call import Call
-from ..masks.linear import masked_linear
+from ..masks.linear import computing_dtype, masked_linear
 from ..masks.sources import MaskOf, MaskSource
 from .shadow import Shadowed
 
@@ -27,6 +27,8 @@ def replaced_linears(modules: Mapping[str, nn.Module], linears: Mapping[str, Lin
     from comfy.ops import cast_bias_weight, uncast_bias_weight
 
     def forward(module: nn.Module, linear: Linear, x: Tensor, *_, **__) -> Tensor:
+        # The host casts weights to the dtype of the input, which inside of autocast is not what they are used in.
+        x = x.to(computing_dtype(x))
         weight, bias, offload_stream = cast_bias_weight(module, x, offloadable=True)
         try:
             return linear(x, weight, bias)

@@ -94,6 +94,28 @@ def test_all_ones_equal_the_stock_model_bit_for_bit(toy, toy_structure):
         assert torch.equal(sample(masked, clip, texts=["a red circle", "a blue ring"], seeds=(1, 2)), stock)
 
 
+def test_inside_of_autocast_the_host_gives_weights_in_its_dtype(toy, toy_structure):
+    """A weight that is stored in half precision is not widened for a layer whose input is wide, as after a norm."""
+    seen = set()
+
+    def alternate(layer, weight):
+        seen.add(weight.dtype)
+        return torch.arange(weight.numel()).view(weight.shape) % 2 == 0
+
+    unet = toy[0].model.diffusion_model
+    modules, layer = modules_of(unet), next(iter(toy_structure.layers))
+    linear = modules[layer]
+    x = torch.randn(2, 3, linear.in_features)
+    with masked(modules, [(ConstantMasks(toy_structure, alternate), 1.0)]), torch.autocast("cpu", torch.bfloat16):
+        found = linear(x)
+    assert seen == {torch.bfloat16}
+    weight = linear.weight.detach().to(torch.bfloat16)
+    expected = torch.nn.functional.linear(x.to(torch.bfloat16), weight * alternate(layer, weight))
+    if linear.bias is not None:
+        expected = expected + linear.bias.detach().to(torch.bfloat16)
+    torch.testing.assert_close(found, expected)
+
+
 def test_one_source_may_keep_a_layer_that_another_masks(toy, toy_structure):
     model, clip, _ = toy
     none = ConstantMasks(toy_structure, lambda layer, weight: None)
