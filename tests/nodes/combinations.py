@@ -219,10 +219,11 @@ class World:
         group = self.core("search.loop").Group
         step = group.step
 
-        def keep_slopes(optimised: Any, slopes: list[Tensor], images: list[bool]) -> None:
+        def keep_slopes(optimised: Any, slopes: list[Any], factors: list[Tensor], images: list[bool]) -> None:
             if not found.slopes:
-                found.slopes = dict(zip(self.structure.layers, [slope.clone() for slope in slopes]))
-            step(optimised, slopes, images)
+                whole = [replace(slope, values=slope.values.clone()).times(factors, torch.float32) for slope in slopes]
+                found.slopes = dict(zip(self.structure.layers, whole))
+            step(optimised, slopes, factors, images)
 
         def keep_estimate(_: Any, seen: Any, estimate: Tensor) -> None:
             if found.estimate is None:
