@@ -8,13 +8,19 @@ import torch
 
 
 def couple(world: Any, graph: Any) -> Any:
-    """Regional attention: the positive branch's queries are repeated for each of two regions, and averaged after."""
+    """Regional attention: the positive branch's queries are repeated for each of two regions, and averaged after.
+
+    The second region's text is another one.
+    """
     model = graph.model.clone()
 
     def repeated(q, k, v, extra):
         counts = [2 if branch == 0 else 1 for branch in extra["cond_or_uncond"]]
         cut = [x.chunk(len(counts)) for x in (q, k, v)]
-        return tuple(torch.cat([part.repeat(n, 1, 1) for part, n in zip(parts, counts)]) for parts in cut)
+        q, k, v = (torch.cat([part.repeat(n, 1, 1) for part, n in zip(parts, counts)]) for parts in cut)
+        size = q.shape[0] // sum(counts)
+        second = [region == 1 for count in counts for region in range(count) for _ in range(size)]
+        return q, torch.where(torch.tensor(second).view(-1, 1, 1), 0.5 * k, k), v
 
     def averaged(out, extra):
         counts = [2 if branch == 0 else 1 for branch in extra["cond_or_uncond"]]
