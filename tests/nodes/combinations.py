@@ -195,22 +195,27 @@ class World:
     # Runs -------------------------------------------------------------------------------------------------------
 
     def stock(self, graph: Graph, model: Any = None) -> tuple[Tensor, Tensor]:
-        """(latents, estimate of the first step) of KSampler."""
+        """(latents, estimate of the first step) of KSampler. The estimate is the guider's, before a mask for inpainting
+        puts back what is kept."""
         seen = []
 
-        def look(step: int, x0: Tensor, x: Tensor, steps: int) -> None:
-            seen.append(x0.clone())
+        def predict(executor: Any, *arguments: Any) -> Tensor:
+            estimate = executor(*arguments)
+            seen.append(estimate.clone())
+            return estimate
 
+        looking = (model or graph.model).clone()
+        looking.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "stock", predict)
         with self.mode():
-            return self.sampled(graph, model or graph.model, look), seen[0]
+            return self.sampled(graph, looking), seen[0]
 
-    def sampled(self, graph: Graph, model: Any, look: Callable | None = None, **changes: Any) -> Tensor:
+    def sampled(self, graph: Graph, model: Any, **changes: Any) -> Tensor:
         options = SAMPLING | changes
         settings = [options.pop(name) for name in ("steps", "cfg", "sampler_name", "scheduler")]
         samples = comfy.sample.fix_empty_latent_channels(model, graph.latent["samples"])
-        noise = comfy.sample.prepare_noise(samples, options["seed"])
+        noise = comfy.sample.prepare_noise(samples, options["seed"]) * options.pop("louder", 1.0)
         conditionings = (graph.positive, graph.negative)
-        options |= {"noise_mask": graph.latent.get("noise_mask"), "callback": look, "disable_pbar": True}
+        options |= {"noise_mask": graph.latent.get("noise_mask"), "disable_pbar": True}
         return comfy.sample.sample(model, noise, *settings, *conditionings, samples, **options)
 
     def search(self, graph: Graph, branches: str, recompute: bool | None = None, **changes: Any) -> "Found":
@@ -249,8 +254,11 @@ class World:
             model = self.extension("masks").MaskUNetApplyMasks.execute(graph.model, masks, 1.0).result[0]
             return self.sampled(graph, model, **changes)
 
-    def direct_slopes(self, graph: Graph, branches: str) -> dict[str, Tensor]:
-        """Gradients of the first step's estimate by plain autograd, everything in one graph."""
+    def direct_slopes(self, graph: Graph, branches: str, louder: float = 1.0) -> dict[str, Tensor]:
+        """Gradients of the first step's estimate that has any, by plain autograd, everything in one graph.
+
+        louder: times the starting noise.
+        """
         attach, gradients = self.core("seam.attach"), self.core("seam.gradients")
         masks_of, settings = self.core("search.masks").SearchedMasks, self.core("search.settings").SearchSettings
         decode = self.core("search.decoder").latent_decoder(self.vae, graph.model.get_model_object("latent_format"))
@@ -269,14 +277,15 @@ class World:
                 torch.autograd.graph.allow_mutation_on_saved_tensors(),
             ):
                 estimate = executor(x, timestep, options, seed)
-                if estimate.requires_grad:
-                    (-bound(decode(estimate)).sum()).backward()
+                if not estimate.requires_grad:
+                    return estimate
+                (-bound(decode(estimate)).sum()).backward()
             slopes.update({name: logits.grad for name, logits in masks.logits.items() if logits.grad is not None})
             raise Stop
 
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "direct", predict)
         with contextlib.suppress(Stop), self.mode():
-            self.sampled(graph, model)
+            self.sampled(graph, model, louder=louder)
         return slopes
 
     # With a generator -------------------------------------------------------------------------------------------
