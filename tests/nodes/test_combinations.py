@@ -28,8 +28,8 @@ WIDE = {"ContextWindowsManual", "tiles one by one", "tiles as one batch", "slidi
 """What cuts the picture into parts needs one that is wide enough."""
 BEFORE = {"DifferentialDiffusion": ["SetLatentNoiseMask"]}
 REFUSED = {"attention couple": {"positive", "generator"}, "tiles as one batch": {"positive"}}
-"""What cannot be seen through, for an image alone: the branches of a search, or the replay of a generator's masks. Tiles
-are replayed row by row, behind the same node."""
+"""What cannot be seen through, for an image alone: the branches of a search, or the replay of a generator's masks.
+Tiles are replayed row by row, behind the same node."""
 
 
 def chain_of(name: str) -> list[str]:
