@@ -71,10 +71,10 @@ class SearchedMasks:
             masks[layer] = pack_bits(binary_mask(logits, THRESHOLD, None if noise is None else noise(logits.shape)))
         return masks
 
-    def _samples(self, call: Call) -> tuple[int | None, ...]:
-        """The image of each row of a call, None where nothing is masked."""
+    def _samples(self, call: Call) -> tuple[int | None, ...] | None:
+        """The image of each row of a call, None for a row that keeps everything; None where one mask is for all."""
         if self.images == 1 and not self.positive_only:
-            return (0,) * call.rows
+            return None
         if call.images != self.images:
             raise UnknownRows(
                 "Another node has cut the picture into parts and sent them as one batch, so the search cannot tell "
@@ -87,7 +87,7 @@ class SearchedMasks:
         samples = self._samples(call)
 
         def mask(layer: str, weight: Tensor) -> LearnedMask | None:
-            if all(sample is None for sample in samples):
+            if samples is not None and not any(sample is not None for sample in samples):
                 return None
             noise = self._noise(layer)
             return LearnedMask(MaskLogits(self.logits[layer]), THRESHOLD, noise=noise, samples=samples)

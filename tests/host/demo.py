@@ -1,27 +1,37 @@
-"""`make demo`: a real ComfyUI draws prompts with a mask generator off and on, and puts the pictures side by side."""
+"""`make demo`: a real ComfyUI draws prompts by its own sampler and by searches, and puts the pictures side by side."""
 
 import argparse
 import copy
 import io
 import shutil
 import sys
+import textwrap
 import time
 
 from PIL import Image, ImageDraw, ImageFont
 
+from maskunet_core.toy.captions import UnreadablePrompt, parse
 from trainer.host import PROJECT
 
 from .graph import load_workflow, titled, to_prompt
 from .server import FOLDER_NAME, Server, ServerError
 
-WORKFLOW = "generator_off_and_on"
+WORKFLOW = "reward_sampler"
 OUTPUT = PROJECT / "output" / "demo"
 PROMPTS = (
-    "a red circle left of a small blue square",
-    "a green star and a black ring",
-    "a large yellow triangle above a purple cross",
-    "a small orange star",
+    "a green circle and a large orange triangle",
+    "a large orange star below a large yellow triangle",
+    "a black star and a small orange circle",
+    "a red star right of a red triangle",
+    "a small black ring and an orange star",
+    "a black ring left of an orange cross",
 )
+"""The first of those that `reward-compare` makes its table of, not chosen among others: nothing was trained on them."""
+SEED = 0
+PRESETS = ("fast", "quality")
+PLAIN, SEARCHED = "Save without a search", "Save with a search"
+PRICE = {"plain": "1 picture drawn", "fast": "costs 4 pictures", "quality": "costs 15 pictures"}
+RIGHT, WRONG, UNREAD = (34, 160, 80), (208, 60, 60), (150, 150, 150)
 
 
 class Progress:
@@ -38,30 +48,73 @@ class Progress:
             print(f"\r  {title:<28} [{bar:<24}] {value}/{total}", end=end, flush=True)
 
 
-def contact_sheet(rows: list[tuple[str, list[Image.Image], list[Image.Image]]]) -> Image.Image:
-    """A row per prompt: the pictures without masks on the left, with the generator on the right, seed by seed."""
-    cell, gap, head, label = 128, 6, 34, 26
-    columns = len(rows[0][1])
-    width = 2 * columns * (cell + gap) + 3 * gap
-    sheet = Image.new("RGB", (width, head + len(rows) * (cell + label + gap)), "white")
+def fetch(server: Server, output: dict) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(server.view(image))).convert("RGB") for image in output["images"]]
+
+
+def judge(pictures: list[Image.Image], text: str) -> list[bool | None]:
+    """Whether a picture shows just what its prompt says, as a reader sees it that no search asks; None where the prompt
+    is none of the toy world's."""
+    import numpy as np
+    import torch
+
+    from maskunet_core.toy.model import load_reader
+    from trainer.toy.judge import fully_right, read
+
+    try:
+        caption = parse(text)
+    except UnreadablePrompt:
+        return [None] * len(pictures)
+    small = [np.asarray(picture.resize((64, 64), Image.Resampling.NEAREST)) for picture in pictures]
+    batch = torch.from_numpy(np.stack(small)).movedim(-1, 1) / 255
+    return fully_right(read(load_reader("reader_b"), batch), [caption] * len(pictures)).tolist()
+
+
+def contact_sheet(columns: list[tuple[str, dict[str, tuple[Image.Image, bool | None]]]]) -> Image.Image:
+    """A column for each prompt, a row for each way to draw it, framed by whether it shows what the prompt says."""
+    cell, gap, frame, side, head = 140, 12, 5, 132, 76
+    ways = list(columns[0][1])
+    width = side + len(columns) * (cell + gap) + gap
+    sheet = Image.new("RGB", (width, head + len(ways) * (cell + gap) + 26), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(15)
-    middle = columns * (cell + gap) + 2 * gap
-    draw.text((gap, 8), "without masks", fill="black", font=font)
-    draw.text((middle, 8), "with MaskUNet (same seeds)", fill="black", font=font)
-    for row, (prompt, before, after) in enumerate(rows):
-        top = head + row * (cell + label + gap)
-        draw.text((gap, top), prompt, fill=(70, 70, 70), font=font)
-        for left, pictures in ((gap, before), (middle, after)):
-            for column, picture in enumerate(pictures):
-                shown = picture.resize((cell, cell), Image.Resampling.NEAREST)
-                sheet.paste(shown, (left + column * (cell + gap), top + label))
-    draw.line((middle - gap, 0, middle - gap, sheet.height), fill=(200, 200, 200))
+    large, small = ImageFont.load_default(17), ImageFont.load_default(13)
+    for row, way in enumerate(ways):
+        top = head + row * (cell + gap)
+        shown = [right for _, pictures in columns for right in (pictures[way][1],) if right is not None]
+        draw.text((gap, top + 40), way, fill="black", font=large)
+        draw.text((gap, top + 64), PRICE[way], fill=(90, 90, 90), font=small)
+        if shown:
+            draw.text((gap, top + 82), f"{sum(shown)} of {len(shown)} right", fill=(90, 90, 90), font=small)
+    for column, (text, pictures) in enumerate(columns):
+        left = side + column * (cell + gap)
+        draw.multiline_text((left, 8), textwrap.fill(text, 20), fill=(40, 40, 40), font=small)
+        for row, (picture, right) in enumerate(pictures.values()):
+            top = head + row * (cell + gap)
+            colour = UNREAD if right is None else RIGHT if right else WRONG
+            draw.rectangle((left - frame, top - frame, left + cell + frame - 1, top + cell + frame - 1), fill=colour)
+            sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (left, top))
+    told = (
+        "The same seed in each column. Green: shows just what the prompt says, by a reader that the search never asks."
+    )
+    draw.text((gap, sheet.height - 24), told, fill=(90, 90, 90), font=small)
     return sheet
 
 
-def fetch(server: Server, output: dict) -> list[Image.Image]:
-    return [Image.open(io.BytesIO(server.view(image))).convert("RGB") for image in output["images"]]
+def draw_prompt(server: Server, graph: dict, text: str) -> dict[str, Image.Image]:
+    """The prompt's picture by the stock sampler and by each preset."""
+    found = {}
+    for preset in PRESETS:
+        prompt = copy.deepcopy(graph)
+        titled(prompt, "Prompt")["text"] = text
+        titled(prompt, "Two 64x64 pictures")["batch_size"] = 1
+        titled(prompt, "Sample without a search")["seed"] = SEED
+        titled(prompt, "Sample with a search").update(prompt=text, seed=SEED, preset=preset)
+        outputs = server.run(prompt, Progress(prompt))
+        for title, way in ((PLAIN, "plain"), (SEARCHED, preset)):
+            node = next(key for key, value in prompt.items() if value["_meta"]["title"] == title)
+            # A server gives the pictures of nodes that it need not run again, too.
+            found[way] = fetch(server, outputs[node])[0] if node in outputs else found[way]
+    return found
 
 
 def demo(port: int | None, folder_name: str, prompts: tuple[str, ...]) -> None:
@@ -72,20 +125,19 @@ def demo(port: int | None, folder_name: str, prompts: tuple[str, ...]) -> None:
         graph = to_prompt(load_workflow(WORKFLOW), server.object_info())
         shutil.rmtree(OUTPUT, ignore_errors=True)
         OUTPUT.mkdir(parents=True)
-        rows = []
+        columns = []
         for number, text in enumerate(prompts, 1):
             print(f'"{text}"')
-            prompt = copy.deepcopy(graph)
-            titled(prompt, "Prompt")["text"] = text
-            outputs = server.run(prompt, Progress(prompt))
-            pair = []
-            for title, label in (("Save without masks", "off"), ("Save with masks", "on")):
-                node = next(key for key, value in prompt.items() if value["_meta"]["title"] == title)
-                pair.append(fetch(server, outputs[node]))
-                for index, picture in enumerate(pair[-1], 1):
-                    picture.save(OUTPUT / f"{number}_{text.replace(' ', '_')}_{index}_{label}.png")
-            rows.append((text, *pair))
-        contact_sheet(rows).save(OUTPUT / "contact_sheet.png")
+            pictures = draw_prompt(server, graph, text)
+            verdicts = judge(list(pictures.values()), text)
+            columns.append((text, dict(zip(pictures, zip(pictures.values(), verdicts)))))
+            for way, picture in pictures.items():
+                picture.save(OUTPUT / f"{number}_{text.replace(' ', '_')}_{way}.png")
+        contact_sheet(columns).save(OUTPUT / "contact_sheet.png")
+    for way in columns[0][1]:
+        verdicts = [pictures[way][1] for _, pictures in columns if pictures[way][1] is not None]
+        if verdicts:
+            print(f"  {way:<8} {sum(verdicts)} of {len(verdicts)} show just what the prompt says ({PRICE[way]})")
     print(f"done in {time.monotonic() - began:.0f} s. Look at {(OUTPUT / 'contact_sheet.png').relative_to(PROJECT)}")
 
 
@@ -93,7 +145,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--port", type=int, help="port on the loopback interface (default: a free one)")
     parser.add_argument("--folder-name", default=FOLDER_NAME, help="the extension's name inside custom_nodes")
-    parser.add_argument("prompts", nargs="*", help="prompts to draw instead of the usual four")
+    parser.add_argument("prompts", nargs="*", help="prompts to draw instead of the usual six")
     arguments = parser.parse_args()
     try:
         demo(arguments.port, arguments.folder_name, tuple(arguments.prompts) or PROMPTS)

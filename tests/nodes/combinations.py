@@ -12,6 +12,7 @@ from unittest import mock
 import comfy.hooks
 import comfy.model_management
 import comfy.sample
+import comfy.sampler_helpers
 import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -268,6 +269,15 @@ class World:
             self.structure, len(graph.latent["samples"]), settings.start, torch.device("cpu"), None, branches != "both"
         )
 
+        def finished(estimate: Tensor) -> Tensor:
+            """Outside of a mask for inpainting pictures end as they were."""
+            if "noise_mask" not in graph.latent:
+                return estimate
+            samples = comfy.sample.fix_empty_latent_channels(model, graph.latent["samples"])
+            kept = graph.model.model.process_latent_in(samples)
+            mask = comfy.sampler_helpers.prepare_mask(graph.latent["noise_mask"], estimate.shape, estimate.device)
+            return estimate * mask + kept * (1 - mask)
+
         def predict(executor, x, timestep, model_options, seed):
             options = attach.with_attachment(model_options, attach.Attachment(masks))
             layers = [executor.class_obj.inner_model.diffusion_model]
@@ -279,7 +289,7 @@ class World:
                 estimate = executor(x, timestep, options, seed)
                 if not estimate.requires_grad:
                     return estimate
-                (-bound(decode(estimate)).sum()).backward()
+                (-bound(decode(finished(estimate))).sum()).backward()
             slopes.update({name: logits.grad for name, logits in masks.logits.items() if logits.grad is not None})
             raise Stop
 
