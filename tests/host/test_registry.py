@@ -56,7 +56,7 @@ def test_the_registry_gets_all_that_is_needed_and_nothing_else(cloned, packed):
 
     assert first(packed) == set(NEEDED)
     left_out = cloned - packed
-    assert first(left_out) == {".ci", ".comfyignore", ".gitignore", "Makefile", "tests"}
+    assert first(left_out) == {".ci", ".comfyignore", ".github", ".gitignore", "Makefile", "tests"}
     assert Path(__file__).relative_to(PROJECT).as_posix() in left_out
     assert not first(left_out) & first(packed), "a folder is packed in part"
 
