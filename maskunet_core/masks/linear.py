@@ -192,7 +192,8 @@ def thresholded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Lea
         return _partly_masked(x, weight, bias, mask)
     logits = mask.logits
     count = logits.count
-    chunks = 1 if mask.samples is None else len(mask.samples) // count
+    samples = count if mask.samples is None else len(mask.samples)
+    chunks = (len(weight) if weight.ndim == 3 else samples) // count
     if weight.ndim == 3 and chunks > 1:
         logits = MaskLogits(logits.full().repeat(chunks, 1, 1))
         count, chunks = count * chunks, 1

@@ -1,7 +1,8 @@
 """All nodes of the host that change a model, a conditioning or guidance, around searches, generators and replays.
 
 The nodes come from the host's own list, so that new ones join by themselves. Of a node that a stock KSampler cannot run
-on the toy model the reason is told (`pytest -rs`). MASKUNET_COMBINATIONS is how many chains of two or three are tried.
+on the toy model the reason is told (`pytest -rs`). MASKUNET_COMBINATIONS is how many chains of two or three are tried;
+without it a few nodes and patches are.
 """
 
 import os
@@ -15,9 +16,11 @@ from tests.nodes.combinations import BRANCHES, SAMPLING, World
 from tests.nodes.probes import PROBES
 
 COMBINATIONS = int(os.environ.get("MASKUNET_COMBINATIONS", 12))
-pytestmark = pytest.mark.skipif(
+on_demand = pytest.mark.skipif(
     "MASKUNET_COMBINATIONS" not in os.environ, reason="takes long: set MASKUNET_COMBINATIONS to a number of chains"
 )
+SOME = ("DifferentialDiffusion", "PerturbedAttentionGuidance", "PairConditioningSetProperties", "EasyCache")
+"""Tried always: nodes of the host that once were computed wrongly, in silence."""
 PARTS = 4
 CLOSE = 1e-3
 """Of what is right: searches compute attention and neighbouring rows by other kernels than samplers."""
@@ -199,11 +202,21 @@ def check_alone(worlds, subtests, names: list[str]) -> None:
             assert chain.refused == REFUSED.get(name, set())
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_a_node_of_the_host(worlds, name):
+    chain = Chain(worlds, [name])
+    assert chain.why_not() is None
+    chain.check()
+    assert not chain.refused
+
+
+@on_demand
 @pytest.mark.parametrize("part", range(PARTS))
 def test_a_node_that_changes_the_model(worlds, subtests, part):
     check_alone(worlds, subtests, model_nodes()[part::PARTS])
 
 
+@on_demand
 @pytest.mark.parametrize("part", range(PARTS))
 def test_a_node_that_changes_a_conditioning(worlds, subtests, part):
     check_alone(worlds, subtests, conditioning_nodes()[part::PARTS])
@@ -233,6 +246,7 @@ def test_a_guider(worlds, subtests):
             Chain(worlds, [], batch=2).check_replay_of_generator(name)
 
 
+@on_demand
 @pytest.mark.parametrize("number", range(COMBINATIONS))
 def test_a_chain_of_nodes(worlds, number):
     world = worlds[0]
