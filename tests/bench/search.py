@@ -73,7 +73,8 @@ class Scene:
 
 @dataclass
 class Iteration:
-    """gradients: file of those of the logits, by layer. seconds: of the processor. peak: bytes, beyond those before."""
+    """gradients: folder of those of the logits, a file for each layer. seconds: of the processor. peak: bytes, beyond
+    those before."""
 
     gradients: Path
     seconds: float
@@ -91,7 +92,7 @@ class _Watch:
 
     def __init__(self, counted: Operations, gradients: Path):
         self.began = self.seconds = 0.0
-        self.counted, self.gradients = counted, gradients
+        self.counted, self.gradients, self.updated = counted, gradients, 0
 
     def look(self, masks: SearchedMasks) -> None:
         if not self.began:
@@ -104,10 +105,11 @@ class _Watch:
         raise _Enough
 
     def before_update(self, optimiser: torch.optim.Optimizer, *_) -> None:
-        # On the disk, because in memory they would count.
-        slopes = [leaf.grad for group in optimiser.param_groups for leaf in group["params"]]
-        logits = self.masks.logits.items()
-        torch.save({name: slope.view_as(leaf) for (name, leaf), slope in zip(logits, slopes)}, self.gradients)
+        # On the disk, because in memory they would count. An optimiser has all layers, or one after the other has one.
+        for slope in (leaf.grad for group in optimiser.param_groups for leaf in group["params"]):
+            layer = list(self.masks.logits)[self.updated]
+            torch.save(slope.view_as(self.masks.logits[layer]), self.gradients / layer)
+            self.updated += 1
 
 
 class _DirectLoop:
@@ -179,7 +181,8 @@ class Imagined(Operations):
 
 
 def iterate(scene: Scene, name: str, counted: Operations, folder: Path) -> Iteration:
-    gradients = folder / "gradients.pt"
+    gradients = folder / "gradients"
+    gradients.mkdir()
     watch, before = _Watch(counted, gradients), psutil.Process().memory_info().rss
     model = _model(scene, VARIANTS[name], watch)
     hook = register_optimizer_step_pre_hook(watch.before_update)
@@ -209,7 +212,9 @@ def _alone(scene: Scene, name: str, folder: Path) -> Iteration:
 
 def difference(ours: Iteration, other: Iteration) -> float:
     """Norm of the gradients' difference over the other's norm, all layers together."""
-    slopes, direct = (torch.load(iteration.gradients) for iteration in (ours, other))
+    slopes, direct = (
+        {path.name: torch.load(path) for path in iteration.gradients.iterdir()} for iteration in (ours, other)
+    )
     apart = sum(float((slopes[name] - direct[name]).double().square().sum()) for name in direct)
     return (apart / sum(float(slope.double().square().sum()) for slope in direct.values())) ** 0.5
 

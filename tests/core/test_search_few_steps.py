@@ -17,6 +17,7 @@ from maskunet_core.search.loop import Group
 from maskunet_core.search.masks import SearchedMasks
 from maskunet_core.search.sampling import RewardSearch
 from maskunet_core.search.settings import PRESETS
+from maskunet_core.search.slopes import Slope
 from maskunet_core.toy.model import load_toy_model
 from tests.device import loaded
 
@@ -64,8 +65,9 @@ def first_gradients(world: Toy, branches: str) -> dict[str, torch.Tensor]:
     settings = replace(FEW, branches=branches, iterations=1, optimiser="AdamW", lr=1e-2)
     search, seen = RewardSearch(world.model, settings, world.judge, 1), {}
 
-    def keep(group: Group, slopes: list[torch.Tensor], images: list[bool]) -> None:
-        seen.update(zip(search.structure.layers, slopes))
+    def keep(group: Group, slopes: list[Slope], factors: list[torch.Tensor], images: list[bool]) -> None:
+        whole = [slope.times(factors, torch.float32) for slope in slopes]
+        seen.update(zip(search.structure.layers, whole))
 
     with mock.patch.object(Group, "step", keep):
         world.sample(search.searching(world.model), 1)
