@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from maskunet_core.toy.model import WEIGHTS
 
+from .base import checkpoint_file, lora_files
 from .config import TOY, Base, Config
 from .data.buckets import Size, bucket_sizes, nearest_bucket
 from .data.cache import CachedData, prepare
@@ -33,14 +34,14 @@ def _toy_digest(base: Base, *parts: str) -> str:
 
 def _merged(base: Base) -> str:
     """Names the LoRAs in the base."""
-    return "".join(f" {sha256(Path(file).read_bytes())}*{s}" for file, s in sorted(base.lora.items()))
+    return "".join(f" {sha256(file.read_bytes())}*{s}" for file, s in sorted(lora_files(base).items()))
 
 
 def base_digest(base: Base) -> str:
     """Names everything that decides what the base draws: the files of its parts, and LoRAs."""
     if base.checkpoint == TOY:
         return _toy_digest(base, "autoencoder", "text_encoder", "unet")
-    return _file_digest(Path(base.checkpoint)) + _merged(base)
+    return _file_digest(checkpoint_file(base)) + _merged(base)
 
 
 def encoders_digest(base: Base) -> str:
@@ -50,7 +51,7 @@ def encoders_digest(base: Base) -> str:
     """
     if base.checkpoint == TOY:
         return _toy_digest(base, "autoencoder", "text_encoder")
-    path = Path(base.checkpoint)
+    path = checkpoint_file(base)
     if path.suffix != ".safetensors":
         return _file_digest(path)
     digest = hashlib.sha256()

@@ -7,9 +7,10 @@ import shutil
 import sys
 import time
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from trainer.host import PROJECT
+from trainer.sheets import contact_sheet
 
 from .graph import load_workflow, titled, to_prompt
 from .server import FOLDER_NAME, Server, ServerError
@@ -38,28 +39,6 @@ class Progress:
             print(f"\r  {title:<28} [{bar:<24}] {value}/{total}", end=end, flush=True)
 
 
-def contact_sheet(rows: list[tuple[str, list[Image.Image], list[Image.Image]]]) -> Image.Image:
-    """A row per prompt: the pictures without masks on the left, with the generator on the right, seed by seed."""
-    cell, gap, head, label = 128, 6, 34, 26
-    columns = len(rows[0][1])
-    width = 2 * columns * (cell + gap) + 3 * gap
-    sheet = Image.new("RGB", (width, head + len(rows) * (cell + label + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(15)
-    middle = columns * (cell + gap) + 2 * gap
-    draw.text((gap, 8), "without masks", fill="black", font=font)
-    draw.text((middle, 8), "with MaskUNet (same seeds)", fill="black", font=font)
-    for row, (prompt, before, after) in enumerate(rows):
-        top = head + row * (cell + label + gap)
-        draw.text((gap, top), prompt, fill=(70, 70, 70), font=font)
-        for left, pictures in ((gap, before), (middle, after)):
-            for column, picture in enumerate(pictures):
-                shown = picture.resize((cell, cell), Image.Resampling.NEAREST)
-                sheet.paste(shown, (left + column * (cell + gap), top + label))
-    draw.line((middle - gap, 0, middle - gap, sheet.height), fill=(200, 200, 200))
-    return sheet
-
-
 def fetch(server: Server, output: dict) -> list[Image.Image]:
     return [Image.open(io.BytesIO(server.view(image))).convert("RGB") for image in output["images"]]
 
@@ -85,7 +64,9 @@ def demo(port: int | None, folder_name: str, prompts: tuple[str, ...]) -> None:
                 for index, picture in enumerate(pair[-1], 1):
                     picture.save(OUTPUT / f"{number}_{text.replace(' ', '_')}_{index}_{label}.png")
             rows.append((text, *pair))
-        contact_sheet(rows).save(OUTPUT / "contact_sheet.png")
+        contact_sheet(rows, ("without masks", "with MaskUNet (same seeds)"), shown=128).save(
+            OUTPUT / "contact_sheet.png"
+        )
     print(f"done in {time.monotonic() - began:.0f} s. Look at {(OUTPUT / 'contact_sheet.png').relative_to(PROJECT)}")
 
 

@@ -54,7 +54,7 @@ def test_a_users_pictures_become_a_generator(tiny, pictures, tmp_path):
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
     # Two orientations of six pictures; six captions and the empty one.
     assert len(files) == 2 * 6 + 7
-    start(config_of(tiny, pictures, tmp_path, seed=1))
+    start(config_of(tiny, pictures, tmp_path, seed=1), overwrite=True)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")} == files
 
 
