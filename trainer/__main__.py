@@ -44,6 +44,10 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    from maskunet_core.files.checkpoint import read_metadata
+
+    if arguments.generator:
+        read_metadata(arguments.generator)
     require_folder(arguments.output)
     require_free(arguments.output / "table.json", arguments.overwrite)
     enter_host(cpu=True)

@@ -38,12 +38,10 @@ def require_free(path: Path, overwrite: bool) -> None:
 
 
 def require_folder(path: Path) -> None:
-    """Makes the folder. Raises Occupied where a file lies in its place, or in that of one above it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        above = next(part for part in (path, *path.parents) if part.is_file())
-        raise Occupied(f"'{above}' is a file, so that '{path}' cannot be a folder: name another one.") from None
+    """Raises Occupied where a file lies in the folder's place, or in that of one above it."""
+    for part in (path, *path.parents):
+        if part.is_file():
+            raise Occupied(f"'{part}' is a file, so that '{path}' cannot be a folder: name another one.")
 
 
 def free_path(path: Path) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from tqdm import tqdm
 
 from maskunet_core.toy.model import WEIGHTS
 
@@ -16,7 +17,7 @@ from .config import TOY, Base, Config
 from .data.buckets import Size, bucket_sizes, nearest_bucket
 from .data.cache import CachedData, prepare
 from .data.decoding import BadPicture, Record, picture_size, read_bytes
-from .data.records import scan
+from .data.records import Scan, scan
 from .data.store import sha256
 
 U_NET = "model.diffusion_model."
@@ -63,9 +64,11 @@ def encoders_digest(base: Base) -> str:
     return digest.hexdigest()
 
 
-def read_records(config: Config) -> list[Record]:
+def read_data(config: Config) -> Scan:
     """The pictures and captions at `data.path`. Raises BadData with all problems at once."""
-    return scan(config.data.path, config.data.caption_column).require()
+    found = scan(config.data.path, config.data.caption_column)
+    found.require()
+    return found
 
 
 def picture_sizes(config: Config) -> list[Size]:
@@ -78,7 +81,7 @@ def picture_sizes(config: Config) -> list[Size]:
 def sizes_in_use(config: Config) -> Counter[Size]:
     """How many of the pictures at `data.path` fall into which bucket; broken ones into none. Raises BadData."""
     sizes, found = picture_sizes(config), Counter()
-    for record in read_records(config):
+    for record in read_data(config).records:
         try:
             found[nearest_bucket(*picture_size(record.name, read_bytes(record)), sizes)] += 1
         except BadPicture:
@@ -88,7 +91,10 @@ def sizes_in_use(config: Config) -> Counter[Size]:
 
 def cached_pictures(config: Config, base: Any) -> CachedData:
     """The configured data as latents and text embeddings. base: a BaseModel. Raises BadData."""
-    return encoded(read_records(config), picture_sizes(config), config, base)
+    found = read_data(config)
+    for note in found.notes:
+        tqdm.write(note)
+    return encoded(found.records, picture_sizes(config), config, base)
 
 
 def encoded(records: list[Record], sizes: list[Size], config: Config, base: Any) -> CachedData:

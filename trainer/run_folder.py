@@ -69,6 +69,7 @@ def claimed(config: Config, overwrite: bool) -> Iterator[None]:
 def occupied(folder: Path) -> Iterator[None]:
     """No other run writes into the folder. Raises InUse, or Occupied where a file lies in its place."""
     require_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with alone(folder, "trains", "`--set output=FOLDER`"):
         yield
 

@@ -13,7 +13,6 @@ from maskunet_core.seam.attention import attention_notice
 from . import base as bases
 from .config import Config
 from .config_file import warnings
-from .data.records import scan
 from .host import cpu_has_bf16
 from .loop import Run, held_out_count
 from .run_folder import claimed, clear, occupied, read_state, reopened, require_same, stopped, write_config
@@ -83,11 +82,6 @@ def load_prior(config: Config, base: bases.BaseModel) -> Any:
     return prior_data(config, base)
 
 
-def left_out(config: Config) -> list[str]:
-    """What lies beside the data and is not trained on, a sentence each."""
-    return scan(config.data.path, config.data.caption_column).notes if config.data.path else []
-
-
 def check(config: Config) -> list[str]:
     """What the configuration will do, a sentence each; nothing is trained, and no picture is encoded."""
     from .cost import MB, estimate, total_memory
@@ -97,10 +91,11 @@ def check(config: Config) -> list[str]:
     told = [f"Warning: {sentence}" for sentence in warnings(config)]
     size, pictures = (64, 64), config.data.pictures
     if not config.is_toy or config.data.path:
-        from .pictures import picture_sizes, read_records
+        from .pictures import picture_sizes, read_data
 
-        pictures = len(read_records(config))
-        told += left_out(config)
+        found = read_data(config)
+        pictures = len(found.records)
+        told += found.notes
         size = max(picture_sizes(config), key=lambda pair: pair[0] * pair[1])
     prior = []
     if config.prior.prompt:
@@ -184,8 +179,6 @@ def _loaded(config: Config, accelerator: Any) -> tuple[bases.BaseModel, Any, Any
     """Base, data and prior."""
     for sentence in warnings(config):
         accelerator.print(f"Warning: {sentence}")
-    for sentence in left_out(config):
-        accelerator.print(sentence)
     base = load(config, accelerator)
     with accelerator.main_process_first():
         return base, load_data(config, base), load_prior(config, base)
