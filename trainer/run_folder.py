@@ -54,15 +54,22 @@ def resume_command(folder: Path) -> str:
 @contextlib.contextmanager
 def claimed(config: Config, overwrite: bool) -> Iterator[None]:
     """A new run has the folder for itself. Raises RunExists, InUse, or Occupied where a file lies in its place."""
-    folder = Path(config.output)
-    with occupied(folder):
-        if not overwrite and (found := _left(config)) and _steps_made(folder) != 0:
-            names = ", ".join(path.relative_to(folder).as_posix() for path in found[:3])
-            raise RunExists(
-                f"'{folder}' holds a training already ({names}): go on with it by `{resume_command(folder)}`, train "
-                "into another folder by `--set output=FOLDER`, or replace it by --overwrite."
-            )
+    with occupied(Path(config.output)):
+        if not overwrite and (sentence := earlier_run(config)):
+            raise RunExists(sentence)
         yield
+
+
+def earlier_run(config: Config) -> str:
+    """What a new run would replace, and what to do instead; nothing where no step was made."""
+    folder, found = Path(config.output), _left(config)
+    if not found or _steps_made(folder) == 0:
+        return ""
+    names = ", ".join(path.relative_to(folder).as_posix() for path in found[:3])
+    return (
+        f"'{folder}' holds a training already ({names}): go on with it by `{resume_command(folder)}`, train into "
+        "another folder by `--set output=FOLDER`, or replace it by --overwrite."
+    )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from .config import Config
 from .config_file import warnings
 from .host import cpu_has_bf16
 from .loop import Run, held_out_count
-from .run_folder import claimed, clear, occupied, read_state, reopened, require_same, stopped, write_config
+from .run_folder import claimed, clear, earlier_run, occupied, read_state, reopened, require_same, stopped, write_config
 from .seeds import seeded
 
 LESS_MEMORY = "raise loop.accumulate, set loop.checkpointing to true, or lower data.resolution"
@@ -89,6 +89,8 @@ def check(config: Config) -> list[str]:
 
     accelerator = make_accelerator(config)
     told = [f"Warning: {sentence}" for sentence in warnings(config)]
+    if sentence := earlier_run(config):
+        told.append(f"Warning: {sentence}")
     size, pictures = (64, 64), config.data.pictures
     if not config.is_toy or config.data.path:
         from .pictures import picture_sizes, read_data

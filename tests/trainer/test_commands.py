@@ -6,6 +6,7 @@ import pytest
 
 from maskunet_core.files import checkpoint
 from tests.builders import make_generator, trainer_command
+from trainer.__main__ import parse
 
 
 def test_evaluate_prints_its_table_and_writes_it_twice(tmp_path, toy_structure):
@@ -51,6 +52,14 @@ def test_sample_draws_prompts_without_and_with_a_generator(tmp_path, toy_structu
         # Each picture of 64 pixels is enlarged to 256, and has its prompt above it.
         assert image.width >= 2 * 256
         assert image.height >= 2 * (256 + 20)
+
+
+def test_help_says_how_captions_are_read(capsys):
+    with pytest.raises(SystemExit):
+        parse(["train", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert r"zoro \(one piece\)" in told
+    assert "What exceeds 75 tokens (some 50 words) is cut" in told
 
 
 def test_check_tells_cost_and_trains_nothing(tmp_path):
