@@ -21,6 +21,9 @@ from .config import TOY, Base
 from .host import model_choice, model_file
 from .seeds import seeded
 
+SHORT = 75
+"""Letters of a prompt that fits into CLIP's first chunk whatever they are."""
+
 
 class BadBase(MaskUNetError):
     """A base model that cannot be trained on; the message names the file and says what to do."""
@@ -96,6 +99,11 @@ class BaseModel:
         if pooled is not None and self.model.adm_channels:
             conditions["pooled_output"] = pooled[0].float().cpu()
         return conditions
+
+    def cuts(self, text: str) -> bool:
+        """Whether `encode_text` leaves out the end of a prompt."""
+        # No token is shorter than a letter.
+        return len(text) > SHORT and any(len(chunks) > 1 for chunks in self.clip.tokenize(text).values())
 
     @torch.no_grad()
     def encode_picture(self, picture: Tensor) -> Tensor:

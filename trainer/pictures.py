@@ -17,6 +17,7 @@ from .config import TOY, Base, Config
 from .data.buckets import Size, bucket_sizes, nearest_bucket
 from .data.cache import CachedData, prepare
 from .data.decoding import BadPicture, Record, picture_size, read_bytes
+from .data.problems import NAMED
 from .data.records import Scan, scan
 from .data.store import sha256
 
@@ -94,6 +95,10 @@ def cached_pictures(config: Config, base: Any) -> CachedData:
     found = read_data(config)
     for note in found.notes:
         tqdm.write(note)
+    cut = [record.name for record in found.records if base.cuts(record.caption)]
+    if cut:
+        named = ", ".join(cut[:NAMED]) + (f" and {len(cut) - NAMED} more" if len(cut) > NAMED else "")
+        tqdm.write(f"Cut: {len(cut)} captions have more tokens than the text encoder takes at once, of {named}.")
     return encoded(found.records, picture_sizes(config), config, base)
 
 

@@ -15,7 +15,7 @@ from trainer.base import BadBase, load_base, load_for_training, load_toy_base
 from trainer.config import Base
 from trainer.config_file import parse_config
 from trainer.cost import PeakMemory
-from trainer.pictures import base_digest, encoders_digest
+from trainer.pictures import base_digest, cached_pictures, encoders_digest
 from trainer.train import check, start
 
 
@@ -56,6 +56,13 @@ def test_a_users_pictures_become_a_generator(tiny, pictures, tmp_path):
     assert len(files) == 2 * 6 + 7
     start(config_of(tiny, pictures, tmp_path, seed=1), overwrite=True)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")} == files
+
+
+def test_captions_that_are_cut_are_counted(tiny, pictures, tmp_path, capsys):
+    (pictures / "2.txt").write_text("a flat picture of a colour, " * 20, encoding="utf-8")
+    (pictures / "4.txt").write_text("a" * 80, encoding="utf-8")
+    cached_pictures(config_of(tiny, pictures, tmp_path), load_base(Base(str(tiny))))
+    assert "Cut: 1 captions have more tokens than the text encoder takes at once, of 2.png." in capsys.readouterr().out
 
 
 def test_class_pictures_come_in_the_sizes_of_a_users_pictures(tiny, pictures, tmp_path):
