@@ -48,6 +48,6 @@ def contact_sheet(rows: Sequence[Row], names: tuple[str, str], shown: int = SHOW
             for column, picture in enumerate(pictures):
                 enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
                 sheet.paste(enlarged, (left + column * (width + GAP), top))
+        draw.line((middle - GAP, top, middle - GAP, top + height), fill=(200, 200, 200))
         top += height + GAP
-    draw.line((middle - GAP, 0, middle - GAP, sheet.height), fill=(200, 200, 200))
     return sheet

@@ -156,8 +156,8 @@ def start(config: Config, *, overwrite: bool = False) -> Path:
 
 def resume(folder: Path) -> Path:
     """Go on with the run in `folder`, wherever it was begun. Raises CannotResume, InUse, and Stopped at Ctrl-C."""
-    folder = folder.absolute()
-    with reopened(folder) as config:
+    named, folder = folder, folder.absolute()
+    with reopened(named) as config:
         accelerator = make_accelerator(config)
         main = accelerator.is_main_process
         with occupied(folder) if main else contextlib.nullcontext(), _told_how_to_go_on(folder):
