@@ -188,7 +188,7 @@ def checkpoint_file(settings: Base) -> Path:
     path = model_file("checkpoints", settings.checkpoint)
     if path is None:
         raise BadBase(
-            f"'{settings.checkpoint}' does not exist; {model_choice('checkpoints')}. Name one of them, a path or "
+            f"'{settings.checkpoint}' does not exist; {model_choice('checkpoints')}. Name a file in it, a path or "
             f'"{TOY}" as the base.'
         )
     return path
@@ -201,7 +201,7 @@ def lora_files(settings: Base) -> dict[Path, float]:
         path = model_file("loras", name)
         if path is None:
             raise BadBase(
-                f"'{name}' does not exist; {model_choice('loras')}. Name one of them, or a path, in base.lora."
+                f"'{name}' does not exist; {model_choice('loras')}. Name a file in it, or a path, in base.lora."
             )
         found[path] = strength
     return found

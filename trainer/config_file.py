@@ -185,7 +185,7 @@ def _contradictions(config: Config) -> list[str]:
     base, data = config.base, config.data
     if not config.is_toy and model_file("checkpoints", base.checkpoint) is None:
         problems.append(
-            f"base.checkpoint: '{base.checkpoint}' does not exist; {model_choice('checkpoints')}; name one of them, "
+            f"base.checkpoint: '{base.checkpoint}' does not exist; {model_choice('checkpoints')}; name a file in it, "
             f'a path or "{TOY}"'
         )
     if not config.is_toy and not data.path:
@@ -197,7 +197,7 @@ def _contradictions(config: Config) -> list[str]:
     if data.path:
         problems += [f"data.path: {sentence}" for sentence in scan(data.path, data.caption_column).problems]
     problems += [
-        f"base.lora: '{file}' does not exist; {model_choice('loras')}; name one of them, or a path"
+        f"base.lora: '{file}' does not exist; {model_choice('loras')}; name a file in it, or a path"
         for file in base.lora
         if model_file("loras", file) is None
     ]

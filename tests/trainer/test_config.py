@@ -68,7 +68,7 @@ def test_names_are_found_in_comfyuis_folders(monkeypatch, tmp_path):
         (tmp_path / name).touch()
     folder_paths.filename_list_cache.clear()
     lines = problems_of(values)
-    assert "ComfyUI's folder 'checkpoints' holds other.safetensors; name one of them" in lines[0]
+    assert "ComfyUI's folder 'checkpoints' holds other.safetensors; name a file in it" in lines[0]
     assert "base.lora: 'style.safetensors' does not exist; ComfyUI's folder 'loras' holds ink.safetensors" in lines[-1]
     for name in ("checkpoints/mine.safetensors", "loras/style.safetensors"):
         (tmp_path / name).touch()

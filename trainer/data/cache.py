@@ -116,7 +116,7 @@ class CachedData:
         if count == len(self):
             raise BadData(
                 f"Holding out {held_out} of {len(self)} pictures ({len(copies)} of them different) leaves none to "
-                "train on: hold out fewer, or add pictures."
+                "train on: hold out fewer (validation.pictures), or add pictures."
             )
         rest = [sample for sample in self.samples if sample.content not in chosen]
         return self._part(rest), self._part([sample for sample in self.samples if sample.content in chosen])
