@@ -33,6 +33,9 @@ _LEFT_BY_RUNS = (
 )
 
 
+_ANEW = "Start the run anew by `python -m trainer train`, with --overwrite or another output"
+
+
 class RunExists(MaskUNetError):
     """The folder holds a run that a new one would replace."""
 
@@ -97,7 +100,7 @@ def _left(config: Config) -> list[Path]:
 def _steps_made(folder: Path) -> int | None:
     """Of the saved state; None where there is none or it is damaged."""
     try:
-        return read_state(folder)["step"]
+        return read_state(folder).get("step")
     except CannotResume:
         return None
 
@@ -105,14 +108,16 @@ def _steps_made(folder: Path) -> int | None:
 def read_state(folder: Path) -> dict[str, Any]:
     """The saved state, its tensors on the CPU. Raises CannotResume."""
     path = folder / STATE
-    anew = "Start the run anew by `python -m trainer train`, with --overwrite or another output"
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
-        raise CannotResume(f"'{folder}' holds no saved state. {anew}.") from None
+        raise CannotResume(f"'{folder}' holds no saved state. {_ANEW}.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CannotResume(f"'{path}' is damaged ({reason}). {anew}.") from None
+        raise CannotResume(f"'{path}' is damaged ({reason}). {_ANEW}.") from None
+    if not isinstance(state, dict) or "config" not in state:
+        raise CannotResume(f"'{path}' is not the state of a run. {_ANEW}.")
+    return state
 
 
 def write_config(config: Config) -> None:
@@ -149,7 +154,10 @@ def reopened(folder: Path) -> Iterator[Config]:
 
 def require_same(saved: str, config: Config, folder: Path) -> None:
     """saved: JSON of the configuration of a state. Raises CannotResume with all that differs."""
-    then, now = _flat(json.loads(saved)), _flat(to_toml_values(config))
+    try:
+        then, now = _flat(json.loads(saved)), _flat(to_toml_values(config))
+    except (ValueError, AttributeError, TypeError):
+        raise CannotResume(f"The state in '{folder}' is of another version of the trainer. {_ANEW}.") from None
     changed = [
         f"{key} was {json.dumps(then.get(key))} and is {json.dumps(now.get(key))}"
         for key in sorted(then.keys() | now.keys())

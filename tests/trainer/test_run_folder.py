@@ -190,6 +190,12 @@ def test_what_cannot_be_resumed_says_why_and_what_to_do(tmp_path, monkeypatch):
     values["loop"]["steps"] = 4
     settings.write_text(json.dumps(values))
     state = run / "state" / "last.pt"
+    whole = torch.load(state, weights_only=True)
+    for other, sentence in (([], "is not the state of a run"), (whole | {"config": "of old"}, "is of another version")):
+        torch.save(other, state)
+        with pytest.raises(CannotResume, match=sentence):
+            resume(run)
+    torch.save(whole, state)
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(CannotResume, match=r"last\.pt' is damaged \(.*\)\. Start the run anew .* --overwrite"):
         resume(run)
