@@ -1,6 +1,7 @@
 """Trains and judges mask generators. `python -m trainer COMMAND --help` tells about each command."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -8,17 +9,23 @@ from pathlib import Path
 
 from maskunet_core.errors import MaskUNetError
 
+from .files import free_path, require_folder, require_free, user_path
 from .host import enter_host
+
+SHEET = Path("output/sample/samples.png")
+CAPTIONS = (
+    "Captions and prompts are read as ComfyUI reads prompts: (word) and (word:1.2) weigh a word, and embedding:NAME "
+    "looks an embedding up. Write \\( and \\) for brackets that are meant as such: zoro \\(one piece\\). What exceeds "
+    "75 tokens (some 50 words) is cut."
+)
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from .config_file import load_config
-
-    config = load_config(arguments.config, arguments.set)
     enter_host()
+    from .config_file import load_config
     from .train import start
 
-    start(config)
+    start(load_config(arguments.config, arguments.set), overwrite=arguments.overwrite)
 
 
 def resume(arguments: argparse.Namespace) -> None:
@@ -29,41 +36,55 @@ def resume(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    from .config_file import load_config
-
-    config = load_config(arguments.config, arguments.set)
     enter_host()
+    from .config_file import load_config
     from .train import check
 
-    print("\n".join(check(config)))
+    print("\n".join(check(load_config(arguments.config, arguments.set))))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    from maskunet_core.files.checkpoint import read_metadata
+
+    if arguments.generator:
+        read_metadata(arguments.generator)
+    require_folder(arguments.output)
+    require_free(arguments.output / "table.json", arguments.overwrite)
     enter_host(cpu=True)
     from .evaluate import Protocol, evaluate
 
     protocol = Protocol.quick() if arguments.quick else Protocol()
-    evaluate(arguments.generator, protocol, arguments.output, arguments.base)
+    weights = str(user_path(arguments.base)) if arguments.base else ""
+    evaluate(arguments.generator, protocol, arguments.output, weights)
 
 
 def sample(arguments: argparse.Namespace) -> None:
+    output = arguments.output or free_path(SHEET)
+    require_folder(output.parent)
+    require_free(output, arguments.overwrite)
     enter_host()
     from .config import Base
     from .samples import sample
 
-    base = Base(checkpoint=arguments.base)
-    path = sample(base, arguments.generator, arguments.prompt, arguments.output, arguments.seed, arguments.steps)
+    base = Base(checkpoint=str(user_path(arguments.base)))
+    path = sample(base, arguments.generator, arguments.prompt, output, arguments.seed, arguments.steps)
     print(f"wrote {path}: without masks left, with them right")
 
 
 def info(arguments: argparse.Namespace) -> None:
     from maskunet_core.files.checkpoint import describe
 
-    for name, value in describe(arguments.file).items():
+    from .summary import summary
+
+    description = describe(arguments.file)
+    print("\n".join(summary(description)), end="\n\n")
+    for name, value in description.items():
         print(f"{name}: {json.dumps(value, indent=2) if isinstance(value, dict) else value}")
 
 
 def convert(arguments: argparse.Namespace) -> None:
+    require_folder(arguments.output.parent)
+    require_free(arguments.output, arguments.overwrite)
     from .convert import convert
 
     print(f"wrote {convert(arguments.generators, arguments.adapters, arguments.output, arguments.family)}")
@@ -105,16 +126,21 @@ def _add_configuration(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_overwrite(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--overwrite", action="store_true", help=f"replace {what}")
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("train", help="train a mask generator, or a baseline")
+    command = commands.add_parser("train", help="train a mask generator, or a baseline", epilog=CAPTIONS)
     _add_configuration(command)
+    _add_overwrite(command, "the training that the output folder holds")
     command.set_defaults(run=train)
 
     command = commands.add_parser("resume", help="go on with a run that was stopped")
-    command.add_argument("folder", type=Path, help="the run's output folder")
+    command.add_argument("folder", type=user_path, help="the run's output folder")
     command.set_defaults(run=resume)
 
     command = commands.add_parser(
@@ -124,51 +150,70 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.set_defaults(run=check)
 
     command = commands.add_parser("evaluate", help="judge a generator on prompts and noises that training never saw")
-    command.add_argument("generator", type=Path, nargs="?", help="generator file; without one the base alone")
+    command.add_argument("generator", type=user_path, nargs="?", help="generator file; without one the base alone")
     command.add_argument("--base", default="", help="folder of other toy weights (default: the shipped ones)")
-    command.add_argument("--output", type=Path, default=Path("output/evaluate"), help="folder for the table")
+    command.add_argument("--output", type=user_path, default=Path("output/evaluate"), help="folder for the table")
+    _add_overwrite(command, "the table that the folder holds")
     command.add_argument("--quick", action="store_true", help="few pictures, to see that it works")
     command.set_defaults(run=evaluate)
 
     command = commands.add_parser("compare", help="masks beside what else could be trained, at equal data and steps")
-    command.add_argument("--output", type=Path, default=Path("output/compare"), help="folder for tables and figures")
+    command.add_argument(
+        "--output", type=user_path, default=Path("output/compare"), help="folder for tables and figures"
+    )
     command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once, a thread each")
     command.add_argument("--task", action="append", choices=("noise", "style", "subject"), help="only this one")
     command.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     command.set_defaults(run=compare)
 
     command = commands.add_parser("reward-compare", help="the search for masks beside best-of-N and other rivals")
-    command.add_argument("--output", type=Path, default=Path("output/reward-compare"), help="folder for table and plot")
+    command.add_argument(
+        "--output", type=user_path, default=Path("output/reward-compare"), help="folder for table and plot"
+    )
     command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once, a thread each")
     command.add_argument("--quick", action="store_true", help="few prompts, to see that it works")
     command.set_defaults(run=reward_compare)
 
     command = commands.add_parser("sample", help="draw prompts without and with a generator")
-    command.add_argument("generator", type=Path, help="generator file")
+    command.add_argument("generator", type=user_path, help="generator file")
     command.add_argument("--prompt", action="append", required=True, help="a prompt; may be given several times")
     command.add_argument("--base", default="toy", help='a checkpoint file, or "toy" (default)')
-    command.add_argument("--output", type=Path, default=Path("output/sample/samples.png"), help="the picture to write")
+    command.add_argument(
+        "--output", type=user_path, help=f"the picture to write (default: {SHEET}, with a number where it exists)"
+    )
+    _add_overwrite(command, "the picture where it exists")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=int, default=20)
     command.set_defaults(run=sample)
 
     command = commands.add_parser("info", help="tell what a generator file says of itself")
-    command.add_argument("file", type=Path, help="generator file")
+    command.add_argument("file", type=user_path, help="generator file")
     command.set_defaults(run=info)
 
     command = commands.add_parser("convert", help="convert the authors' .pth files to a generator file")
-    command.add_argument("generators", type=Path, help="mask_generators.pth")
-    command.add_argument("adapters", type=Path, help="adapters.pth")
-    command.add_argument("output", type=Path, help="the .safetensors file to write")
+    command.add_argument("generators", type=user_path, help="mask_generators.pth")
+    command.add_argument("adapters", type=user_path, help="adapters.pth")
+    command.add_argument("output", type=user_path, help="the .safetensors file to write")
+    _add_overwrite(command, "the file where it exists")
     command.add_argument("--family", default="SD 1.5", help="base model that they were trained for (default: SD 1.5)")
     command.set_defaults(run=convert)
 
     command = commands.add_parser("toy", help="train the embedded toy model from nothing")
-    command.add_argument("--output", type=Path, default=Path("output/toy"), help="folder for the five weight files")
+    command.add_argument(
+        "--output", type=user_path, default=Path("output/toy"), help="folder for the five weight files"
+    )
     command.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     command.set_defaults(run=toy)
 
     return parser.parse_args(arguments)
+
+
+def _about_files(error: OSError) -> str:
+    """A sentence for a file that cannot be read or written, wherever that was noticed."""
+    name = f"'{error.filename}'" if error.filename else "A file"
+    if error.errno == errno.ENOSPC:
+        return f"{name} does not fit on the disk: free some space, and give the same command again."
+    return f"{name} cannot be read or written ({error.strerror or error}): mend that, or name another place."
 
 
 def main() -> int:
@@ -178,13 +223,12 @@ def main() -> int:
     except MaskUNetError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        again = {"train": "`python -m trainer resume` with the run's folder", "resume": "The same command"}
-        print(
-            f"\nStopped. {again.get(arguments.command, 'The same command')} goes on from the saved state, "
-            "where there is one.",
-            file=sys.stderr,
-        )
+    except OSError as error:
+        print(_about_files(error), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        told = str(stopped) or "Stopped. The same command goes on from what is saved, where it saves anything."
+        print(f"\n{told}", file=sys.stderr)
         return 130
     return 0
 

@@ -1,6 +1,7 @@
 """The frozen base model as the trainer uses it: loaded by the host, its conditioning, its loss, its sampler."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,11 @@ from maskunet_core.toy import vocabulary
 from maskunet_core.toy.model import load_toy_model
 
 from .config import TOY, Base
+from .host import model_choice, model_file
 from .seeds import seeded
+
+SHORT = 75
+"""Letters of a prompt that fits into CLIP's first chunk whatever they are."""
 
 
 class BadBase(MaskUNetError):
@@ -95,6 +100,11 @@ class BaseModel:
             conditions["pooled_output"] = pooled[0].float().cpu()
         return conditions
 
+    def cuts(self, text: str) -> bool:
+        """Whether `encode_text` leaves out the end of a prompt."""
+        # No token is shorter than a letter.
+        return len(text) > SHORT and any(len(chunks) > 1 for chunks in self.clip.tokenize(text).values())
+
     @torch.no_grad()
     def encode_picture(self, picture: Tensor) -> Tensor:
         """Latent `[C, h, w]`, scaled as the U-Net takes it, of a picture `[3, 8h, 8w]` in [0, 1]."""
@@ -154,9 +164,10 @@ def load_base(settings: Base, dtype: torch.dtype = torch.float32) -> BaseModel:
 
     if settings.checkpoint == TOY:
         return load_toy_base(settings.weights)
+    path = checkpoint_file(settings)
     try:
         patcher, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
-            settings.checkpoint, model_options={"dtype": dtype}, disable_dynamic=True
+            str(path), model_options={"dtype": dtype}, disable_dynamic=True
         )
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -167,10 +178,92 @@ def load_base(settings: Base, dtype: torch.dtype = torch.float32) -> BaseModel:
     for part, found in (("U-Net", patcher), ("text encoder", clip), ("VAE", vae)):
         if found is None:
             raise BadBase(f"'{settings.checkpoint}' holds no {part}. Name a full checkpoint file in base.checkpoint.")
-    for file, strength in settings.lora.items():
-        lora = comfy.utils.load_torch_file(file, safe_load=True)
-        patcher, clip = comfy.sd.load_lora_for_models(patcher, clip, lora, strength, strength)
-    return _frozen(BaseModel(patcher, clip, vae, Path(settings.checkpoint).name))
+    for file, strength in lora_files(settings).items():
+        patcher, clip = _merged(patcher, clip, file, strength)
+    return _frozen(BaseModel(patcher, clip, vae, path.name))
+
+
+def checkpoint_file(settings: Base) -> Path:
+    """Where the checkpoint lies. Raises BadBase."""
+    path = model_file("checkpoints", settings.checkpoint)
+    if path is None:
+        raise BadBase(
+            f"'{settings.checkpoint}' does not exist; {model_choice('checkpoints')}. Name a file in it, a path or "
+            f'"{TOY}" as the base.'
+        )
+    return path
+
+
+def lora_files(settings: Base) -> dict[Path, float]:
+    """Where the LoRAs lie, with their strengths. Raises BadBase."""
+    found = {}
+    for name, strength in settings.lora.items():
+        path = model_file("loras", name)
+        if path is None:
+            raise BadBase(
+                f"'{name}' does not exist; {model_choice('loras')}. Name a file in it, or a path, in base.lora."
+            )
+        found[path] = strength
+    return found
+
+
+def _merged(patcher: Any, clip: Any, file: Path, strength: float) -> tuple[Any, Any]:
+    """The two with a LoRA. Raises BadBase where none of its tensors fits them; warns where some do not."""
+    import comfy.sd
+    import comfy.utils
+
+    try:
+        lora = comfy.utils.load_torch_file(str(file), safe_load=True)
+    except Exception as error:  # the host raises errors of every kind over damaged files
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadBase(f"'{file}' in base.lora cannot be read ({reason[0]}). Copy or download it again.") from None
+    with _unmatched() as lost:
+        merged = comfy.sd.load_lora_for_models(patcher, clip, lora, strength, strength)
+    pairs = ((patcher, merged[0]), (clip.patcher, merged[1].patcher))
+    if all(_patches(before) == _patches(after) for before, after in pairs):
+        raise BadBase(
+            f"None of the {len(lora):,} tensors of '{file}' fits the base: it is no LoRA, or one of another model. "
+            "Name another file in base.lora, or none."
+        )
+    if lost:
+        logging.getLogger(__name__).warning(
+            f"{len(lost):,} of the {len(lora):,} tensors of '{file}' fit nothing in the base and are left out."
+        )
+    return merged
+
+
+def _patches(patcher: Any) -> int:
+    return sum(len(patches) for patches in patcher.patches.values())
+
+
+@contextlib.contextmanager
+def _unmatched() -> Iterator[list[str]]:
+    """The host's log lines about tensors of a LoRA that it cannot place, which are kept from the screen."""
+    lines: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        told = record.getMessage()
+        if not told.startswith(("lora key not loaded", "NOT LOADED")):
+            return True
+        lines.append(told)
+        return False
+
+    logger = logging.getLogger()
+    logger.addFilter(note)
+    try:
+        yield lines
+    finally:
+        logger.removeFilter(note)
+
+
+def require_trainable(base: BaseModel) -> None:
+    """Raises BadBase where the U-Net takes more than a noisy picture, a timestep and a prompt."""
+    takes, has = base.model.model_config.unet_config["in_channels"], base.model.latent_format.latent_channels
+    if takes != has:
+        raise BadBase(
+            f"The U-Net of {base.name} takes {takes} channels instead of {has}, as for inpainting or editing: it needs "
+            "a second picture, which the data does not hold. Name the plain checkpoint in base.checkpoint."
+        )
 
 
 def _frozen(base: BaseModel) -> BaseModel:

@@ -8,6 +8,8 @@ from typing import Any
 from maskunet_core.masks.generator import LowRankGenerator, LowRankSettings
 
 TOY = "toy"
+TOY_RESOLUTION = 64
+"""Side of the pictures that the toy model draws, in pixels."""
 METHODS = ("maskunet", "static_mask", "lora", "full")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -16,8 +18,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 class Base:
     """The frozen model.
 
-    checkpoint: a checkpoint file (SD 1.5, SD 2.x, SDXL), or "toy", the embedded model. weights: folder of other toy
-    weights, "" for the shipped ones. lora: files that are merged into the base, with their strengths.
+    checkpoint: a checkpoint file (SD 1.5, SD 2.x, SDXL), as a path or as ComfyUI's folders of checkpoints name it, or
+    "toy", the embedded model. weights: folder of other toy weights, "" for the shipped ones. lora: files that are
+    merged into the base, named in the same way, with their strengths.
     """
 
     checkpoint: str = TOY
@@ -31,9 +34,10 @@ class Data:
 
     path: a folder of pictures with captions, a data set on disk, parquet files or webdataset shards; "" renders the
     toy world (`pictures` of them, a share of `caption_noise` with wrong captions). caption_column: where captions
-    are, "" looks for the usual names. resolution: side of a square of the pictures' area in pixels; buckets: keep
-    aspect ratios. flip: mirror half of the pictures. caption_dropout: share of empty captions, which CFG needs.
-    cache: folder for latents and text embeddings. broken_limit: share of unreadable pictures that stops a run.
+    are, "" looks for the usual names. resolution: side of a square of the pictures' area in pixels, 64 for the toy
+    model where nothing is said; buckets: keep aspect ratios. flip: mirror half of the pictures. caption_dropout: share
+    of empty captions, which CFG needs. cache: folder for latents and text embeddings. broken_limit: share of unreadable
+    pictures that stops a run.
     """
 
     path: str = ""
@@ -144,7 +148,8 @@ class Loop:
 
 @dataclass(frozen=True)
 class Validation:
-    """pictures: held out of training, with fixed noises and timesteps; every: steps between validations, 0 for none.
+    """pictures: held out of training, at most a fifth of all, with fixed noises and timesteps; every: steps between
+    validations, 0 for none.
 
     patience: stop after so many validations without a better one, 0 for never. prompts: of the sample grid, made
     every `sample_every` steps (0 for never) with `sample_steps` steps and `cfg`.

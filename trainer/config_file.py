@@ -1,6 +1,7 @@
 """Reads the configuration of a training run: a TOML file, checked as a whole before anything is loaded."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -10,8 +11,10 @@ from maskunet_core.masks.generator import BIASES, CODES, LowRankGenerator, LowRa
 from maskunet_core.masks.reference import ReferenceGenerator
 from maskunet_core.models.structure import TARGETS
 
-from .config import METHODS, PRECISIONS, TOY, Config
+from .config import METHODS, PRECISIONS, TOY, TOY_RESOLUTION, Config
 from .data.records import scan
+from .files import user_path
+from .host import model_choice, model_file
 from .optimisers import UnknownOptimiser, find_optimiser
 from .schedules import FALLS
 
@@ -25,6 +28,10 @@ PRESETS = Path(__file__).with_name("presets")
 
 class BadConfig(MaskUNetError):
     """Every problem of a configuration, a line each."""
+
+
+_PATHS = ("output", "base.checkpoint", "base.weights", "base.lora", "data.path", "data.cache", "prior.folder")
+"""Keys that hold a path, or paths with values."""
 
 
 def _one_of(names) -> tuple:
@@ -121,6 +128,11 @@ def _read(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -
         except TypeError as error:
             problems.append(f"{name}: must be of type {error}")
             continue
+        if name in _PATHS:
+            if escaped := _escaped_path(value):
+                problems.append(f"{name}: {escaped}")
+                continue
+            value = _expanded(value)
         check, sentence = _RULES.get(name, (None, ""))
         if check is not None and not check(value):
             problems.append(f"{name}: is {value!r}, but {sentence}")
@@ -131,6 +143,24 @@ def _read(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -
     except ValueError as error:
         problems.append(f"{prefix.rstrip('.')}: {error}")
         return cls()
+
+
+def _expanded(value: Any) -> Any:
+    """A path, or a table of paths, with `~` for the user's home."""
+    if isinstance(value, dict):
+        return {_expanded(path): strength for path, strength in value.items()}
+    return str(user_path(value)) if value.startswith("~") else value
+
+
+SLASHES = "in a TOML text of double quotes a backslash begins an escape, so write C:/folder or 'C:\\folder'"
+
+
+def _escaped_path(value: Any) -> str:
+    """What is wrong with a path in which backslashes became tabs or line breaks, or nothing."""
+    broken = next(
+        (path for path in ([value] if isinstance(value, str) else value) if any(letter < " " for letter in path)), None
+    )
+    return "" if broken is None else f"{broken!r} holds a character that no path has; {SLASHES}"
 
 
 def _contradicting_architecture(config: Config) -> list[str]:
@@ -153,8 +183,11 @@ def _contradictions(config: Config) -> list[str]:
     """What is wrong between keys, and what they name that does not exist."""
     problems = []
     base, data = config.base, config.data
-    if not config.is_toy and not Path(base.checkpoint).is_file():
-        problems.append(f"base.checkpoint: '{base.checkpoint}' does not exist; name a checkpoint file or \"{TOY}\"")
+    if not config.is_toy and model_file("checkpoints", base.checkpoint) is None:
+        problems.append(
+            f"base.checkpoint: '{base.checkpoint}' does not exist; {model_choice('checkpoints')}; name a file in it, "
+            f'a path or "{TOY}"'
+        )
     if not config.is_toy and not data.path:
         problems.append("data.path: is missing; name a folder of pictures with captions, or a data set")
     if config.is_toy and base.lora:
@@ -163,7 +196,11 @@ def _contradictions(config: Config) -> list[str]:
         problems.append(f"base.weights: the folder '{base.weights}' does not exist")
     if data.path:
         problems += [f"data.path: {sentence}" for sentence in scan(data.path, data.caption_column).problems]
-    problems += [f"base.lora: '{file}' does not exist" for file in base.lora if not Path(file).is_file()]
+    problems += [
+        f"base.lora: '{file}' does not exist; {model_choice('loras')}; name a file in it, or a path"
+        for file in base.lora
+        if model_file("loras", file) is None
+    ]
     try:
         find_optimiser(config.optimiser.name)
     except UnknownOptimiser as error:
@@ -180,16 +217,33 @@ def _contradictions(config: Config) -> list[str]:
     return problems
 
 
+def _slow_biases(config: Config) -> list[str]:
+    """Whether the static biases move too little for weights to be removed."""
+    generator, optimiser = config.generator, config.optimiser
+    low_rank = generator.architecture == LowRankGenerator.architecture
+    if config.method not in ("maskunet", "static_mask") or not low_rank or not optimiser.name.startswith("Adam"):
+        return []
+    biases = 1 if generator.bias == "weight" else 2
+    reach = biases * optimiser.lr_bias * config.loop.steps
+    if reach >= generator.start:
+        return []
+    moves = (
+        f"optimiser.lr_bias of {optimiser.lr_bias:g} and {config.loop.steps} steps move the static part of a logit by"
+    )
+    sentence = f"{moves} about {reach:.2g}, but it starts at {generator.start:g}: "
+    if config.method == "static_mask" or not generator.rank:
+        return [f"{sentence}hardly a weight will be removed. Raise optimiser.lr_bias."]
+    return [f"{sentence}weights will be removed by the low-rank part alone. Raise optimiser.lr_bias."]
+
+
 def warnings(config: Config) -> list[str]:
     """What works but will not do what people expect, a sentence each."""
-    found = []
-    masked = config.method in ("maskunet", "static_mask")
-    reach = max(config.optimiser.lr, config.optimiser.lr_bias) * config.loop.steps
-    if masked and config.optimiser.name.startswith("Adam") and reach < config.generator.start:
+    found = _slow_biases(config)
+    if config.is_toy and config.data.path and config.data.resolution > TOY_RESOLUTION:
         found.append(
-            f"No logit can cross the threshold: with learning rates of at most {reach / config.loop.steps:g} and "
-            f"{config.loop.steps} steps a logit moves by {reach:.2g} at most, but starts at "
-            f"{config.generator.start:g}. Every weight will be kept. Raise optimiser.lr_bias."
+            f"data.resolution is {config.data.resolution}, but the toy model draws {TOY_RESOLUTION}x{TOY_RESOLUTION}: "
+            f"steps take some {(config.data.resolution / TOY_RESOLUTION) ** 2:,.0f} times as long. Set it to "
+            f"{TOY_RESOLUTION}."
         )
     if config.method == "maskunet" and config.generator.architecture == ReferenceGenerator.architecture:
         unread = [
@@ -206,6 +260,9 @@ def parse_config(values: dict[str, Any]) -> Config:
     """A Config from a TOML document. Raises BadConfig with all problems at once."""
     problems: list[str] = []
     config = _read(Config, values, "", problems)
+    data = values.get("data")
+    if config.is_toy and not (isinstance(data, dict) and "resolution" in data):
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, resolution=TOY_RESOLUTION))
     problems += _contradictions(config)
     if problems:
         raise BadConfig("\n".join(problems))
@@ -229,18 +286,31 @@ def _override(values: dict[str, Any], assignment: str) -> None:
     values[name] = value
 
 
+def _read_toml(path: Path) -> dict[str, Any]:
+    """Raises BadConfig."""
+    try:
+        # Editors of Windows put a byte order mark first.
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadConfig(f"'{path}' is not UTF-8 text: save it as UTF-8.") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        slashes = f" If it is a path: {SLASHES}." if re.search(r'"[^"\n]*\\[^"\n]*"', text) else ""
+        raise BadConfig(f"'{path}' is not a TOML file: {error}.{slashes}") from None
+
+
 def load_config(source: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
     """From a file, or from a preset by its name, with overrides of the form `table.key=value`."""
-    path = Path(source)
-    if not path.exists() and (PRESETS / f"{source}.toml").exists():
+    path = user_path(source)
+    # A folder may have a preset's name.
+    if not path.is_file() and (PRESETS / f"{source}.toml").exists():
         path = PRESETS / f"{source}.toml"
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
-        raise BadConfig(f"'{source}' does not exist. Name a TOML file or a preset ({presets}).") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadConfig(f"'{path}' is not a TOML file: {error}.") from None
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise BadConfig(f"'{source}' {what}. Name a TOML file or a preset ({presets}).")
+    values = _read_toml(path)
     for assignment in overrides:
         _override(values, assignment)
     return parse_config(values)

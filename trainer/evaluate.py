@@ -105,19 +105,18 @@ def judge_pictures(pictures: Tensor, prompts: list[Caption], real: Tensor, judge
 def evaluate(generator_file: Path | None, protocol: Protocol, output: Path, weights: str = "") -> list[dict[str, Any]]:
     """A row for the base and one for base + generator; written to `output/table.md` and `.json`, and printed."""
     base = load_toy_base(weights)
-    judge = load_reader("reader_b", Path(weights) if weights else None)
-    data = latent_set(protocol.loss_pictures, seeded(32, protocol.seed), base.vae.first_stage_model, held_out=True)
-    prompts, real = held_out_prompts(protocol)
-    texts = [str(prompt) for prompt in prompts]
-    counts = Counter(prompt.kind for prompt in dict.fromkeys(prompts))
-    print(f"{len(texts)} pictures of {len(dict.fromkeys(texts))} held-out prompts: {dict(counts)}", flush=True)
-
     models: list[tuple[str, Any, GeneratorMasks | None]] = [("base", base.patcher, None)]
     if generator_file is not None:
         loaded = checkpoint.load(generator_file)
         loaded.require_fit(structure_of(base.patcher, loaded.targets))
         source = GeneratorMasks(loaded.generator)
         models.append((f"base + {generator_file.name}", attach(base.patcher, source, 1.0, 0.0, 1.0), source))
+    judge = load_reader("reader_b", Path(weights) if weights else None)
+    data = latent_set(protocol.loss_pictures, seeded(32, protocol.seed), base.vae.first_stage_model, held_out=True)
+    prompts, real = held_out_prompts(protocol)
+    texts = [str(prompt) for prompt in prompts]
+    counts = Counter(prompt.kind for prompt in dict.fromkeys(prompts))
+    print(f"{len(texts)} pictures of {len(dict.fromkeys(texts))} held-out prompts: {dict(counts)}", flush=True)
 
     rows, base_losses = [], None
     for name, patcher, source in models:

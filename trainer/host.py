@@ -7,8 +7,12 @@ from pathlib import Path
 
 from maskunet_core.errors import MaskUNetError
 
+from .files import user_path
+
 PROJECT = Path(__file__).resolve().parent.parent
 PINNED_HOST = PROJECT / ".host" / "ComfyUI"
+NAMED = 10
+"""Files named in a message; further ones are counted."""
 
 
 class HostNotFound(MaskUNetError):
@@ -23,12 +27,12 @@ def find_host() -> Path:
     """COMFYUI_PATH; the folder two levels up, where the extension lies in `custom_nodes`; or the pinned host."""
     named = os.environ.get("COMFYUI_PATH")
     if named:
-        if not is_comfyui(Path(named)):
+        if not is_comfyui(user_path(named)):
             raise HostNotFound(
                 f"COMFYUI_PATH is '{named}', which holds no ComfyUI (main.py and the folder comfy are missing). "
                 "Set it to the folder that holds ComfyUI's main.py, or unset it."
             )
-        return Path(named).resolve()
+        return user_path(named).resolve()
     # Not resolved: the extension may be a link inside custom_nodes.
     for folder in (Path(__file__).absolute().parents[3], PINNED_HOST):
         if is_comfyui(folder):
@@ -71,4 +75,44 @@ def enter_host(cpu: bool = False) -> Path:
     if cpu or told or not _sees_a_gpu():
         args.cpu = True
     logging.getLogger().setLevel(logging.WARNING)
+    add_extra_folders(folder)
     return folder
+
+
+def add_extra_folders(host: Path) -> None:
+    """The model folders of `extra_model_paths.yaml`, which ComfyUI's main.py reads."""
+    file = host / "extra_model_paths.yaml"
+    if file.is_file():
+        from utils.extra_config import load_extra_path_config
+
+        load_extra_path_config(str(file))
+
+
+def models_folder() -> Path:
+    """ComfyUI's folder `models`."""
+    import folder_paths
+
+    return Path(folder_paths.models_dir)
+
+
+def model_file(kind: str, name: str) -> Path | None:
+    """The file of a path, else of a name in ComfyUI's folders of a kind (`checkpoints`, `loras`), else None."""
+    import folder_paths
+
+    if Path(name).is_file():
+        return Path(name)
+    # Also as seen from ComfyUI's folder: `models/checkpoints/NAME`.
+    inside = Path(folder_paths.base_path) / name
+    found = folder_paths.get_full_path(kind, name)
+    return Path(found) if found else inside if inside.is_file() else None
+
+
+def model_choice(kind: str) -> str:
+    """What lies in ComfyUI's folders of a kind, for a message."""
+    import folder_paths
+
+    names, (folders, _) = folder_paths.get_filename_list(kind), folder_paths.folder_names_and_paths[kind]
+    if not names:
+        return f"'{folders[0]}' holds none"
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"ComfyUI's folder '{kind}' holds {', '.join(names[:NAMED])}{more}"

@@ -134,14 +134,17 @@ class _Board:
 
 
 @contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """No other process does jobs in the folder, and SIGTERM ends the block as Ctrl-C does. Raises InUse."""
+def alone(output: Path, what: str = "does jobs", other: str = "--output") -> Iterator[None]:
+    """No other process is in such a block of the folder, and SIGTERM ends the block as Ctrl-C does. Raises InUse.
+
+    what: it does in the folder; other: how another folder is chosen.
+    """
     lock = FileLock(output / "lock")
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise InUse(
-            f"Another process does jobs in '{output}'. Wait for it, stop it, or choose another folder by --output."
+            f"Another process {what} in '{output}'. Wait for it, stop it, or choose another folder by {other}."
         ) from None
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -156,7 +159,7 @@ def run_jobs(jobs: Sequence[Job], output: Path, module: str, at_once: int, repor
 
     Raises MaskUNetError at the end where jobs failed; the others are done. Raises InUse.
     """
-    with _alone(output):
+    with alone(output):
         board = _Board(jobs, output, module)
         try:
             while board.waiting or board.running:

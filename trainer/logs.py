@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .config import TOY_RESOLUTION
 from .cost import MB
 from .files import replacing
 
@@ -121,10 +122,11 @@ class Log:
         """`samples/STEP.png`: a row per prompt, base left and method right, same seeds."""
         if not self.enabled:
             return
-        from .samples import draw_prompts, side_by_side
+        from .samples import draw_prompts
+        from .sheets import side_by_side
 
         config, settings = run.config, run.config.validation
-        size = 64 if config.is_toy else config.data.resolution
+        size = TOY_RESOLUTION if config.is_toy else config.data.resolution
         options = {"size": size, "seed": config.seed, "steps": settings.sample_steps, "cfg": settings.cfg}
         if self._base_pictures is None:
             self._base_pictures = draw_prompts(run.base, run.base.patcher, settings.prompts, **options)
@@ -132,7 +134,8 @@ class Log:
             pictures = draw_prompts(run.base, patched, settings.prompts, **options)
         path = self.folder / "samples" / f"{run.step:06d}.png"
         with replacing(path) as temporary:
-            side_by_side(self._base_pictures, pictures).save(temporary, format="PNG")
+            names = "base", f"{config.method} after {run.step:,} steps"
+            side_by_side(settings.prompts, self._base_pictures, pictures, names).save(temporary, format="PNG")
 
 
 def _tensorboard(folder: Path):

@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,19 +28,17 @@ from .batches import Batch, Batches
 from .config import Config, to_toml_values
 from .cost import PeakMemory
 from .files import replacing
+from .host import models_folder
 from .logs import Log
 from .methods import build_method
 from .optimisers import build_optimiser
+from .run_folder import STATE, read_state, require_same, resume_command
 from .schedules import learning_rate_factor
-from .validate import Validator
+from .validate import Validator, told_gain
 
 
 class Diverged(MaskUNetError):
     """No step has a finite loss and gradient any more."""
-
-
-class CannotResume(MaskUNetError):
-    """A folder without a saved state, or with one of another configuration."""
 
 
 class DiskFull(MaskUNetError):
@@ -74,37 +73,56 @@ class LeftOut:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Ctrl-C fills the list instead of stopping the program: a step is never cut in two. A second one does stop it."""
+    """Ctrl-C, or SIGTERM, fills the list instead of stopping the program: a step is never cut in two. A second one does
+    stop it."""
     seen: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
+        print("\nStopping after this step, to save the state. Ctrl-C again stops at once.", file=sys.stderr)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield seen
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def held_out_count(config: Config, pictures: int) -> int:
+    """Of few pictures most are needed to learn from."""
+    return min(config.validation.pictures, pictures // 5)
 
 
 class Run:
-    """A training run in `config.output`: state in `state/`, log and grids beside the file that it makes.
+    """A training run in a folder: state in `state/`, log and grids beside the file that it makes.
 
     data, prior: what is trained on and held out, and pictures of its class or None; anything with the methods of
-    `CachedData`. accelerator: accelerate's. tensorboard: whether it is written for, where it is installed.
+    `CachedData`. accelerator: accelerate's. folder: where the run lies, if that is not `config.output`. tensorboard:
+    whether it is written for, where it is installed.
     """
 
     tensorboard = True
 
-    def __init__(self, config: Config, base: BaseModel, data: Any, accelerator: Any, prior: Any = None):
+    def __init__(
+        self,
+        config: Config,
+        base: BaseModel,
+        data: Any,
+        accelerator: Any,
+        prior: Any = None,
+        folder: Path | None = None,
+    ):
         self.config, self.base, self.accelerator = config, base, accelerator
-        self.folder = Path(config.output)
+        self.folder = folder or Path(config.output)
+        self.result = self.folder / config.result.name
         self.device = load_for_training(base)
-        held = min(config.validation.pictures, len(data) // 2)
+        held = held_out_count(config, len(data))
         training, held_out = data.split(held, config.seed)
-        self.data = training
+        self.data, self.held_out = training, held_out
+        self.digests = torch.tensor(data.digests, dtype=torch.int64)
         self.batches = Batches(training, config, base.timesteps, prior)
         self.method = build_method(base, config)
         self.module = self.method.module.to(self.device)
@@ -258,7 +276,7 @@ class Run:
 
     @property
     def state_file(self) -> Path:
-        return self.folder / "state" / "last.pt"
+        return self.folder / STATE
 
     def save_state(self) -> None:
         if not self.accelerator.is_main_process:
@@ -275,17 +293,22 @@ class Run:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "stale": self.validator.stale if self.validator else 0,
             "left_out": asdict(self.left_out),
+            "data": self.digests,
         }
-        with _room_for(self.state_file), replacing(self.state_file) as temporary:
+        with _room_for(self.state_file, self.folder), replacing(self.state_file) as temporary:
             torch.save(state, temporary)
 
     def load_state(self) -> None:
-        """Go on from the saved state. Raises CannotResume where there is none, or one of another configuration."""
-        if not self.state_file.exists():
-            raise CannotResume(f"'{self.folder}' holds no saved state. Start the run by `python -m trainer train`.")
-        state = torch.load(self.state_file, weights_only=True, map_location="cpu")
-        if state["config"] != json.dumps(to_toml_values(self.config)):
-            raise CannotResume(f"The state in '{self.folder}' was saved with another configuration.")
+        """Go on from the saved state. Raises CannotResume where there is none, or one of another configuration; warns
+        where the data is not what it was."""
+        state = read_state(self.folder)
+        require_same(state["config"], self.config, self.folder)
+        then, now = (set(digests.tolist()) for digests in (state.get("data", self.digests), self.digests))
+        if then != now:
+            self.log.warn(
+                f"The data has changed since the run was stopped: {len(then - now):,} of its {len(then):,} pictures "
+                f"and captions are gone or changed, {len(now - then):,} are new. The run goes on with what is there."
+            )
         self.module.load_state_dict(state["module"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
@@ -304,18 +327,21 @@ class Run:
             return
         record = {"config": to_toml_values(self.config), "base": self.base.name, "step": self.step}
         record |= {"seconds": round(self.seconds), "validation": self.best}
-        path = self.config.result
-        with _room_for(path), self.averaged():
-            self.method.save(path, record)
+        with _room_for(self.result, self.folder), self.averaged():
+            self.method.save(self.result, record)
 
     # The loop ---------------------------------------------------------------------------------------------------
 
     def run(self) -> Path:
         """Train to the end, to an early stop, or to Ctrl-C; returns the path of the file."""
+        with _room_for(self.folder, self.folder):
+            return self._run()
+
+    def _run(self) -> Path:
         self.log.truncate(self.step)
-        if self.step == 0:
-            self.validate()
         with _interrupts() as interrupted, self.memory:
+            if self.step == 0:
+                self.validate()
             stopped_early = self._steps(interrupted)
             if not interrupted and self.validator and self.step % self.config.validation.every:
                 self.validate()
@@ -326,8 +352,11 @@ class Run:
             self.save_result()
         self.log.left_out(self.left_out)
         why = " (no better validation for a while)" if stopped_early else ""
-        self.accelerator.print(f"wrote {self.config.result} after {self.step} steps, {self.seconds:.0f} s{why}")
-        return self.config.result
+        self.accelerator.print(f"wrote {self.result} after {self.step} steps, {self.seconds:.0f} s{why}")
+        self.accelerator.print(told_gain(self.best))
+        folder, use = self.method.destination
+        self.accelerator.print(f"Next: copy the file into {models_folder() / folder}, {use}.")
+        return self.result
 
     def _steps(self, interrupted: list[int]) -> bool:
         loop, settings = self.config.loop, self.config.validation
@@ -377,7 +406,8 @@ class Run:
 
 
 @contextlib.contextmanager
-def _room_for(path: Path) -> Iterator[None]:
+def _room_for(path: Path, folder: Path) -> Iterator[None]:
+    """Raises DiskFull where `path`, of the run in `folder`, cannot be written for lack of space."""
     try:
         yield
     except OSError as error:
@@ -385,5 +415,5 @@ def _room_for(path: Path) -> Iterator[None]:
             raise
         raise DiskFull(
             f"No space left for '{path}'. Whatever was saved before is untouched: free some space, then go on with "
-            f"`python -m trainer resume {path.parent.parent if path.parent.name == 'state' else path.parent}`."
+            f"`{resume_command(folder)}`."
         ) from None

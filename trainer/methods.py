@@ -71,6 +71,8 @@ class _Method:
 
     statistics: MaskCounts | None = None
     module: nn.Module
+    destination = ("maskunet", "press R in ComfyUI and choose it in MaskUNet Loader")
+    """ComfyUI's folder of models that the file belongs into, and what is to be done with it there."""
 
     def __init__(self, base: BaseModel, config: Config):
         self.base, self.config = base, config
@@ -137,6 +139,8 @@ class MaskMethod(_Method):
 
 class _LayerMethod(_Method):
     """A method that computes linear layers in another way, the same for every step and sample."""
+
+    destination = ("loras", "press R in ComfyUI and choose it in Load LoRA")
 
     def groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters()), "lr": self.config.optimiser.lr}]

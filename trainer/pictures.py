@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from tqdm import tqdm
 
 from maskunet_core.toy.model import WEIGHTS
 
+from .base import checkpoint_file, lora_files
 from .config import TOY, Base, Config
 from .data.buckets import Size, bucket_sizes, nearest_bucket
 from .data.cache import CachedData, prepare
 from .data.decoding import BadPicture, Record, picture_size, read_bytes
-from .data.records import scan
+from .data.problems import NAMED
+from .data.records import Scan, scan
 from .data.store import sha256
 
 U_NET = "model.diffusion_model."
@@ -33,14 +36,14 @@ def _toy_digest(base: Base, *parts: str) -> str:
 
 def _merged(base: Base) -> str:
     """Names the LoRAs in the base."""
-    return "".join(f" {sha256(Path(file).read_bytes())}*{s}" for file, s in sorted(base.lora.items()))
+    return "".join(f" {sha256(file.read_bytes())}*{s}" for file, s in sorted(lora_files(base).items()))
 
 
 def base_digest(base: Base) -> str:
     """Names everything that decides what the base draws: the files of its parts, and LoRAs."""
     if base.checkpoint == TOY:
         return _toy_digest(base, "autoencoder", "text_encoder", "unet")
-    return _file_digest(Path(base.checkpoint)) + _merged(base)
+    return _file_digest(checkpoint_file(base)) + _merged(base)
 
 
 def encoders_digest(base: Base) -> str:
@@ -50,7 +53,7 @@ def encoders_digest(base: Base) -> str:
     """
     if base.checkpoint == TOY:
         return _toy_digest(base, "autoencoder", "text_encoder")
-    path = Path(base.checkpoint)
+    path = checkpoint_file(base)
     if path.suffix != ".safetensors":
         return _file_digest(path)
     digest = hashlib.sha256()
@@ -62,9 +65,11 @@ def encoders_digest(base: Base) -> str:
     return digest.hexdigest()
 
 
-def read_records(config: Config) -> list[Record]:
+def read_data(config: Config) -> Scan:
     """The pictures and captions at `data.path`. Raises BadData with all problems at once."""
-    return scan(config.data.path, config.data.caption_column).require()
+    found = scan(config.data.path, config.data.caption_column)
+    found.require()
+    return found
 
 
 def picture_sizes(config: Config) -> list[Size]:
@@ -77,7 +82,7 @@ def picture_sizes(config: Config) -> list[Size]:
 def sizes_in_use(config: Config) -> Counter[Size]:
     """How many of the pictures at `data.path` fall into which bucket; broken ones into none. Raises BadData."""
     sizes, found = picture_sizes(config), Counter()
-    for record in read_records(config):
+    for record in read_data(config).records:
         try:
             found[nearest_bucket(*picture_size(record.name, read_bytes(record)), sizes)] += 1
         except BadPicture:
@@ -87,7 +92,14 @@ def sizes_in_use(config: Config) -> Counter[Size]:
 
 def cached_pictures(config: Config, base: Any) -> CachedData:
     """The configured data as latents and text embeddings. base: a BaseModel. Raises BadData."""
-    return encoded(read_records(config), picture_sizes(config), config, base)
+    found = read_data(config)
+    for note in found.notes:
+        tqdm.write(note)
+    cut = [record.name for record in found.records if base.cuts(record.caption)]
+    if cut:
+        named = ", ".join(cut[:NAMED]) + (f" and {len(cut) - NAMED} more" if len(cut) > NAMED else "")
+        tqdm.write(f"Cut: {len(cut)} captions have more tokens than the text encoder takes at once, of {named}.")
+    return encoded(found.records, picture_sizes(config), config, base)
 
 
 def encoded(records: list[Record], sizes: list[Size], config: Config, base: Any) -> CachedData:

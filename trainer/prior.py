@@ -15,7 +15,8 @@ from .data.decoding import Record
 from .data.store import sha256
 from .files import replacing
 from .pictures import base_digest, encoded, sizes_in_use
-from .samples import drawn, to_image
+from .samples import drawn
+from .sheets import to_image
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from maskunet_core.files import checkpoint
@@ -13,9 +12,10 @@ from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.seam.attach import attach, structure_of
 
 from .base import BaseModel, load_base
-from .config import TOY, Base
+from .config import TOY, TOY_RESOLUTION, Base
 from .files import replacing
 from .seeds import seeded
+from .sheets import side_by_side
 
 
 def _conditioning(base: BaseModel, prompt: str) -> list:
@@ -60,28 +60,17 @@ def draw_prompts(
     return torch.stack(list(drawn(base, patcher, wanted, size=(size, size), steps=steps, cfg=cfg)))
 
 
-def to_image(picture: Tensor) -> Image.Image:
-    """Of a picture `[H, W, 3]` in [0, 1]."""
-    return Image.fromarray((picture * 255).round().byte().numpy())
-
-
-def side_by_side(left: Tensor, right: Tensor) -> Image.Image:
-    """A row per prompt of two sets of pictures `[N, H, W, 3]`."""
-    sheet = torch.cat([torch.cat([a, b], dim=1) for a, b in zip(left, right)])
-    return to_image(sheet)
-
-
 def sample(settings: Base, generator: Path, prompts: Sequence[str], output: Path, seed: int, steps: int) -> Path:
     """Write a sheet of the prompts without (left) and with a generator. Raises MaskUNetError for unfit files."""
     loaded = checkpoint.load(generator)
     base = load_base(settings)
     loaded.require_fit(structure_of(base.patcher, loaded.targets))
     patched = attach(base.patcher, GeneratorMasks(loaded.generator), 1.0, 0.0, 1.0)
-    size = 64 if settings.checkpoint == TOY else 512
+    size = TOY_RESOLUTION if settings.checkpoint == TOY else 512
     pictures = [
         draw_prompts(base, model, prompts, size=size, seed=seed, steps=steps, cfg=7.5)
         for model in (base.patcher, patched)
     ]
     with replacing(output) as temporary:
-        side_by_side(*pictures).save(temporary, format="PNG")
+        side_by_side(prompts, *pictures).save(temporary, format="PNG")
     return output

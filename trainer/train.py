@@ -1,6 +1,7 @@
 """Starts and resumes training runs: configuration, base, data, loop."""
 
-import json
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from maskunet_core.errors import MaskUNetError
 from maskunet_core.seam.attention import attention_notice
 
 from . import base as bases
-from .config import Config, to_toml_values
-from .config_file import parse_config, warnings
-from .files import replacing
+from .config import Config
+from .config_file import warnings
 from .host import cpu_has_bf16
-from .loop import CannotResume, Run
+from .loop import Run, held_out_count
+from .run_folder import claimed, clear, earlier_run, occupied, read_state, reopened, require_same, stopped, write_config
 from .seeds import seeded
 
 LESS_MEMORY = "raise loop.accumulate, set loop.checkpointing to true, or lower data.resolution"
@@ -88,11 +89,15 @@ def check(config: Config) -> list[str]:
 
     accelerator = make_accelerator(config)
     told = [f"Warning: {sentence}" for sentence in warnings(config)]
+    if sentence := earlier_run(config):
+        told.append(f"Warning: {sentence}")
     size, pictures = (64, 64), config.data.pictures
     if not config.is_toy or config.data.path:
-        from .pictures import picture_sizes, read_records
+        from .pictures import picture_sizes, read_data
 
-        pictures = len(read_records(config))
+        found = read_data(config)
+        pictures = len(found.records)
+        told += found.notes
         size = max(picture_sizes(config), key=lambda pair: pair[0] * pair[1])
     prior = []
     if config.prior.prompt:
@@ -111,7 +116,8 @@ def check(config: Config) -> list[str]:
     whole = cost.seconds * config.loop.steps / 3600
     return [
         *told,
-        f"Base: {base.name}. Data: {pictures:,} pictures, up to {size[0]}x{size[1]}. "
+        f"Base: {base.name}. Data: {pictures:,} pictures, up to {size[0]}x{size[1]}, of which "
+        f"{held_out_count(config, pictures):,} are held out for validation. "
         f"Method: {config.method}, {cost.parameters:,} parameters.",
         *prior,
         f"Estimated peak memory: {cost.peak / MB:,.0f} MB, on {device}.",
@@ -120,27 +126,72 @@ def check(config: Config) -> list[str]:
 
 
 def load(config: Config, accelerator: Any) -> bases.BaseModel:
-    """The base of a configuration, its U-Net in half precision where a GPU trains in it."""
+    """The base of a configuration, its U-Net in half precision where a GPU trains in it. Raises BadBase."""
     half = config.loop.precision != "fp32" and accelerator.device.type != "cpu"
-    return bases.load_base(config.base, DTYPES[config.loop.precision] if half else torch.float32)
+    base = bases.load_base(config.base, DTYPES[config.loop.precision] if half else torch.float32)
+    bases.require_trainable(base)
+    return base
 
 
-def start(config: Config, *, resume: bool = False) -> Path:
-    """Run the whole configuration; returns the path of the file that it made."""
+def start(config: Config, *, overwrite: bool = False) -> Path:
+    """Run the whole configuration; returns the path of the file that it made.
+
+    overwrite: replace the run that `config.output` holds. Raises RunExists where it holds one otherwise, InUse where
+    another process trains in it, and Stopped at Ctrl-C.
+    """
     accelerator = make_accelerator(config)
+    main = accelerator.is_main_process
+    folder = Path(config.output)
+    with claimed(config, overwrite) if main else contextlib.nullcontext(), _told_how_to_go_on(folder):
+        base, data, prior = _loaded(config, accelerator)
+        if main:
+            clear(config)
+        run = Run(config, base, data, accelerator, prior)
+        if main:
+            # What can be resumed from the first step on.
+            run.save_state()
+            write_config(config)
+        return _finished(run, prior)
+
+
+def resume(folder: Path) -> Path:
+    """Go on with the run in `folder`, wherever it was begun. Raises CannotResume, InUse, and Stopped at Ctrl-C."""
+    named, folder = folder, folder.absolute()
+    with reopened(named) as config:
+        accelerator = make_accelerator(config)
+        main = accelerator.is_main_process
+        with occupied(folder) if main else contextlib.nullcontext(), _told_how_to_go_on(folder):
+            # Before the base is loaded: most of what speaks against it is known by then.
+            require_same(read_state(folder)["config"], config, folder)
+            base, data, prior = _loaded(config, accelerator)
+            run = Run(config, base, data, accelerator, prior, folder)
+            run.load_state()
+            return _finished(run, prior)
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise stopped(folder) from None
+
+
+def _loaded(config: Config, accelerator: Any) -> tuple[bases.BaseModel, Any, Any]:
+    """Base, data and prior."""
     for sentence in warnings(config):
         accelerator.print(f"Warning: {sentence}")
     base = load(config, accelerator)
     with accelerator.main_process_first():
-        data, prior = load_data(config, base), load_prior(config, base)
-    run = Run(config, base, data, accelerator, prior)
-    if resume:
-        run.load_state()
-    elif accelerator.is_main_process:
-        with replacing(Path(config.output) / "config.json") as temporary:
-            temporary.write_text(json.dumps(to_toml_values(config), indent=2), encoding="utf-8")
+        return base, load_data(config, base), load_prior(config, base)
+
+
+def _finished(run: Run, prior: Any) -> Path:
+    """The run's file, after its last step."""
+    config, accelerator = run.config, run.accelerator
     trained = sum(p.numel() for p in run.module.parameters())
-    pictures = f"{len(run.data):,} pictures" + (f", {len(prior):,} of the class" if prior else "")
+    pictures = f"{len(run.data):,} pictures, {_held_out(len(run.held_out), config)}"
+    pictures += f", {len(prior):,} of the class" if prior else ""
     processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     accelerator.print(f"{config.method}: {trained:,} parameters, {pictures}, on {run.device}{processes}")
     if sentence := attention_notice(run.device):
@@ -149,13 +200,8 @@ def start(config: Config, *, resume: bool = False) -> Path:
         return run.run()
 
 
-def resume(folder: Path) -> Path:
-    """Go on with the run in `folder`. Raises CannotResume where there is none."""
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CannotResume(f"'{folder}' holds no run (no config.json). Name the output folder of a run.") from None
-    except ValueError as error:
-        raise CannotResume(f"'{path}' is damaged ({error}). Start the run anew by `python -m trainer train`.") from None
-    return start(parse_config(values), resume=True)
+def _held_out(count: int, config: Config) -> str:
+    """count: pictures that are held out."""
+    asked = config.validation.pictures
+    limit = "" if count >= asked else f": {asked:,}, but at most a fifth"
+    return f"{count:,} more held out for validation (validation.pictures{limit})"

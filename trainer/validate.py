@@ -17,6 +17,21 @@ def stratified_timesteps(count: int, timesteps: int, stream: torch.Generator) ->
     return ((torch.arange(count) + torch.rand(count, generator=stream)) * timesteps / count).long()
 
 
+def told_gain(best: dict[str, float] | None) -> str:
+    """Whether a run helped, in a sentence. best: what `Validator.measure` found, with the `step`, or None."""
+    if best is None:
+        return "No picture was held out (validation.pictures), so that it was not measured whether it helped."
+    before = best["loss"] - best["change"]
+    losses = f"the held-out loss was {before:.4f} before"
+    if best["step"] == 0:
+        return f"It did not help: {losses} and at no step lower. The file is that of step 0, which changes nothing."
+    change, error = best["change"] / before, best["error"] / before
+    sentence = f"{losses} and is {best['loss']:.4f} at the best step, {best['step']} ({change:+.1%} ± {error:.1%})"
+    if -best["change"] < 2 * best["error"]:
+        return f"It may have helped, but by less than can be told from chance: {sentence}."
+    return f"It helped: {sentence}."
+
+
 class Validator:
     """Measures a run's method on `held_out`. stale: validations since the last better one."""
 

@@ -15,7 +15,7 @@ from trainer.base import BadBase, load_base, load_for_training, load_toy_base
 from trainer.config import Base
 from trainer.config_file import parse_config
 from trainer.cost import PeakMemory
-from trainer.pictures import encoders_digest
+from trainer.pictures import base_digest, cached_pictures, encoders_digest
 from trainer.train import check, start
 
 
@@ -54,8 +54,15 @@ def test_a_users_pictures_become_a_generator(tiny, pictures, tmp_path):
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
     # Two orientations of six pictures; six captions and the empty one.
     assert len(files) == 2 * 6 + 7
-    start(config_of(tiny, pictures, tmp_path, seed=1))
+    start(config_of(tiny, pictures, tmp_path, seed=1), overwrite=True)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")} == files
+
+
+def test_captions_that_are_cut_are_counted(tiny, pictures, tmp_path, capsys):
+    (pictures / "2.txt").write_text("a flat picture of a colour, " * 20, encoding="utf-8")
+    (pictures / "4.txt").write_text("a" * 80, encoding="utf-8")
+    cached_pictures(config_of(tiny, pictures, tmp_path), load_base(Base(str(tiny))))
+    assert "Cut: 1 captions have more tokens than the text encoder takes at once, of 2.png." in capsys.readouterr().out
 
 
 def test_class_pictures_come_in_the_sizes_of_a_users_pictures(tiny, pictures, tmp_path):
@@ -83,6 +90,58 @@ def test_a_lora_is_merged_into_the_base(tiny, tmp_path):
         load_for_training(base)
         weights.append(base.unet.output_blocks[3][1].transformer_blocks[0].attn1.to_q.weight.detach().float())
     torch.testing.assert_close(weights[1], weights[0] + 0.25, rtol=1e-3, atol=1e-3)
+
+
+def test_a_lora_that_does_not_fit_is_refused_and_one_that_fits_in_part_is_told(tiny, tmp_path, caplog):
+    def lora(name: str, *layers: str) -> str:
+        tensors = {f"{layer}.lora_up.weight": torch.ones(320, 1) for layer in layers}
+        tensors |= {f"{layer}.lora_down.weight": torch.ones(1, 320) for layer in layers}
+        save_file(tensors, tmp_path / name)
+        return str(tmp_path / name)
+
+    here = "lora_unet_output_blocks_3_1_transformer_blocks_0_attn1_to_q"
+    nowhere = "lora_unet_output_blocks_99_1_transformer_blocks_0_attn1_to_q"
+    with pytest.raises(BadBase, match=r"None of the 2 tensors of '.*other\.safetensors' fits the base"):
+        load_base(Base(str(tiny), lora={lora("other.safetensors", nowhere): 1.0}))
+    load_base(Base(str(tiny), lora={lora("part.safetensors", here, nowhere): 1.0}))
+    assert (
+        f"2 of the 4 tensors of '{tmp_path / 'part.safetensors'}' fit nothing in the base and are left out"
+        in caplog.text
+    )
+    assert "lora key not loaded" not in caplog.text
+    (tmp_path / "broken.safetensors").write_text("x")
+    with pytest.raises(BadBase, match=r"broken\.safetensors' in base\.lora cannot be read"):
+        load_base(Base(str(tiny), lora={str(tmp_path / "broken.safetensors"): 1.0}))
+
+
+def test_a_checkpoint_for_inpainting_is_refused_before_anything_is_encoded(tiny, pictures, tmp_path):
+    tensors = load_file(tiny)
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    tensors[first] = torch.cat([tensors[first], tensors[first], tensors[first][:, :1]], dim=1)
+    save_file(tensors, tmp_path / "inpaint.safetensors")
+    for command in (start, check):
+        with pytest.raises(BadBase, match=r"The U-Net of inpaint\.safetensors takes 9 channels instead of 4"):
+            command(config_of(tmp_path / "inpaint.safetensors", pictures, tmp_path))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_checkpoint_and_lora_are_loaded_by_comfyuis_names(tiny, tmp_path, monkeypatch):
+    import folder_paths
+
+    key = "lora_unet_output_blocks_3_1_transformer_blocks_0_attn1_to_q"
+    save_file(
+        {f"{key}.lora_up.weight": torch.ones(320, 1), f"{key}.lora_down.weight": torch.ones(1, 320)},
+        tmp_path / "style.safetensors",
+    )
+    for kind, folder in (("checkpoints", tiny.parent), ("loras", tmp_path)):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(folder)], {".safetensors"}))
+    named, whole = (
+        Base(tiny.name, lora={"style.safetensors": 1.0}),
+        Base(str(tiny), lora={str(tmp_path / "style.safetensors"): 1.0}),
+    )
+    assert load_base(named).patcher.patches
+    assert base_digest(named) == base_digest(whole)
+    assert encoders_digest(named) == encoders_digest(whole)
 
 
 def test_a_file_that_is_no_checkpoint_gets_a_sentence(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from maskunet_core.files import checkpoint
 from tests.builders import make_generator, trainer_command
+from trainer.__main__ import parse
 
 
 def test_evaluate_prints_its_table_and_writes_it_twice(tmp_path, toy_structure):
@@ -33,6 +34,9 @@ def test_info_tells_what_a_file_says_of_itself(tmp_path, toy_structure):
         '"rank": 8',
     ):
         assert line in result.stdout
+    first = result.stdout.splitlines()[0]
+    assert first.startswith("generator.safetensors, ")
+    assert first.endswith("for the MaskUNet toy model.")
 
 
 def test_sample_draws_prompts_without_and_with_a_generator(tmp_path, toy_structure):
@@ -45,9 +49,17 @@ def test_sample_draws_prompts_without_and_with_a_generator(tmp_path, toy_structu
     result = trainer_command("sample", str(path), *prompts, "--steps", "3", "--output", str(sheet))
     assert result.returncode == 0, result.stderr
     with Image.open(sheet) as image:
-        assert image.size == (128, 128)
-        left, right = image.crop((0, 0, 64, 128)), image.crop((64, 0, 128, 128))
-    assert left.tobytes() != right.tobytes()
+        # Each picture of 64 pixels is enlarged to 256, and has its prompt above it.
+        assert image.width >= 2 * 256
+        assert image.height >= 2 * (256 + 20)
+
+
+def test_help_says_how_captions_are_read(capsys):
+    with pytest.raises(SystemExit):
+        parse(["train", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert r"zoro \(one piece\)" in told
+    assert "What exceeds 75 tokens (some 50 words) is cut" in told
 
 
 def test_check_tells_cost_and_trains_nothing(tmp_path):

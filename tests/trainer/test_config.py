@@ -1,7 +1,9 @@
 import pytest
+from PIL import Image
 
 from trainer.config import to_toml_values
 from trainer.config_file import PRESETS, BadConfig, load_config, parse_config, warnings
+from trainer.host import add_extra_folders, model_file
 
 
 def problems_of(values) -> list[str]:
@@ -24,9 +26,85 @@ def test_every_preset_is_valid_but_for_the_files_that_a_user_brings():
 
 def test_the_papers_learning_rate_is_warned_of():
     (sentence,) = warnings(load_config("paper", ["base.checkpoint=toy", "data.path="]))
-    assert "No logit can cross the threshold" in sentence
-    assert "a logit moves by 0.15 at most, but starts at 1" in sentence
+    assert "move the static part of a logit by about 0.3, but it starts at 1" in sentence
+    assert "by the low-rank part alone" in sentence
+    (sentence,) = warnings(load_config("toy", ["method=static_mask", "loop.steps=50"]))
+    assert "a logit by about 0.5, but it starts at 1: hardly a weight will be removed" in sentence
     assert warnings(load_config("toy")) == []
+
+
+def test_a_tilde_is_the_users_home_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for name in ("base.safetensors", "style.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "run.toml").write_text('[base]\ncheckpoint = "~/base.safetensors"\nlora = {"~/style.safetensors" = 1}')
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (8, 8)).save(data / "a.png")
+    (data / "a.txt").touch()
+    overrides = ["output=~/run", "data.path=~/data", "data.cache=~/cache", "prior.folder=~/prior", "base.weights=~"]
+    config = load_config("~/run.toml", overrides)
+    base = config.base
+    found = (config.output, base.checkpoint, *base.lora, config.data.path, config.data.cache, config.prior.folder)
+    names = ("run", "base.safetensors", "style.safetensors", "data", "cache", "prior")
+    assert found == tuple(str(tmp_path / name) for name in names)
+    assert base.weights == str(tmp_path)
+
+
+def test_names_are_found_in_comfyuis_folders(monkeypatch, tmp_path):
+    import folder_paths
+
+    for kind in ("checkpoints", "loras"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
+    values = {"base": {"checkpoint": "mine.safetensors", "lora": {"style.safetensors": 1.0}}, "data": {"path": "no"}}
+    folder_paths.filename_list_cache.clear()
+    lines = problems_of(values)
+    assert lines[0].startswith(
+        f"base.checkpoint: 'mine.safetensors' does not exist; '{tmp_path / 'checkpoints'}' holds"
+    )
+    for name in ("checkpoints/other.safetensors", "loras/ink.safetensors"):
+        (tmp_path / name).touch()
+    folder_paths.filename_list_cache.clear()
+    lines = problems_of(values)
+    assert "ComfyUI's folder 'checkpoints' holds other.safetensors; name a file in it" in lines[0]
+    assert "base.lora: 'style.safetensors' does not exist; ComfyUI's folder 'loras' holds ink.safetensors" in lines[-1]
+    for name in ("checkpoints/mine.safetensors", "loras/style.safetensors"):
+        (tmp_path / name).touch()
+    assert [line.split(":")[0] for line in problems_of(values)] == ["data.path"]
+    folder_paths.filename_list_cache.clear()
+
+
+def test_presets_name_a_checkpoint_as_comfyui_lists_it(monkeypatch, tmp_path):
+    import folder_paths
+
+    (tmp_path / "v1-5-pruned-emaonly-fp16.safetensors").touch()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path)], {".safetensors"}))
+    for name in ("sd15", "paper", "dreambooth"):
+        with pytest.raises(BadConfig) as caught:
+            load_config(name)
+        assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["data.path"]
+
+
+def test_extra_model_paths_are_read(monkeypatch, tmp_path):
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([], {".safetensors"}))
+    (tmp_path / "extra_model_paths.yaml").write_text("shared:\n  base_path: elsewhere\n  checkpoints: sd\n")
+    add_extra_folders(tmp_path)
+    (tmp_path / "elsewhere" / "sd").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "sd" / "mine.safetensors").touch()
+    assert model_file("checkpoints", "mine.safetensors") == tmp_path / "elsewhere" / "sd" / "mine.safetensors"
+
+
+def test_the_toy_model_takes_its_own_resolution(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").touch()
+    assert load_config("toy", [f"data.path={tmp_path}"]).data.resolution == 64
+    config = load_config("toy", [f"data.path={tmp_path}", "data.resolution=512"])
+    assert config.data.resolution == 512
+    assert "the toy model draws 64x64: steps take some 64 times as long" in warnings(config)[0]
 
 
 def test_what_is_not_said_has_its_default():
@@ -120,5 +198,28 @@ def test_a_file_that_is_missing_or_no_toml_gets_a_sentence(tmp_path):
         load_config("nothing")
     path = tmp_path / "run.toml"
     path.write_text("steps = = 3")
-    with pytest.raises(BadConfig, match="is not a TOML file"):
+    with pytest.raises(BadConfig, match=r"is not a TOML file: .*\)\.$"):
         load_config(str(path))
+    with pytest.raises(BadConfig, match=r"is a folder\. Name a TOML file or a preset"):
+        load_config(str(tmp_path))
+
+
+def test_what_windows_writes_is_read_or_told(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbfseed = 3")
+    assert load_config(str(path)).seed == 3
+    path.write_text("seed = 3", encoding="utf-16")
+    with pytest.raises(BadConfig, match="is not UTF-8 text: save it as UTF-8"):
+        load_config(str(path))
+    path.write_text(r'output = "C:\Users\me"')
+    with pytest.raises(BadConfig, match=r"is not a TOML file: .* so write C:/folder or 'C:\\folder'"):
+        load_config(str(path))
+    path.write_text(r'output = "C:\train\new"')
+    with pytest.raises(BadConfig, match=r"output: 'C:\\train\\new' holds a character that no path has; .* C:/folder"):
+        load_config(str(path))
+
+
+def test_a_folder_of_a_presets_name_hides_no_preset(tmp_path, monkeypatch):
+    (tmp_path / "toy").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_config("toy").output == "output/train/toy_shapes"

@@ -2,6 +2,7 @@ import io
 import json
 import sys
 import tarfile
+import unicodedata
 
 import numpy as np
 import pytest
@@ -162,6 +163,79 @@ def test_a_path_without_data_gets_a_sentence(tmp_path):
     ]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links to folders need rights there")
+def test_linked_folders_are_walked_through_and_circles_end(tmp_path):
+    write(tmp_path / "data", {"a.png": RED, "a.txt": "red"})
+    write(tmp_path / "far", {"b.png": GREEN, "b.txt": "green", "deep/c.png": BLUE, "deep/c.txt": "blue"})
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "deep" / "round").symlink_to(tmp_path / "far")
+    (tmp_path / "data" / "self").symlink_to(tmp_path / "data")
+    names = [record.name for record in open_records(tmp_path / "data")]
+    assert names == ["a.png", "linked/b.png", "linked/deep/c.png"]
+
+
+def test_accents_may_be_spelled_in_two_ways(tmp_path):
+    split, whole = (unicodedata.normalize(form, "café") for form in ("NFD", "NFC"))
+    write(tmp_path / "beside", {f"{split}.png": RED, f"{whole}.txt": "red"})
+    write(tmp_path / "listed", {f"{split}.png": RED, "metadata.jsonl": [{"file_name": f"{whole}.png", "text": "red"}]})
+    for folder in ("beside", "listed"):
+        assert contents(open_records(tmp_path / folder)) == [(f"{whole}.png", "red", RED)]
+
+
+def test_what_is_left_out_of_a_folder_is_counted(tmp_path):
+    write(
+        tmp_path, {"a.png": RED, "a.txt": "red", "b.gif": b"x", "c.TIF": b"x", "README.txt": "x", "s/License.txt": "x"}
+    )
+    found = scan(tmp_path)
+    assert [record.name for record in found.records] == ["a.png"]
+    assert found.problems == []
+    kinds = "convert pictures of other kinds to one of bmp, jpeg, jpg, png, webp"
+    assert found.notes == [
+        f"Left out: 2 pictures of kinds that are not read (b.gif, c.TIF). To train on them, {kinds}.",
+        "Left out: 2 texts that are no captions (README.txt, s/License.txt). They have no picture of their name.",
+    ]
+
+
+def test_captions_of_pictures_of_other_kinds_say_so(tmp_path):
+    absolute = {"file_name": str(tmp_path / "a.png"), "text": "red"}
+    write(
+        tmp_path,
+        {
+            "metadata.jsonl": [absolute, {"file_name": "b.gif", "text": "x"}],
+            "a.png": RED,
+            "b.gif": b"",
+            "c.tif": b"",
+            "c.txt": "",
+        },
+    )
+    found = scan(tmp_path)
+    assert [record.caption for record in found.records] == ["red"]
+    kinds = "convert pictures of other kinds to one of bmp, jpeg, jpg, png, webp"
+    assert found.problems == [
+        f"Line 2 of 'metadata.jsonl' names 'b.gif', which is of a kind that is not read: {kinds}, or remove the line.",
+        f"'c.txt' belongs to 'c.tif': {kinds}, or remove both.",
+    ]
+
+
+def test_splits_to_test_on_are_left_out_and_counted(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / "folders", {f"{split}/a.png": RED, f"{split}/a.txt": split})
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        write_shard(tmp_path / "shards" / f"{split}-0.tar", {"a.png": RED, "a.txt": split})
+    for folder, name in (("folders", "test/a.png"), ("shards", "test-0.tar")):
+        found = scan(tmp_path / folder)
+        assert [record.caption for record in found.records] == ["train"]
+        assert found.notes[0].startswith("Left out: ")
+        assert "files of splits that are there to test" in found.notes[0]
+        assert name in found.notes[0]
+    # Alone, it has been chosen.
+    assert [record.caption for record in open_records(tmp_path / "folders" / "test")] == ["test"]
+    # So have pictures that are listed by name.
+    lines = [{"file_name": f"{split}/a.png", "text": split} for split in ("train", "test")]
+    write(tmp_path / "folders", {"metadata.jsonl": lines})
+    assert len(scan(tmp_path / "folders").records) == 2
+
+
 # Webdataset shards
 
 
@@ -252,6 +326,16 @@ def test_parquet_rows_are_found_in_any_order(tmp_path, group):
     records = open_records(tmp_path)
     for row in (3, 3, 49, 48, 99, 0, 17, 50, 16, *range(100)):
         assert records[row].read() == pictures[row % 50]
+
+
+def test_paths_in_parquet_files_start_from_the_file(tmp_path):
+    pytest.importorskip("pyarrow")
+    write(tmp_path, {"pictures/a.png": RED})
+    write_table(
+        tmp_path / "a.parquet",
+        {"image": [{"bytes": None, "path": "pictures/a.png"}, {"bytes": b"x", "path": ""}], "text": ["red", "x"]},
+    )
+    assert open_records(tmp_path / "a.parquet")[0].read() == RED
 
 
 def test_problems_of_parquet_files(tmp_path):

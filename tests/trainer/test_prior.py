@@ -32,7 +32,7 @@ def config_of(tmp_path: Path, **changes) -> Config:
         "data": {"pictures": 24, "cache": str(tmp_path / "cache")},
         "prior": {"prompt": PROMPT, "pictures": 4, "folder": str(tmp_path / "prior"), "steps": 2, "share": 0.25},
         "loop": {"steps": 2, "batch": 8, "precision": "fp32"},
-        "validation": {"pictures": 8, "every": 2},
+        "validation": {"pictures": 4, "every": 2},
     }
     for key, value in changes.items():
         values[key] = {**values[key], **value}
@@ -154,7 +154,7 @@ def test_held_out_are_pictures_of_the_subject_alone(base, tmp_path):
     measured = []
     for prompt in ("", PROMPT):
         run = make_run(config_of(tmp_path, prior={"prompt": prompt}), base)
-        assert len(run.validator.held_out) == 8
+        assert len(run.validator.held_out) == 4
         measured.append(run.validator.measure())
     assert measured[0] == measured[1]
 

@@ -18,10 +18,11 @@ from maskunet_core.files import checkpoint
 from tests.builders import in_two_processes, trainer_command
 from trainer import loop
 from trainer.base import load_toy_base
-from trainer.config_file import load_config, parse_config
+from trainer.config_file import load_config, parse_config, warnings
 from trainer.host import PROJECT
-from trainer.loop import CannotResume, DiskFull, Run
+from trainer.loop import DiskFull, Run
 from trainer.methods import build_method
+from trainer.run_folder import CannotResume
 from trainer.train import load_data, make_accelerator, start
 
 
@@ -108,6 +109,22 @@ def test_the_preset_flips_bits_within_a_few_hundred_steps(base, tmp_path):
         run.train_step()
     assert 0.5 < run.method.statistics.keep_ratio < 0.999
     assert run.method.statistics.share_differing > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence", "all_kept"),
+    [("maskunet", "by the low-rank part alone", False), ("static_mask", "hardly a weight will be removed", True)],
+)
+def test_slow_biases_are_warned_of_as_they_act(base, tmp_path, method, sentence, all_kept):
+    rates = {"lr": 3e-2, "lr_bias": 1e-3}
+    loop = {"steps": 20, "batch": 4, "schedule": "constant"}
+    run = make_run(small(tmp_path, method=method, optimiser=rates, loop=loop), base)
+    (warning,) = warnings(run.config)
+    assert sentence in warning
+    while run.step < 20:
+        run.method.observe(True)
+        run.train_step()
+    assert (run.method.statistics.keep_ratio == 1.0) is all_kept
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -22,7 +22,8 @@ from ..config import Config, to_toml_values
 from ..files import replacing
 from ..host import enter_host
 from ..job_board import folder_of, result_of, write_result
-from ..loop import CannotResume, Diverged, Run
+from ..loop import Diverged, Run
+from ..run_folder import CannotResume
 from ..seeds import seeded
 from ..toy.data import ToyData, latent_set
 from .data import OLD_NOISE, FixedSplit, Sets, load_sets, make_sets, save_sets

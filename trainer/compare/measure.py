@@ -11,7 +11,7 @@ from maskunet_core.toy.vocabulary import COLOURS
 from ..base import BaseModel, sample_pictures
 from ..evaluate import KINDS, Protocol, accuracy_by_kind, held_out_losses, held_out_prompts, mean_and_error
 from ..files import replacing
-from ..samples import to_image
+from ..sheets import to_image
 from ..toy.data import LatentSet
 from ..toy.judge import frechet_distance, fully_right, read
 from ..toy.world import Caption, Phrase

@@ -66,7 +66,9 @@ def disk_records(folder: Path, caption_names: tuple[str, ...], problems: Problem
     if isinstance(pictures.features[PICTURE_COLUMN], datasets.Image):
         pictures = pictures.cast_column(PICTURE_COLUMN, datasets.Image(decode=False))
     captions = data.select_columns([column])[:][column]
-    return list(_row_records(folder.name, captions, lambda row: _bytes_of(pictures[row][PICTURE_COLUMN]), problems))
+    return list(
+        _row_records(folder.name, captions, lambda row: _bytes_of(pictures[row][PICTURE_COLUMN], folder), problems)
+    )
 
 
 def _tell_missing_package(name: str | Path, problems: Problems) -> None:
@@ -108,12 +110,14 @@ def _row_records(name: str, captions: list[Any], read: Callable[[int], bytes], p
             problems.add("Rows without captions", f"Row {row} of '{name}' has no caption: write one or remove the row.")
 
 
-def _bytes_of(value: Any) -> bytes:
-    """Of a cell: bytes, {"bytes", "path"} with either of them missing, or nothing."""
+def _bytes_of(value: Any, folder: Path) -> bytes:
+    """Of a cell: bytes, {"bytes", "path"} with either of them missing, or nothing. folder: of the table, from which
+    paths start; one that leads nowhere from there starts from the working folder."""
     if not isinstance(value, dict):
         return value or b""
     if value.get("bytes") is None and value.get("path"):
-        return Path(value["path"]).read_bytes()
+        beside = folder / value["path"]
+        return (beside if beside.is_file() else Path(value["path"])).read_bytes()
     return value.get("bytes") or b""
 
 
@@ -132,7 +136,7 @@ class _ParquetPictures:
         while row >= self._first + len(self._rows):
             rows = next(self._batches).column(0)
             self._first, self._rows = self._first + len(self._rows), rows
-        return _bytes_of(self._rows[row - self._first].as_py())
+        return _bytes_of(self._rows[row - self._first].as_py(), path.parent)
 
     def _open(self, path: Path, row: int) -> None:
         """From the row group on that holds the row."""

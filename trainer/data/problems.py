@@ -10,16 +10,23 @@ class BadData(MaskUNetError):
 
 
 class Problems:
-    """Sentences for the user, collected by kind."""
+    """Sentences for the user, collected by kind. notes: about what is left out, and stops nothing."""
 
     def __init__(self):
         self._kinds: dict[str, list[str]] = {}
+        self.notes: list[str] = []
 
     def __bool__(self) -> bool:
         return bool(self._kinds)
 
     def add(self, kind: str, sentence: str) -> None:
         self._kinds.setdefault(kind, []).append(sentence)
+
+    def note(self, what: str, names: list[str], advice: str) -> None:
+        """Counts files that are left out, where there are any."""
+        if names:
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            self.notes.append(f"Left out: {len(names)} {what} ({', '.join(names[:NAMED])}{more}). {advice}")
 
     def sentences(self) -> list[str]:
         """The first ten of every kind, and how many more there are."""

@@ -1,27 +1,34 @@
 """What a user may name as data: a folder of pictures, a Hugging Face data set, parquet files, webdataset shards."""
 
+import os
 import posixpath
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..files import user_path
 from .columns import disk_records, parquet_records
 from .decoding import Record
-from .folders import PICTURES, folder_records
+from .folders import METADATA, PICTURES, folder_records
 from .problems import BadData, Problems
 from .shards import shard_records
 
 ON_DISK = ("dataset_dict.json", "dataset_info.json", "state.json")
 CHOICE = "a folder of pictures, a Hugging Face data set on disk, .parquet files or .tar shards"
 CAPTION_NAMES = ("text", "caption", "TEXT")
+TESTING = ("test", "testing", "validation", "valid", "val", "dev", "eval")
 
 
 @dataclass(frozen=True)
 class Scan:
-    """records: what can be used, in an order that is the same on every system; problems: a sentence each."""
+    """records: what can be used, in an order that is the same on every system; problems, notes: a sentence each, about
+    what must be mended, and about what is left out."""
 
     records: list[Record]
     problems: list[str]
+    notes: list[str] = field(default_factory=list)
 
     def require(self) -> list[Record]:
         """The records. Raises BadData with all problems, a line each."""
@@ -35,15 +42,16 @@ def scan(path: str | Path, caption_column: str = "") -> Scan:
 
     path: a folder of pictures, each with its caption in NAME.txt beside it or in a `metadata.jsonl` (fields
     `file_name` and `text` or `caption`); a data set that `datasets` saved to disk (of several splits, "train");
-    parquet files (columns `image`, and `text`, `caption` or `TEXT`); webdataset shards (.tar); or a folder of either.
+    parquet files (columns `image`, and `text`, `caption` or `TEXT`); webdataset shards (.tar); or a folder of either,
+    of which the splits that are there to test are left out where it holds several.
     caption_column: the captions' column or field, where it has another name.
     """
-    path, problems = Path(path).expanduser(), Problems()
+    path, problems = user_path(str(path)), Problems()
     names = (caption_column,) if caption_column else CAPTION_NAMES
     records = _records(path, names, problems)
     if not records and not problems:
         problems.add("Empty", f"'{path}' holds no pictures: name {CHOICE}.")
-    return Scan(records, problems.sentences())
+    return Scan(records, problems.sentences(), problems.notes)
 
 
 def _records(path: Path, caption_names: tuple[str, ...], problems: Problems) -> list[Record]:
@@ -53,6 +61,7 @@ def _records(path: Path, caption_names: tuple[str, ...], problems: Problems) -> 
     if any((path / mark).is_file() for mark in ON_DISK):
         return disk_records(path, caption_names, problems)
     files = _files_below(path) if path.is_dir() else {path.name: path}
+    files = _of_training(files, problems)
     pictures, shards, tables = (_ending(files, endings) for endings in (PICTURES, ("tar",), ("parquet",)))
     if path.is_file() and not shards and not tables:
         problems.add("Unknown", f"'{path}' is a file of a kind that holds no data set: name {CHOICE}.")
@@ -73,8 +82,46 @@ def _records(path: Path, caption_names: tuple[str, ...], problems: Problems) -> 
 
 def _files_below(folder: Path) -> dict[str, Path]:
     """{path relative to the folder, with slashes: path}, sorted by code points; hidden files and folders left out."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: found[name] for name in sorted(found) if not any(part.startswith(".") for part in name.split("/"))}
+    found: dict[str, Path] = {}
+    for path in _walk(folder, frozenset()):
+        name = path.relative_to(folder).as_posix()
+        # macOS spells accents as letters of their own, captions and other systems do not.
+        composed = unicodedata.normalize("NFC", name)
+        found[name if composed in found else composed] = path
+    return {name: found[name] for name in sorted(found)}
+
+
+def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+    """Files below a folder, also behind links to folders. above: real paths of the folders on the way, so that a link
+    to one of them ends there."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path, above | {real})
+        elif path.is_file():
+            yield path
+
+
+def _split_of(name: str) -> str:
+    """ "train" or another split's name that a folder or the file's beginning says, or nothing."""
+    first = re.split(r"[-_./]", name.lower(), maxsplit=1)[0] if name.endswith((".parquet", ".tar")) else ""
+    folder = name.lower().partition("/")[0] if "/" in name else ""
+    return next((word for word in (folder, first) if word in ("train", *TESTING)), "")
+
+
+def _of_training(files: dict[str, Path], problems: Problems) -> dict[str, Path]:
+    """Without the splits that are there to test, where another is named "train"."""
+    splits = {name: _split_of(name) for name in files}
+    # Whoever lists pictures in a file at the top has chosen them.
+    if "train" not in splits.values() or METADATA in files:
+        return files
+    testing = [name for name, split in splits.items() if split in TESTING]
+    problems.note("files of splits that are there to test", testing, "Name their folder or file to train on them.")
+    return {name: path for name, path in files.items() if splits[name] not in TESTING}
 
 
 def _ending(files: dict[str, Path], endings: Iterable[str]) -> dict[str, Path]:

@@ -50,6 +50,9 @@ class ToyData:
     encode_tokens: from token ids [B, 16] to the cross-attention context.
     """
 
+    digests: list[int] = []
+    """As `CachedData` has them; of these none, since a seed makes the same pictures each time."""
+
     def __init__(self, latents: LatentSet, encode_tokens: Callable[[Tensor], Tensor]):
         self._set = latents
         self._encode = encode_tokens
