@@ -112,7 +112,8 @@ def test_a_guider_with_its_conditionings_in_another_order_is_known_by_their_name
         guider.set_cfg(5.0, 3.0)
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 4)
-        return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, seed=1)
+        sampler = comfy.samplers.sampler_object("euler")
+        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=1).cpu()
 
     drawn = dual(recording(attach(model, source, 1.0, 0.0, 1.0)))
     masks = masks_of_run(drawn)

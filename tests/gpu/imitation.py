@@ -104,8 +104,10 @@ def _compute(operation: Any, args: tuple, kwargs: dict) -> Any:
 
 def _run(operation: Any, args: tuple, kwargs: dict) -> Any:
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
-    _refuse_mixture(operation, tensors)
     name = operation.overloadpacket.__name__
+    if name == "_has_compatible_shallow_copy_type":
+        return len({isinstance(tensor, Imitated) for tensor in tensors}) == 1
+    _refuse_mixture(operation, tensors)
     if name == "_copy_from":
         _raw(args[1]).copy_(_raw(args[0]))
         return args[1]

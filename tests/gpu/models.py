@@ -104,7 +104,10 @@ def _lora(path: Path, structure: Structure, rank: int = 4) -> None:
 def _reward(path: Path, full: bool) -> None:
     """A CLIP model in PickScore's layout; the full one has the published size, ViT-H/14 in fp16."""
     if not full:
-        tensors = clip_model().state_dict()
+        model = clip_model()
+        tensors = model.state_dict()
+        # Of a shape that nobody has published the loader wants to be told.
+        path.with_suffix(".json").write_text(model.config.to_json_string(), encoding="utf-8")
     else:
         from transformers import CLIPConfig, CLIPModel
 
