@@ -18,13 +18,12 @@ from torch import Tensor
 from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.records.recorder import without_recording
 from ..maskunet_core.rewards.reward import BoundReward, value_and_gradient
-from ..maskunet_core.seam.attach import structure_of
 from ..maskunet_core.seam.attention import attention_notice
-from ..maskunet_core.search.decoder import latent_decoder
+from ..maskunet_core.search.decoder import is_plain, latent_decoder, pictures_by_host
 from ..maskunet_core.search.graph import KEY
 from ..maskunet_core.search.judge import Judge
 from ..maskunet_core.search.memory import bytes_of_masks, room_for
-from ..maskunet_core.search.run import SearchResult, search_images
+from ..maskunet_core.search.run import SearchResult, search_images, structure_for
 from ..maskunet_core.search.sampling import loaded_with_room
 from ..maskunet_core.search.settings import SMALL_SIDE, SearchSettings
 from .masks import not_by_seeds, seeds_in_words
@@ -102,13 +101,21 @@ class RewardRun:
         watched = watch.reward.bind(prompt) if watch else None
         small = SMALL_SIDE if settings.small_decode else 0
         finish = self._finish() if "noise_mask" in latent else None
-        decode = latent_decoder(self.gradient_vae, self.model.get_model_object("latent_format"))
-        # What refers to the run itself would outlive it until Python looks for circles.
-        self.judge = judge = Judge(decode, partial(value_and_gradient, self.bound), small, finish=finish)
-        self.watch = None if watched is None else lambda z: watched(judge.pictures(z)).detach()
         self.sigmas = self._sigmas()
         self.steps = max(len(self.sigmas) - 1, 0)
+        decode = self._decoder(settings.total_iterations(self.steps) > 0)
+        # What refers to the run itself would outlive it until Python looks for circles.
+        scale = self.gradient_vae.spacial_compression_decode()
+        self.judge = judge = Judge(decode, partial(value_and_gradient, self.bound), small, scale, finish)
+        self.watch = None if watched is None else lambda z: watched(judge.pictures(z)).detach()
         self.progress = SearchProgress(self.model, settings, self.steps, node_id)
+
+    def _decoder(self, gradients: bool) -> Callable[[Tensor], Tensor]:
+        """What estimates are seen through."""
+        latent_format = self.model.get_model_object("latent_format")
+        if gradients or is_plain(self.gradient_vae, latent_format):
+            return latent_decoder(self.gradient_vae, latent_format)
+        return pictures_by_host(self.gradient_vae, latent_format)
 
     def _sigmas(self) -> list[float]:
         """The noise levels between the sampler's steps, which for some schedulers are not as many as asked for."""
@@ -205,7 +212,7 @@ class RewardRun:
             self._require_possible()
             _log_once(attention_notice(self.model.load_device))
             decoded = self.judge.decoded_size(*self.samples.shape[-2:])
-            structure = structure_of(self.model, self.targets)
+            structure = structure_for(self.model, self.targets, updates=True)
             masks = bytes_of_masks(structure, self.settings, self.model.model.get_dtype_inference())
             room = room_for(masks, self.gradient_vae, len(self.samples), decoded)
         found = search_images(

@@ -1,4 +1,4 @@
-"""The host's VAE as a differentiable decoder."""
+"""From latents to the pictures that a reward sees, through the host's VAE."""
 
 import contextlib
 from collections.abc import Callable
@@ -47,3 +47,23 @@ def latent_decoder(vae: Any, latent_format: Any) -> Callable[[Tensor], Tensor]:
         return (pictures[:, :3].to(latents) + 1.0) / 2.0
 
     return decode
+
+
+def pictures_by_host(vae: Any, latent_format: Any) -> Callable[[Tensor], Tensor]:
+    """Latents of the diffusion model to pictures `[N, 3, H, W]` in [0, 1], by the host's own `decode`, image by image.
+
+    For any VAE that the host knows, with its plan of memory and its tiles, without gradients. Of a clip the first frame
+    is seen.
+    """
+
+    def decode(latents: Tensor) -> Tensor:
+        with torch.inference_mode():
+            pictures = [vae.decode(latent_format.process_out(latent)) for latent in latents.split(1)]
+        return torch.cat([picture.clone().flatten(0, -4)[:1] for picture in pictures]).movedim(-1, 1)[:, :3].to(latents)
+
+    return decode
+
+
+def is_plain(vae: Any, latent_format: Any) -> bool:
+    """Whether latents are `[N, C, h, w]` with 8 pixels a cell, which `latent_decoder` is made for."""
+    return latent_format.latent_dimensions == vae.latent_dim == 2 and vae.spacial_compression_decode() == 8

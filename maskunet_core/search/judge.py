@@ -68,9 +68,11 @@ class Judge:
     def _decoded(self, latents: Tensor) -> Tensor:
         if self.finish is not None:
             latents = self.finish(latents)
-        size = self.decoded_size(*latents.shape[2:])
-        if size != tuple(latents.shape[2:]):
-            latents = F.interpolate(latents, size=size, mode="area")
+        size = self.decoded_size(*latents.shape[-2:])
+        if size != tuple(latents.shape[-2:]):
+            # Of clips all frames.
+            smaller = F.interpolate(latents.flatten(0, -4), size=size, mode="area")
+            latents = smaller.reshape(*latents.shape[:-2], *size)
         return self.decode(latents)
 
     def decoded_size(self, height: int, width: int) -> tuple[int, int]:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.structure import NothingToMask, Structure, family_name
 from ..records.recorded import RecordedMasks
+from ..seam.attach import structure_of
 from .judge import Judge
 from .loop import Best, Evaluation, comparable
 from .sampling import RewardSearch
@@ -34,6 +36,22 @@ class SearchResult:
     peak: int = 0
 
 
+def structure_for(model: Any, targets: str, updates: bool) -> Structure:
+    """What may be masked. Where no updates are to be made any model will do: nothing of one without layers to mask.
+
+    Raises NothingToMask.
+    """
+    try:
+        return structure_of(model, targets)
+    except NothingToMask as reason:
+        if updates:
+            raise NothingToMask(
+                f"{reason} Candidates alone work with any model: choose preset fast, or set masks to off and "
+                "candidates to as many as you like."
+            ) from None
+        return Structure(family_name(model.model), 0, ())
+
+
 def search_images(
     *,
     model: Any,
@@ -45,6 +63,7 @@ def search_images(
     score: Callable[[Tensor], Tensor],
     steps: int,
     candidate_done: Callable[[int, Tensor], None] | None = None,
+    targets: str = "decoder attention",
     **options: Any,
 ) -> SearchResult:
     """Algorithm 1, with a search over starting noises before it.
@@ -53,13 +72,16 @@ def search_images(
     number, steps) until so many steps are done, unmasked, and returns the last estimate of the clean latent, as the
     model sees latents; without masks it is not used. noise: of a candidate; the first is the one that a plain sampler
     would have. score: `[N]` of finished latents. steps: of the sampler. candidate_done: called with (number, scores).
-    options: for RewardSearch. Where candidates were drawn to the end and `keep_best` is set, an image whose reward the
-    masks have lowered gives way to its plain candidate.
+    targets: what may be masked; where no updates are to be made, the model may be any. options: for RewardSearch.
+
+    Where candidates were drawn to the end and `keep_best` is set, an image whose reward the masks have lowered gives
+    way to its plain candidate.
     """
     first = noise(0)
     images = len(first)
-    search = RewardSearch(model, settings, judge, images, **options)
     updates = settings.total_iterations(steps) > 0
+    structure = structure_for(model, targets, updates)
+    search = RewardSearch(model, settings, judge, images, targets=targets, structure=structure, **options)
     looks = settings.candidate_steps(steps)
     best = Best()
     for number in range(settings.candidates if settings.candidates > 1 else 0):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MaskUNetError
+from ..models.structure import Structure
 from ..records.recorded import RecordedMasks, RecordedSource
 from ..seam.attach import Attachment, structure_of, with_attachment, with_masks
 from ..seam.gradients import LeanGraph, kept_weights
@@ -48,13 +49,14 @@ class RewardSearch:
     """A search during one sampling run of the MODEL that `searching` gives.
 
     model: what is sampled with; the search does not keep it. judge: of estimates in the model's latent space, for a
-    batch of `images`. watch: scores `[N]` of estimates by a reward that is never optimised; the run goes on without
-    updates once it has fallen at two steps in a row at which the optimised one rose, if `stop_by_watch`. report: called
-    with each look (an Evaluation and the estimate); raises to stop everything. recompute: whether layers run again in
-    the backward pass, see StepGraph; None where memory is scarcer than time, on all devices but the CPU. room: bytes
-    that the host is asked to leave free for gradients when it loads the models. After the run `recorded` holds the
-    masks, `history` what was seen, `skipped` how many updates of an image were left out because a number was not
-    finite, and `peak` the bytes that a look took beside the models, 0 where the device does not tell.
+    batch of `images`. structure: of what may be masked, by default that of `targets`. watch: scores `[N]` of estimates
+    by a reward that is never optimised; the run goes on without updates once it has fallen at two steps in a row at
+    which the optimised one rose, if `stop_by_watch`. report: called with each look (an Evaluation and the estimate);
+    raises to stop everything. recompute: whether layers run again in the backward pass, see StepGraph; None where
+    memory is scarcer than time, on all devices but the CPU. room: bytes that the host is asked to leave free for
+    gradients when it loads the models. After the run `recorded` holds the masks, `history` what was seen, `skipped` how
+    many updates of an image were left out because a number was not finite, and `peak` the bytes that a look took beside
+    the models, 0 where the device does not tell.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class RewardSearch:
         images: int,
         *,
         targets: str = "decoder attention",
+        structure: Structure | None = None,
         seed: int = 0,
         watch: Callable[[Tensor], Tensor] | None = None,
         stop_by_watch: bool = False,
@@ -73,7 +76,7 @@ class RewardSearch:
         room: int = 0,
     ):
         self.settings, self.judge, self.images, self.seed = settings, judge, images, seed
-        self.structure = structure_of(model, targets)
+        self.structure = structure_of(model, targets) if structure is None else structure
         self.recorded = RecordedMasks(self.structure, images, targets=targets, branches=settings.branches)
         self.history: list[Evaluation] = []
         self.skipped = 0

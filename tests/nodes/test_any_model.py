@@ -1,0 +1,115 @@
+"""The reward sampler's candidates on models without a layer to mask: transformers of the host, with random weights."""
+
+import importlib
+
+import comfy.model_patcher
+import comfy.sample
+import comfy.sd
+import comfy.supported_models as published
+import pytest
+import torch
+
+from tests.host.extension import NAME
+from tests.nodes.reward_graphs import PROMPT
+from tests.tiny_models import drawn, shapes_of
+
+CPU = torch.device("cpu")
+FLUX = {"image_model": "flux", "axes_dim": [16, 56, 56], "num_heads": 1, "mlp_ratio": 4.0, "theta": 10000}
+FLUX |= {"out_channels": 16, "qkv_bias": True, "txt_ids_dims": [], "in_channels": 16, "hidden_size": 128}
+FLUX |= {"context_in_dim": 64, "patch_size": 2, "vec_in_dim": 48, "depth": 1, "depth_single_blocks": 1}
+FLUX |= {"guidance_embed": True, "yak_mlp": False, "txt_norm": False}
+QWEN = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "num_attention_heads": 1}
+QWEN |= {"attention_head_dim": 128, "joint_attention_dim": 64}
+WAN = {"image_model": "wan2.1", "model_type": "t2v", "dim": 128, "out_dim": 16, "num_heads": 1, "ffn_dim": 256}
+WAN |= {"num_layers": 2, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True}
+WAN |= {"cross_attn_norm": True, "eps": 1e-6, "in_dim": 16, "text_dim": 64}
+
+
+def _taesd():
+    from comfy.taesd.taesd import TAESD
+
+    weights = drawn(shapes_of(TAESD(latent_channels=16)), seed=2)
+    return comfy.sd.VAE(sd=weights | {"vae_scale": torch.tensor(0.3611), "vae_shift": torch.tensor(0.1159)})
+
+
+def _wan_vae():
+    from comfy.ldm.wan.vae import WanVAE
+
+    layout = {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": []}
+    network = WanVAE(**layout, temperal_downsample=[False, True, True], dropout=0.0)
+    return comfy.sd.VAE(sd=drawn(shapes_of(network), seed=2))
+
+
+FAMILIES = {
+    "Flux": (published.Flux, FLUX, _taesd, {"pooled_output": (48,)}),
+    "Qwen-Image": (published.QwenImage, QWEN, _wan_vae, {}),
+    "Wan, one frame": (published.WAN21_T2V, WAN, _wan_vae, {}),
+}
+
+
+def conditioning(more, seed):
+    stream = torch.Generator().manual_seed(seed)
+    text = torch.randn(1, 7, 64, generator=stream)
+    return [[text, {name: torch.randn(1, *shape, generator=stream) for name, shape in more.items()}]]
+
+
+@pytest.fixture(params=FAMILIES)
+def world(request, extension):
+    """Inputs of the reward sampler for a family."""
+    family, layout, vae, more = FAMILIES[request.param]
+    with torch.inference_mode():
+        config = family(dict(layout))
+        config.set_inference_dtype(torch.float32, None)
+        model = config.get_model({}, "")
+        weights = drawn(shapes_of(model.diffusion_model), seed=1)
+        model.diffusion_model.load_state_dict(weights)
+        rewards = extension("rewards")
+        return {
+            "model": comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU),
+            "vae": vae(),
+            "reward": rewards.MaskUNetRewardLoader.execute(rewards.TOY_REWARD, "auto", False).result[0],
+            "prompt": PROMPT,
+            "positive": conditioning(more, 3),
+            "negative": conditioning(more, 4),
+            # What EmptyLatentImage gives: the host makes of it what the model takes.
+            "latent_image": {"samples": torch.zeros(2, 4, 8, 8)},
+        }
+
+
+SAMPLING = {"seed": 5, "steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+
+
+def search(extension, inputs, **changes):
+    node = extension("reward_sampler").MaskUNetRewardSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    settings = SAMPLING | {"preset": "fast", "candidates": 3, "masks": True} | changes
+    with torch.inference_mode():
+        return node.execute(**inputs, **settings).result
+
+
+def stock(inputs, seed, model=None):
+    """KSampler's latents of a batch."""
+    with torch.inference_mode():
+        model = model or inputs["model"]
+        samples = comfy.sample.fix_empty_latent_channels(model, inputs["latent_image"]["samples"])
+        options = {name: SAMPLING[name] for name in ("steps", "cfg", "sampler_name", "scheduler")}
+        noise = comfy.sample.prepare_noise(samples, seed)
+        texts = inputs["positive"], inputs["negative"]
+        return comfy.sample.sample(model, noise, *options.values(), *texts, samples, disable_pbar=True, seed=seed)
+
+
+@pytest.mark.parametrize("changes", [{}, {"masks": False, "preset": "quality"}], ids=["fast", "masks off"])
+def test_the_best_of_several_starting_noises_is_drawn(extension, world, changes):
+    latent, masks, curve = search(extension, world, **changes)
+    seeds = masks.record["seeds"]
+    assert all(seed - SAMPLING["seed"] in range(3) for seed in seeds)
+    drawn_with = {seed: stock(world, seed) for seed in set(seeds)}
+    for image, seed in enumerate(seeds):
+        torch.testing.assert_close(latent["samples"][image], drawn_with[seed][image], rtol=1e-4, atol=1e-4)
+    assert len(masks.record["scores"]) == 2
+    assert curve.ndim == 4
+
+
+def test_updates_of_masks_are_refused_with_what_works(extension, world):
+    refusal = importlib.import_module(f"{NAME}.maskunet_core.models.structure").NothingToMask
+    with pytest.raises(refusal, match="Candidates alone work with any model: choose preset fast"):
+        search(extension, world, preset="quality")
