@@ -1,4 +1,4 @@
-"""The reward sampler's candidates on models without a layer to mask: transformers of the host, with random weights."""
+"""The reward sampler without masks: transformers of the host, and layers that no mask can reach."""
 
 import importlib
 
@@ -53,24 +53,42 @@ def conditioning(more, seed):
     return [[text, {name: torch.randn(1, *shape, generator=stream) for name, shape in more.items()}]]
 
 
-@pytest.fixture(params=FAMILIES)
+def of_family(name):
+    """(MODEL, VAE, positive, negative)"""
+    family, layout, vae, more = FAMILIES[name]
+    config = family(dict(layout))
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "")
+    model.diffusion_model.load_state_dict(drawn(shapes_of(model.diffusion_model), seed=1))
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+    return patcher, vae(), conditioning(more, 3), conditioning(more, 4)
+
+
+def with_layers_of_their_own(extension):
+    """The toy, whose layers compute in a way of their own, as those of GGUF files do."""
+    model, clip, vae = extension("toy").MaskUNetToyModel.execute().result
+    for layer in model.model.diffusion_model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            own = {"forward": lambda self, x: type(self).__base__.forward(self, x)}
+            layer.__class__ = type("OwnForward", (type(layer),), own)
+    texts = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, ""))
+    return model, vae, *texts
+
+
+@pytest.fixture(params=[*FAMILIES, "layers of their own"])
 def world(request, extension):
-    """Inputs of the reward sampler for a family."""
-    family, layout, vae, more = FAMILIES[request.param]
+    """Inputs of the reward sampler."""
     with torch.inference_mode():
-        config = family(dict(layout))
-        config.set_inference_dtype(torch.float32, None)
-        model = config.get_model({}, "")
-        weights = drawn(shapes_of(model.diffusion_model), seed=1)
-        model.diffusion_model.load_state_dict(weights)
+        known = request.param in FAMILIES
+        model, vae, positive, negative = of_family(request.param) if known else with_layers_of_their_own(extension)
         rewards = extension("rewards")
         return {
-            "model": comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU),
-            "vae": vae(),
+            "model": model,
+            "vae": vae,
             "reward": rewards.MaskUNetRewardLoader.execute(rewards.TOY_REWARD, "auto", False).result[0],
             "prompt": PROMPT,
-            "positive": conditioning(more, 3),
-            "negative": conditioning(more, 4),
+            "positive": positive,
+            "negative": negative,
             # What EmptyLatentImage gives: the host makes of it what the model takes.
             "latent_image": {"samples": torch.zeros(2, 4, 8, 8)},
         }
