@@ -86,6 +86,7 @@ def direct_gradients(world: Toy) -> dict[str, torch.Tensor]:
     from comfy.patcher_extension import WrappersMP
 
     from maskunet_core.seam.attach import Attachment, structure_of, with_attachment, with_masks
+    from maskunet_core.seam.gradients import kept_weights
 
     model, found = with_masks(world.model), {}
     bound = loaded(ToyReward()).bind(PROMPT)
@@ -93,7 +94,8 @@ def direct_gradients(world: Toy) -> dict[str, torch.Tensor]:
     def predict(executor, x, timestep, model_options, seed):
         masks = SearchedMasks(structure_of(world.model, "decoder attention"), 1, 1.0, x.device)
         options = with_attachment(model_options, Attachment(masks))
-        with torch.enable_grad():
+        # Beyond the CPU the host loads weights in inference mode.
+        with torch.enable_grad(), kept_weights([executor.class_obj.inner_model.diffusion_model]):
             estimate = executor(x, timestep, options, seed)
             (-bound(world.judge.decode(estimate)).sum()).backward()
         found.update({layer: leaf.grad for layer, leaf in masks.logits.items()})

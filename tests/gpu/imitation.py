@@ -50,6 +50,9 @@ class Imitated(Tensor):
     def __repr__(self) -> str:
         return f"Imitated({self.raw!r})"
 
+    def tolist(self) -> list:
+        return self.raw.tolist()
+
     @classmethod
     def __torch_dispatch__(cls, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return _run(operation, args, kwargs or {})
