@@ -68,11 +68,12 @@ class StepGraph:
                 inputs = [a for a in (*args, *kwargs.values()) if a is not options]
                 stack.enter_context(self._prefix.serving(*inputs))
             if torch.is_grad_enabled():
-                stack.enter_context(on_a_copy(self._encoder))
                 if self._recompute and not acts_in_blocks(options):
                     stack.enter_context(recomputed(self._layers))
                 elif self._lent:
                     stack.enter_context(kept_weights(self._layers))
+                # What is run again keeps its inputs: those that the host writes into have to be copied before.
+                stack.enter_context(on_a_copy(self._encoder))
             return executor(*args, **kwargs)
 
 

@@ -53,6 +53,9 @@ class Imitated(Tensor):
     def tolist(self) -> list:
         return self.raw.tolist()
 
+    def data_ptr(self) -> int:
+        return self.raw.data_ptr()
+
     @classmethod
     def __torch_dispatch__(cls, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return _run(operation, args, kwargs or {})

@@ -1,10 +1,13 @@
 """MaskUNet Reward Sampler in the host's own process: the reward curve, ControlNet, and models that it cannot mask."""
 
+import importlib
 import sys
+from functools import partial
 
 import pytest
 import torch
 
+from tests.host.extension import NAME
 from tests.nodes.reward_graphs import FEW_UPDATES, NO_UPDATES, PROMPT, SAMPLING
 
 COLOURS = [(0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E), (0x2C, 0xA0, 0x2C)]
@@ -104,8 +107,12 @@ def tiny_control(model):
     return control.set_cond_hint(torch.rand(1, 3, 64, 64), 1.0)
 
 
-@pytest.mark.parametrize("search", [{}, {"latent_lr": 0.01}])
-def test_a_controlnet_acts_beside_the_search(sample, search):
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "run again"])
+@pytest.mark.parametrize("search", [{}, {"latent_lr": 0.01}, {"targets": "all attention"}], ids=str)
+def test_a_controlnet_acts_beside_the_search(sample, search, recompute, monkeypatch):
+    """Also where layers run again in the backward pass, as they do on cards."""
+    module = importlib.import_module(f"{NAME}.maskunet_core.search.run")
+    monkeypatch.setattr(module, "RewardSearch", partial(module.RewardSearch, recompute=recompute))
     with torch.inference_mode():
         control = tiny_control(sample.model)
         guided = {
