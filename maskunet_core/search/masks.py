@@ -87,7 +87,7 @@ class SearchedMasks:
         samples = self._samples(call)
 
         def mask(layer: str, weight: Tensor) -> LearnedMask | None:
-            if samples is not None and not any(sample is not None for sample in samples):
+            if samples is not None and set(samples) == {None}:
                 return None
             noise = self._noise(layer)
             return LearnedMask(MaskLogits(self.logits[layer]), THRESHOLD, noise=noise, samples=samples)
