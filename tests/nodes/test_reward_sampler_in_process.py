@@ -157,6 +157,23 @@ def test_a_recording_model_may_go_in_and_leaves_no_record_of_its_own(sample, ext
         extension("record_masks").MaskUNetMasksOfRun.execute(latent)
 
 
+def test_a_second_run_reads_no_weights_from_the_disk(sample, monkeypatch):
+    """Models are used where the host has them; none is loaded once more for gradients."""
+    import comfy.utils
+    import safetensors
+    import safetensors.torch
+
+    first = sample()[0]["samples"]
+
+    def read(*arguments, **options):
+        raise AssertionError(f"weights are read: {arguments[:1]}")
+
+    readers = ((comfy.utils, "load_torch_file"), (torch, "load"), (safetensors, "safe_open"))
+    for module, name in (*readers, (safetensors.torch, "load_file")):
+        monkeypatch.setattr(module, name, read)
+    assert torch.equal(sample()[0]["samples"], first)
+
+
 def memory_is(monkeypatch, free: int) -> None:
     import comfy.model_management
 
