@@ -11,7 +11,7 @@ demo: setup
 
 test:
 	@$(PYTHON) tests/host/setup.py --browser
-	@$(VENV_PYTHON) -m pytest $(TEST_ARGS)
+	@$(VENV_PYTHON) -m pytest -n logical --maxprocesses 2 --dist loadfile $(TEST_ARGS)
 
 bench: setup
 	@$(VENV_PYTHON) -m tests.bench $(BENCH_ARGS)
