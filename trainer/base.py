@@ -113,6 +113,29 @@ class BaseModel:
         latent = self.vae.encode(picture.movedim(0, -1)[None])
         return self.model.process_latent_in(latent)[0].float().cpu()
 
+    def sigmas(self, clean: Tensor, timesteps: Tensor) -> Tensor:
+        """`[B]`: the noise at integer timesteps `[B]`, in the dtype and on the device of `clean`."""
+        return self.model.model_sampling.sigma(timesteps.float()).to(clean)
+
+    def error_unit(self, sigma: Tensor, latents: Tensor) -> Tensor:
+        """`[B, 1, ...]`: by what an error of the denoised latents is divided to be one of what the model predicts,
+        noise or v. sigma: `[B]`; latents: `[B, ...]`, for their dimensions."""
+        spread = spread_over(sigma, latents)
+        return spread / (1 + spread**2).sqrt() if self.predicts_v else spread
+
+    def denoised(self, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """The model's estimate of the clean latents `[B, C, h, w]`, differentiable where gradients are on.
+
+        noisy: [B, C, h, w]. sigma: [B]. conditions: stacked results of `encode_text`.
+        """
+        height, width = (8 * side for side in noisy.shape[-2:])
+        extra = self.model.extra_conds(**conditions, noise=noisy, device=noisy.device, width=width, height=height)
+        inputs = {key: value.cond for key, value in extra.items()}
+        options = {"sigmas": sigma}
+        if torch.is_grad_enabled():
+            options = with_differentiable_attention(options)
+        return self.model.apply_model(noisy, sigma, transformer_options=options, **inputs)
+
     def diffusion_loss(
         self, clean: Tensor, conditions: dict[str, Tensor], timesteps: Tensor, noise: Tensor, min_snr: float = 0.0
     ) -> Tensor:
@@ -121,24 +144,19 @@ class BaseModel:
         clean, noise: [B, C, h, w]. conditions: stacked results of `encode_text`. timesteps: [B] integers. min_snr:
         gamma of min-SNR weighting (Hang et al., arXiv 2303.09556), 0 for none.
         """
-        sampling = self.model.model_sampling
-        sigma = sampling.sigma(timesteps.float()).to(clean)
-        spread = sigma.view(-1, *[1] * (clean.ndim - 1))
-        noisy = clean + spread * noise
-        height, width = (8 * side for side in clean.shape[-2:])
-        extra = self.model.extra_conds(**conditions, noise=noisy, device=noisy.device, width=width, height=height)
-        inputs = {key: value.cond for key, value in extra.items()}
-        options = {"sigmas": sigma}
-        if torch.is_grad_enabled():
-            options = with_differentiable_attention(options)
-        denoised = self.model.apply_model(noisy, sigma, transformer_options=options, **inputs)
-        error = ((denoised - clean) / spread).square().flatten(1).mean(1)
+        sigma = self.sigmas(clean, timesteps)
+        noisy = clean + spread_over(sigma, clean) * noise
+        denoised = self.denoised(noisy, sigma, conditions)
+        error = ((denoised - clean) / self.error_unit(sigma, clean)).square().flatten(1).mean(1)
         snr = sigma**-2
-        if self.predicts_v:
-            error = error * (1 + sigma**2)
         if min_snr:
             error = error * snr.clamp(max=min_snr) / (snr + 1 if self.predicts_v else snr)
         return error
+
+
+def spread_over(sigma: Tensor, latents: Tensor) -> Tensor:
+    """`[B]` as `[B, 1, ...]`, for products with latents `[B, ...]`."""
+    return sigma.view(-1, *[1] * (latents.ndim - 1))
 
 
 def load_toy_base(weights: str = "") -> BaseModel:

@@ -34,7 +34,7 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = (getattr(self, field.name) for field in fields(self))
-        return Batch(
+        return type(self)(
             *(
                 {k: change(v) for k, v in value.items()} if isinstance(value, dict) else change(value)
                 for value in values

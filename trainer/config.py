@@ -11,6 +11,7 @@ TOY = "toy"
 TOY_RESOLUTION = 64
 """Side of the pictures that the toy model draws, in pixels."""
 METHODS = ("maskunet", "static_mask", "lora", "full")
+OBJECTIVES = ("diffusion", "reward")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -50,6 +51,40 @@ class Data:
     broken_limit: float = 0.02
     pictures: int = 20_000
     caption_noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What `objective = "reward"` trains by: prompts alone, pictures that the run draws itself, and what rewards say of
+    them (Diffusion-NFT, Zheng et al., arXiv 2509.16117). The loop's steps come in rounds: a round draws pictures, and
+    its steps learn from them.
+
+    prompts: a text file with a prompt in each line; "" takes the captions of `data.path`, or, for the toy model, those
+    of the toy world. models: rewards with their weights, named as files in ComfyUI's `models/reward` or as paths;
+    "toy" reads the toy world. prompts_per_round, pictures_per_prompt: what a round draws; passes: how often a
+    picture of it is learnt from. steps, cfg, sampler, scheduler: how it draws, and how the result is meant to be used;
+    a cfg of 1 is without guidance, at half the price. beta: how far the two policies that are compared, better and
+    worse, lie apart. follow: how far the policy that draws moves to the trained one after a round. pull: weight of the
+    squared distance of what the model predicts to what the base does.
+    """
+
+    prompts: str = ""
+    models: dict[str, float] = field(default_factory=lambda: {TOY: 1.0})
+    prompts_per_round: int = 8
+    pictures_per_prompt: int = 8
+    passes: int = 2
+    steps: int = 8
+    cfg: float = 1.0
+    sampler: str = "euler"
+    scheduler: str = "normal"
+    beta: float = 1.0
+    follow: float = 0.7
+    pull: float = 0.0
+
+    @property
+    def pictures(self) -> int:
+        """Of a round."""
+        return self.prompts_per_round * self.pictures_per_prompt
 
 
 @dataclass(frozen=True)
@@ -148,8 +183,8 @@ class Loop:
 
 @dataclass(frozen=True)
 class Validation:
-    """pictures: held out of training, at most a fifth of all, with fixed noises and timesteps; every: steps between
-    validations, 0 for none.
+    """pictures: held out of training, at most a fifth of all, with fixed noises and timesteps, or so many prompts where
+    rewards are trained on; every: steps between validations, 0 for none.
 
     patience: stop after so many validations without a better one, 0 for never. prompts: of the sample grid, made
     every `sample_every` steps (0 for never) with `sample_steps` steps and `cfg`.
@@ -168,16 +203,19 @@ class Validation:
 class Config:
     """A run. output: its folder; the file for the nodes is `<output>/<name of the folder>.safetensors`.
 
-    targets: name of the set of layers, for every method.
+    objective: `diffusion` learns from pictures with captions (Eq. 2), `reward` from prompts and rewards. targets: name
+    of the set of layers, for every method.
     """
 
     output: str = "output/train/run"
+    objective: str = "diffusion"
     method: str = "maskunet"
     targets: str = "decoder attention"
     seed: int = 0
     base: Base = field(default_factory=Base)
     data: Data = field(default_factory=Data)
     prior: Prior = field(default_factory=Prior)
+    reward: Reward = field(default_factory=Reward)
     generator: Generator = field(default_factory=Generator)
     lora: Lora = field(default_factory=Lora)
     optimiser: Optimiser = field(default_factory=Optimiser)

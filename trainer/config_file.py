@@ -11,10 +11,10 @@ from maskunet_core.masks.generator import BIASES, CODES, LowRankGenerator, LowRa
 from maskunet_core.masks.reference import ReferenceGenerator
 from maskunet_core.models.structure import TARGETS
 
-from .config import METHODS, PRECISIONS, TOY, TOY_RESOLUTION, Config
+from .config import METHODS, OBJECTIVES, PRECISIONS, TOY, TOY_RESOLUTION, Config
 from .data.records import scan
 from .files import user_path
-from .host import model_choice, model_file
+from .host import REWARD, model_choice, model_file
 from .optimisers import UnknownOptimiser, find_optimiser
 from .schedules import FALLS
 
@@ -30,7 +30,17 @@ class BadConfig(MaskUNetError):
     """Every problem of a configuration, a line each."""
 
 
-_PATHS = ("output", "base.checkpoint", "base.weights", "base.lora", "data.path", "data.cache", "prior.folder")
+_PATHS = (
+    "output",
+    "base.checkpoint",
+    "base.weights",
+    "base.lora",
+    "data.path",
+    "data.cache",
+    "prior.folder",
+    "reward.prompts",
+    "reward.models",
+)
 """Keys that hold a path, or paths with values."""
 
 
@@ -46,6 +56,7 @@ _ABOVE_0 = (lambda v: v > 0, "must be above 0")
 _RULES = {
     "output": (lambda v: Path(v).name not in ("", "."), "must name a folder"),
     "method": _one_of(METHODS),
+    "objective": _one_of(OBJECTIVES),
     "targets": _one_of(TARGETS),
     "data.resolution": (lambda v: v >= 64 and v % 8 == 0, "must be a multiple of 8 from 64 on"),
     "data.caption_dropout": _SHARE,
@@ -56,6 +67,14 @@ _RULES = {
     "prior.weight": _NOT_NEGATIVE,
     "prior.share": (lambda v: 0 < v < 1, "must lie between 0 and 1, both excluded"),
     "prior.steps": _AT_LEAST_1,
+    "reward.models": (lambda v: any(v.values()), "must name a reward with a weight other than 0"),
+    "reward.prompts_per_round": _AT_LEAST_1,
+    "reward.pictures_per_prompt": (lambda v: v >= 2, "must be at least 2: pictures of a prompt are compared"),
+    "reward.passes": _AT_LEAST_1,
+    "reward.steps": _AT_LEAST_1,
+    "reward.beta": _ABOVE_0,
+    "reward.follow": (lambda v: 0 < v <= 1, "must lie between 0 and 1, 0 excluded"),
+    "reward.pull": _NOT_NEGATIVE,
     "generator.architecture": _one_of(ARCHITECTURES),
     "generator.bias": _one_of(BIASES),
     "generator.codes": _one_of(CODES),
@@ -179,6 +198,46 @@ def _contradicting_architecture(config: Config) -> list[str]:
     return problems
 
 
+def _contradicting_reward(config: Config) -> list[str]:
+    reward, data = config.reward, config.data
+    if config.objective != "reward":
+        return []
+    problems = [
+        f"reward.models: '{name}' does not exist; {model_choice(REWARD)}; name a file in it, or a path"
+        for name in reward.models
+        if name != TOY and model_file(REWARD, name) is None
+    ]
+    if TOY in reward.models and not config.is_toy:
+        problems.append(f'reward.models: "{TOY}" reads pictures of the toy model alone; name a file in models/reward')
+    if reward.prompts and not Path(reward.prompts).is_file():
+        problems.append(f"reward.prompts: the file '{reward.prompts}' does not exist")
+    if not config.is_toy and not reward.prompts and not data.path:
+        problems.append("reward.prompts: is missing; name a text file with a prompt in each line")
+    if reward.pictures * reward.passes % config.loop.batch:
+        problems.append(
+            f"loop.batch: is {config.loop.batch}, but must divide the {reward.pictures * reward.passes} that a round "
+            "learns from (reward.prompts_per_round x pictures_per_prompt x passes)"
+        )
+    if config.prior.prompt:
+        problems.append('prior.prompt: class pictures need objective = "diffusion"; reward.pull keeps the base here')
+    problems += [
+        f"reward.{key}: is '{name}', which this ComfyUI does not have; it has {', '.join(names)}"
+        for key, name, names in _how_to_draw(reward)
+        if name not in names
+    ]
+    return problems
+
+
+def _how_to_draw(reward: Any) -> list[tuple[str, str, list[str]]]:
+    """(key, value, what the host has)."""
+    import comfy.samplers
+
+    return [
+        ("sampler", reward.sampler, comfy.samplers.SAMPLER_NAMES),
+        ("scheduler", reward.scheduler, comfy.samplers.SCHEDULER_NAMES),
+    ]
+
+
 def _contradictions(config: Config) -> list[str]:
     """What is wrong between keys, and what they name that does not exist."""
     problems = []
@@ -188,7 +247,7 @@ def _contradictions(config: Config) -> list[str]:
             f"base.checkpoint: '{base.checkpoint}' does not exist; {model_choice('checkpoints')}; name a file in it, "
             f'a path or "{TOY}"'
         )
-    if not config.is_toy and not data.path:
+    if not config.is_toy and not data.path and config.objective == "diffusion":
         problems.append("data.path: is missing; name a folder of pictures with captions, or a data set")
     if config.is_toy and base.lora:
         problems.append("base.lora: the toy model takes none")
@@ -201,6 +260,7 @@ def _contradictions(config: Config) -> list[str]:
         for file in base.lora
         if model_file("loras", file) is None
     ]
+    problems += _contradicting_reward(config)
     try:
         find_optimiser(config.optimiser.name)
     except UnknownOptimiser as error:

@@ -78,7 +78,7 @@ class Cost:
 
 
 def _pass(base: BaseModel, method: Any, accelerator: Any, device: torch.device, count: int, size: tuple[int, int]):
-    """One forward and backward pass of `count` samples of noise; (peak bytes, seconds)."""
+    """One forward and backward pass of `count` samples of noise; (peak bytes, seconds, those of the forward pass)."""
     stream = torch.Generator().manual_seed(0)
     channels = base.model.latent_format.latent_channels
     clean, noise = torch.randn(2, count, channels, size[1] // 8, size[0] // 8, generator=stream).to(device)
@@ -91,9 +91,11 @@ def _pass(base: BaseModel, method: Any, accelerator: Any, device: torch.device, 
         with accelerator.autocast():
             loss = base.diffusion_loss(clean, conditions, timesteps, noise).mean()
         # Waits for the device as well.
-        loss.backward()
         loss.item()
-    return memory.peak, time.monotonic() - began
+        forward = time.monotonic() - began
+        loss.backward()
+        next(method.module.parameters()).grad.flatten()[0].item()
+    return memory.peak, time.monotonic() - began, forward
 
 
 LARGEST = 8
@@ -109,10 +111,10 @@ def total_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class _Line:
-    """Through the two largest of the measured passes. passes: (samples, peak bytes, seconds) each, in rising order, at
-    least two."""
+    """Through the two largest of the measured passes. passes: (samples, peak bytes, seconds, of which forward) each, in
+    rising order, at least two."""
 
-    passes: list[tuple[int, int, float]]
+    passes: list[tuple[int, int, float, float]]
 
     def _at(self, count: int, index: int) -> float:
         before, end = self.passes[-2:]
@@ -124,20 +126,28 @@ class _Line:
     def seconds(self, count: int) -> float:
         return self._at(count, 2)
 
+    def forward(self, count: int) -> float:
+        """Seconds."""
+        return self._at(count, 3)
+
 
 def estimate(base: BaseModel, method: Any, config: Config, accelerator: Any, size: tuple[int, int]) -> Cost:
     """The cost of a step at the configured batch, from passes of 1, 2, 4 and 8 samples as far as those fit.
 
-    size: (width, height) of the pictures in pixels. Nothing is updated; gradients are dropped.
+    size: (width, height) of the pictures in pixels. Nothing is updated; gradients are dropped. Where rewards are
+    trained on, drawing counts, but not the autoencoder and the rewards.
     """
     device = load_for_training(base)
     method.module.to(device)
     parameters = list(method.module.parameters())
     trained = sum(p.numel() for p in parameters)
-    count = config.loop.batch // accelerator.num_processes // config.loop.accumulate
+    rewarded, reward = config.objective == "reward", config.reward
+    # A guided prediction is two.
+    guided = 2 if rewarded and reward.cfg != 1 else 1
+    count = guided * config.loop.batch // accelerator.num_processes // config.loop.accumulate
     # The first pass sets up kernels and buffers and leaves the gradients, which stay.
     _pass(base, method, accelerator, device, 1, size)
-    line = _Line([(0, PeakMemory(device).now, 0.0), (1, *_pass(base, method, accelerator, device, 1, size))])
+    line = _Line([(0, PeakMemory(device).now, 0.0, 0.0), (1, *_pass(base, method, accelerator, device, 1, size))])
     room, too_many = 0.8 * total_memory(device), 0
     while (measured := line.passes[-1][0]) < min(count, LARGEST):
         wider = min(2 * measured, count, LARGEST)
@@ -155,4 +165,8 @@ def estimate(base: BaseModel, method: Any, config: Config, accelerator: Any, siz
     peak = line.peak(count) + extra
     if not too_many and peak > total_memory(device):
         too_many = count
-    return Cost(peak, config.loop.accumulate * line.seconds(count), trained, too_many)
+    seconds = line.seconds(count)
+    if rewarded:
+        # The policy's prediction, the base's, and a share of a picture's steps.
+        seconds += (1 + (reward.pull > 0) + reward.steps / reward.passes) * line.forward(count)
+    return Cost(peak, config.loop.accumulate * seconds, trained, too_many)

@@ -11,6 +11,8 @@ from .files import user_path
 
 PROJECT = Path(__file__).resolve().parent.parent
 PINNED_HOST = PROJECT / ".host" / "ComfyUI"
+REWARD = "reward"
+"""ComfyUI's folder of models for rewards, as the nodes name it."""
 NAMED = 10
 """Files named in a message; further ones are counted."""
 
@@ -76,6 +78,9 @@ def enter_host(cpu: bool = False) -> Path:
         args.cpu = True
     logging.getLogger().setLevel(logging.WARNING)
     add_extra_folders(folder)
+    import folder_paths
+
+    folder_paths.add_model_folder_path(REWARD, str(models_folder() / REWARD))
     return folder
 
 

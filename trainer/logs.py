@@ -16,9 +16,8 @@ from .config import TOY_RESOLUTION
 from .cost import MB
 from .files import replacing
 
-COLUMNS = {
+COLUMNS = {  # validation.csv has what the validator measures
     "log.csv": ("step", "loss", "keep_ratio", "share_differing", "steps_per_second", "peak_memory_mb"),
-    "validation.csv": ("step", "loss", "change", "error"),
     "layers.csv": ("step", "layer", "keep_ratio"),
     "left_out.csv": ("step", "samples", "whole_step"),
 }
@@ -27,11 +26,21 @@ COLUMNS = {
 class Log:
     """Writes into `folder`; does nothing where it is not `enabled` (all processes but the first).
 
-    board: for TensorBoard too, where it is installed.
+    board: for TensorBoard too, where it is installed. measured: what a validation finds.
+    told: what the objective tells of a step besides its loss.
     """
 
-    def __init__(self, folder: Path, enabled: bool = True, board: bool = True):
-        self.folder, self.enabled = folder, enabled
+    def __init__(
+        self,
+        folder: Path,
+        enabled: bool = True,
+        board: bool = True,
+        measured: tuple[str, ...] = ("loss", "change", "error"),
+        told: tuple[str, ...] = (),
+    ):
+        self.folder, self.enabled, self.measured = folder, enabled, measured
+        self._columns = {**COLUMNS, "validation.csv": ("step", *measured)}
+        self._columns["log.csv"] += told
         self.postfix: dict[str, str] = {}
         self._recent: list[float] = []
         self._troubled = 0
@@ -42,7 +51,7 @@ class Log:
         """Drop what lies after `step`: a resumed run writes it again."""
         if not self.enabled:
             return
-        for name, columns in COLUMNS.items():
+        for name, columns in self._columns.items():
             path = self.folder / name
             rows: list[list[str]] = []
             if path.exists():
@@ -77,8 +86,10 @@ class Log:
             self.postfix |= {"keep": f"{keep:.4f}", "differ": f"{differing:.4f}"}
             self._plot({"keep_ratio": keep, "share_differing": differing}, run.step)
         memory = run.memory.peak // MB if observed else ""
-        self._append("log.csv", [(run.step, loss, keep, differing, speed, memory)])
-        self._plot({"loss": loss, "learning_rate": run.schedule.get_last_lr()[0]}, run.step)
+        told = run.objective.told()
+        self.postfix |= {name: f"{value:.3f}" for name, value in told.items()}
+        self._append("log.csv", [(run.step, loss, keep, differing, speed, memory, *told.values())])
+        self._plot({"loss": loss, "learning_rate": run.schedule.get_last_lr()[0], **told}, run.step)
 
     def warn(self, sentence: str) -> None:
         if self.enabled:
@@ -110,8 +121,8 @@ class Log:
     def validation(self, run: Any, found: dict[str, float]) -> None:
         if not self.enabled:
             return
-        self.postfix["change"] = f"{found['change'] * 1e4:+.2f}e-4"
-        self._append("validation.csv", [(run.step, found["loss"], found["change"], found["error"])])
+        self.postfix["change"] = f"{found['change'] * 1e4:+.2f}e-4" if "loss" in found else f"{found['change']:+.3f}"
+        self._append("validation.csv", [(run.step, *(found.get(name, "") for name in self.measured))])
         self._plot({f"validation/{name}": value for name, value in found.items()}, run.step)
         if run.method.statistics is not None:
             layers = run.method.statistics.keep_ratio_per_layer

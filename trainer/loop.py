@@ -1,4 +1,4 @@
-"""The training loop: any method on any base and data, by the diffusion loss (Eq. 2).
+"""The training loop: any method on any base, by the diffusion loss (Eq. 2) on pictures, or by rewards on prompts.
 
 What a step sees depends on the seed and the step's number alone: two processes see the batch that one process would
 have seen, and a run that was killed and resumed goes on as if it had not been. On the CPU it ends with the same bits;
@@ -24,17 +24,18 @@ from tqdm import tqdm
 from maskunet_core.errors import MaskUNetError
 
 from .base import BaseModel, load_for_training
-from .batches import Batch, Batches
+from .batches import Batch
 from .config import Config, to_toml_values
 from .cost import PeakMemory
 from .files import replacing
 from .host import models_folder
 from .logs import Log
 from .methods import build_method
+from .objective import DiffusionObjective
 from .optimisers import build_optimiser
 from .run_folder import STATE, read_state, require_same, resume_command
 from .schedules import learning_rate_factor
-from .validate import Validator, told_gain
+from .validate import told_gain
 
 
 class Diverged(MaskUNetError):
@@ -100,8 +101,8 @@ class Run:
     """A training run in a folder: state in `state/`, log and grids beside the file that it makes.
 
     data, prior: what is trained on and held out, and pictures of its class or None; anything with the methods of
-    `CachedData`. accelerator: accelerate's. folder: where the run lies, if that is not `config.output`. tensorboard:
-    whether it is written for, where it is installed.
+    `CachedData`, or `Prompts` where rewards are trained on. accelerator: accelerate's. folder: where the run lies, if
+    that is not `config.output`. tensorboard: whether it is written for, where it is installed.
     """
 
     tensorboard = True
@@ -123,22 +124,31 @@ class Run:
         training, held_out = data.split(held, config.seed)
         self.data, self.held_out = training, held_out
         self.digests = torch.tensor(data.digests, dtype=torch.int64)
-        self.batches = Batches(training, config, base.timesteps, prior)
         self.method = build_method(base, config)
         self.module = self.method.module.to(self.device)
         optimiser = build_optimiser(self.method.groups(), config.optimiser.name, config.optimiser.arguments)
         self.optimiser = accelerator.prepare_optimizer(optimiser, device_placement=False)
         factor = learning_rate_factor(config.loop.schedule, config.loop.steps, config.loop.warm_up, floor=0.05)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        self.objective = self._objective(training, prior)
         self.average = [p.detach().clone() for p in self.module.parameters()] if config.loop.ema else None
-        self.validator = Validator(self, held_out) if config.validation.every and held else None
+        self.validator = self.objective.validator(held_out) if config.validation.every and held else None
         self.left_out = LeftOut()
         self._ahead: tuple[int, Batch] | None = None
         self.step = 0
         self.seconds = 0.0
         self.best: dict[str, float] | None = None
         self.memory = PeakMemory(self.device)
-        self.log = Log(self.folder, enabled=accelerator.is_main_process, board=self.tensorboard)
+        measured = self.validator.columns if self.validator else ()
+        told = tuple(self.objective.told())
+        self.log = Log(self.folder, accelerator.is_main_process, self.tensorboard, measured, told)
+
+    def _objective(self, training: Any, prior: Any) -> Any:
+        if self.config.objective == "reward":
+            from .rewarded.objective import RewardObjective
+
+            return RewardObjective(self, training)
+        return DiffusionObjective(self, training, prior)
 
     # One step ---------------------------------------------------------------------------------------------------
 
@@ -146,7 +156,7 @@ class Run:
         """The batch of a step, where the copies to the device do not wait if it can be told so."""
         import comfy.model_management
 
-        batch = self.batches.draw(step)
+        batch = self.objective.draw(step)
         if self.device.type != "cpu" and comfy.model_management.device_supports_non_blocking(self.device):
             return batch.pinned()
         return batch
@@ -166,12 +176,11 @@ class Run:
                 part = part.chosen(finite[turn * size : (turn + 1) * size])
                 if not len(part.clean):
                     continue
+            part = self.objective.prepared(part)
             torch.manual_seed(self.step * parts + index)
             with self.method.acting():
                 with self.accelerator.autocast():
-                    weighted = part.weights * self.base.diffusion_loss(
-                        part.clean, part.conditions, part.timesteps, part.noise, self.config.loop.min_snr
-                    )
+                    weighted = self.objective.losses(part)
                 share = len(weighted) / size / self.config.loop.accumulate
                 self.accelerator.backward(weighted.mean() * share)
             losses.append(weighted.detach())
@@ -186,7 +195,7 @@ class Run:
             self._ahead = self.step, self._batch(self.step)
         _, batch = self._ahead
         losses = self._forward_backward(batch)
-        if self.step + 1 < self.config.loop.steps:
+        if self.step + 1 < self.config.loop.steps and self.objective.known(self.step + 1):
             # The device is at work, and is asked for its results only then.
             self._ahead = self.step + 1, self._batch(self.step + 1)
         *weighted, largest = torch.cat([losses, self._largest_gradient()]).tolist()
@@ -237,6 +246,7 @@ class Run:
         self.optimiser.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step += 1
+        self.objective.stepped()
         self.left_out.count(lost, not (count and finite))
         if self.left_out.in_a_row >= PATIENCE:
             raise Diverged(
@@ -262,10 +272,16 @@ class Run:
         if self.average is None:
             yield
             return
+        with self.holding(self.average):
+            yield
+
+    @contextlib.contextmanager
+    def holding(self, values: list[Tensor]) -> Iterator[None]:
+        """The module's parameters have other values inside the block."""
         parameters = list(self.module.parameters())
         kept = [p.detach().clone() for p in parameters]
         with torch.no_grad():
-            torch._foreach_copy_(parameters, self.average)
+            torch._foreach_copy_(parameters, values)
         try:
             yield
         finally:
@@ -294,6 +310,7 @@ class Run:
             "stale": self.validator.stale if self.validator else 0,
             "left_out": asdict(self.left_out),
             "data": self.digests,
+            "objective": self.objective.state(),
         }
         with _room_for(self.state_file, self.folder), replacing(self.state_file) as temporary:
             torch.save(state, temporary)
@@ -320,6 +337,7 @@ class Run:
         if self.validator:
             self.validator.stale = state["stale"]
         self.left_out = LeftOut(**state.get("left_out", {}))
+        self.objective.load(state.get("objective", {}))
 
     def save_result(self) -> None:
         """The file for the nodes, with how it was made."""
@@ -390,15 +408,14 @@ class Run:
         return False
 
     def validate(self) -> None:
-        """Measure the held-out loss; the best state so far is written as the result."""
+        """Measure on what is held out; the best state so far is written as the result."""
         if self.validator is None:
             return
         self.method.observe(True)
         with self.averaged():
             found = self.validator.measure()
         self.log.validation(self, found)
-        # NaN, where no held-out loss is finite, is never better.
-        better = found["change"] < (math.inf if self.best is None else self.best["change"])
+        better = self.validator.better(found, self.best)
         self.validator.stale = 0 if better else self.validator.stale + 1
         if better:
             self.best = found | {"step": self.step}

@@ -158,6 +158,8 @@ def require_same(saved: str, config: Config, folder: Path) -> None:
         then, now = _flat(json.loads(saved)), _flat(to_toml_values(config))
     except (ValueError, AttributeError, TypeError):
         raise CannotResume(f"The state in '{folder}' is of another version of the trainer. {_ANEW}.") from None
+    # A version that did not know a key yet did what its default does.
+    then = _flat(to_toml_values(Config())) | then
     changed = [
         f"{key} was {json.dumps(then.get(key))} and is {json.dumps(now.get(key))}"
         for key in sorted(then.keys() | now.keys())

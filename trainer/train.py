@@ -60,8 +60,13 @@ def make_accelerator(config: Config):
 
 
 def load_data(config: Config, base: bases.BaseModel) -> Any:
-    """Latents and conditioning of the configured data: the rendered toy world, or pictures through the cache."""
+    """Latents and conditioning of the configured data: the rendered toy world, or pictures through the cache; prompts
+    where rewards are trained on."""
     settings = config.data
+    if config.objective == "reward":
+        from .rewarded.prompts import load_prompts
+
+        return load_prompts(config)
     if config.is_toy and not settings.path:
         from .toy.data import ToyData, latent_set
 
@@ -91,14 +96,24 @@ def check(config: Config) -> list[str]:
     told = [f"Warning: {sentence}" for sentence in warnings(config)]
     if sentence := earlier_run(config):
         told.append(f"Warning: {sentence}")
-    size, pictures = (64, 64), config.data.pictures
-    if not config.is_toy or config.data.path:
-        from .pictures import picture_sizes, read_data
+    size = (64, 64)
+    if config.objective == "reward":
+        from .rewarded.drawing import picture_side
+        from .rewarded.prompts import load_prompts
 
-        found = read_data(config)
-        pictures = len(found.records)
-        told += found.notes
-        size = max(picture_sizes(config), key=lambda pair: pair[0] * pair[1])
+        size = (picture_side(config),) * 2
+        training, held_out = load_prompts(config).split(config.validation.pictures, config.seed)
+        data = f"{len(training):,} prompts, pictures of {size[0]}x{size[1]}; {len(held_out):,} more"
+    else:
+        pictures = config.data.pictures
+        if not config.is_toy or config.data.path:
+            from .pictures import picture_sizes, read_data
+
+            found = read_data(config)
+            pictures = len(found.records)
+            told += found.notes
+            size = max(picture_sizes(config), key=lambda pair: pair[0] * pair[1])
+        data = f"{pictures:,} pictures, up to {size[0]}x{size[1]}, of which {held_out_count(config, pictures):,}"
     prior = []
     if config.prior.prompt:
         from .prior import plan
@@ -113,15 +128,15 @@ def check(config: Config) -> list[str]:
             f"Warning: {cost.too_many} pictures at once do not fit into the memory of {device} "
             f"({total_memory(device) / MB:,.0f} MB): {LESS_MEMORY}."
         )
+    without = ", besides decoding and scoring pictures" if config.objective == "reward" else ""
     whole = cost.seconds * config.loop.steps / 3600
     return [
         *told,
-        f"Base: {base.name}. Data: {pictures:,} pictures, up to {size[0]}x{size[1]}, of which "
-        f"{held_out_count(config, pictures):,} are held out for validation. "
+        f"Base: {base.name}. Data: {data} are held out for validation. "
         f"Method: {config.method}, {cost.parameters:,} parameters.",
         *prior,
         f"Estimated peak memory: {cost.peak / MB:,.0f} MB, on {device}.",
-        f"Estimated time: {cost.seconds:.2f} s a step, {whole:.1f} h for {config.loop.steps:,} steps.",
+        f"Estimated time: {cost.seconds:.2f} s a step, {whole:.1f} h for {config.loop.steps:,} steps{without}.",
     ]
 
 
@@ -190,7 +205,8 @@ def _finished(run: Run, prior: Any) -> Path:
     """The run's file, after its last step."""
     config, accelerator = run.config, run.accelerator
     trained = sum(p.numel() for p in run.module.parameters())
-    pictures = f"{len(run.data):,} pictures, {_held_out(len(run.held_out), config)}"
+    what = "prompts" if config.objective == "reward" else "pictures"
+    pictures = f"{len(run.data):,} {what}, {_held_out(len(run.held_out), config)}"
     pictures += f", {len(prior):,} of the class" if prior else ""
     processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     accelerator.print(f"{config.method}: {trained:,} parameters, {pictures}, on {run.device}{processes}")

@@ -1,5 +1,6 @@
 """The held-out loss while training: fixed pictures, noises and timesteps, paired with the base's."""
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ def told_gain(best: dict[str, float] | None) -> str:
     """Whether a run helped, in a sentence. best: what `Validator.measure` found, with the `step`, or None."""
     if best is None:
         return "No picture was held out (validation.pictures), so that it was not measured whether it helped."
+    if "reward" in best:
+        return _told_reward(best)
     before = best["loss"] - best["change"]
     losses = f"the held-out loss was {before:.4f} before"
     if best["step"] == 0:
@@ -32,8 +35,21 @@ def told_gain(best: dict[str, float] | None) -> str:
     return f"It helped: {sentence}."
 
 
+def _told_reward(best: dict[str, float]) -> str:
+    before, change, error = best["reward"] - best["change"], best["change"], best["error"]
+    rewards = f"the reward of held-out prompts was {before:.4f} before"
+    if best["step"] == 0:
+        return f"It did not help: {rewards} and at no step higher. The file is that of step 0, which changes nothing."
+    sentence = f"{rewards} and is {best['reward']:.4f} at the best step, {best['step']} ({change:+.4f} ± {error:.4f})"
+    if change < 2 * error:
+        return f"It may have helped, but by less than can be told from chance: {sentence}."
+    return f"It helped: {sentence}."
+
+
 class Validator:
     """Measures a run's method on `held_out`. stale: validations since the last better one."""
+
+    columns = ("loss", "change", "error")
 
     def __init__(self, run: Any, held_out: Any):
         self.run, self.held_out = run, held_out
@@ -76,6 +92,11 @@ class Validator:
     @property
     def _shown(self) -> bool:
         return self.run.accelerator.is_main_process
+
+    @staticmethod
+    def better(found: dict[str, float], best: dict[str, float] | None) -> bool:
+        """Whether the first is a better result of `measure`; NaN, where no held-out loss is finite, is never."""
+        return found["change"] < (math.inf if best is None else best["change"])
 
     def measure(self) -> dict[str, float]:
         """{"loss", "change": mean difference to the base on the same pairs, "error": its standard error}.

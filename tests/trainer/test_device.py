@@ -137,7 +137,7 @@ def test_an_attention_without_a_backward_pass_is_not_trained_through(base, tmp_p
     for host in (attention.attention_pytorch, attention_flash):
         monkeypatch.setattr(attention, "optimized_attention", host)
         run = make_run(config_of(tmp_path), base)
-        run._forward_backward(run.batches.draw(0))
+        run._forward_backward(run.objective.batches.draw(0))
         gradients.append(torch.cat([p.grad.flatten() for p in run.module.parameters()]))
     torch.testing.assert_close(*gradients)
     assert "through attention_pytorch: attention_flash, which ComfyUI uses, has no backward pass" in attention_notice(
@@ -329,13 +329,13 @@ def test_statistics_wait_for_nothing_until_they_are_asked():
 
 def test_batches_are_read_ahead_each_once_and_in_order(base, tmp_path, monkeypatch):
     run = make_run(config_of(tmp_path), base)
-    drawn, draw = [], run.batches.draw
+    drawn, draw = [], run.objective.batches.draw
 
     def noted(step):
         drawn.append((step, run.step))
         return draw(step)
 
-    monkeypatch.setattr(run.batches, "draw", noted)
+    monkeypatch.setattr(run.objective.batches, "draw", noted)
     for _ in range(4):
         run.train_step()
     # (of step, while in step): none beyond the last.

@@ -131,7 +131,7 @@ def test_the_authors_generator_as_released_never_learns(tmp_path):
     run = reference_run(tmp_path, freed=False)
     for _ in range(30):
         run.train_step()
-    run._forward_backward(run.batches.draw(30))
+    run._forward_backward(run.objective.batches.draw(30))
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in run.module.generators.parameters())
     assert any(p.grad.abs().sum() > 0 for p in run.module.adapters.parameters())
     outputs = outputs_of_maps(run.module)
@@ -144,7 +144,7 @@ def test_the_authors_generator_as_released_never_learns(tmp_path):
 
 def test_the_authors_generator_freed_learns_from_the_first_step(tmp_path):
     run = reference_run(tmp_path, freed=True)
-    run._forward_backward(run.batches.draw(0))
+    run._forward_backward(run.objective.batches.draw(0))
     for name, parameter in run.module.generators.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
     run.optimiser.zero_grad()

@@ -83,7 +83,7 @@ def rows_of(path) -> list[dict]:
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_sample_that_overflows_costs_its_share_of_the_gradient_alone(base, tmp_path, accumulate):
     run = make_run(config_of(tmp_path, loop={"accumulate": accumulate}), base)
-    batch = run.batches.draw(0)
+    batch = run.objective.batches.draw(0)
     others = torch.arange(8) != 2
     with run.method.acting():
         whole = base.diffusion_loss(
@@ -104,7 +104,7 @@ def test_a_sample_that_overflows_costs_its_share_of_the_gradient_alone(base, tmp
 
 def test_a_lost_sample_is_told_and_the_run_goes_on(base, tmp_path, caplog):
     run = make_run(config_of(tmp_path), base)
-    with overflowing(base, run.batches.draw(1).timesteps[:2]), caplog.at_level(logging.WARNING):
+    with overflowing(base, run.objective.batches.draw(1).timesteps[:2]), caplog.at_level(logging.WARNING):
         path = run.run()
     assert [(row["step"], row["samples"], row["whole_step"]) for row in rows_of(run.folder / "left_out.csv")] == [
         ("2", "2", "0")
@@ -130,7 +130,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(base, tmp_path):
     run = make_run(config_of(tmp_path, loop={"ema": 0.5}), base)
     run.train_step()
     before = snapshot(run)
-    with overflowing(base, run.batches.draw(1).timesteps):
+    with overflowing(base, run.objective.batches.draw(1).timesteps):
         loss = run.train_step()
     assert math.isnan(loss)
     assert run.step == 2
@@ -167,7 +167,7 @@ def test_fp16s_loss_scale_falls_where_gradients_overflow(base, tmp_path, clip):
     hook.remove()
     assert accelerator.scaler.get_scale() == 2.0**9
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(run), strict=True))
-    with overflowing(base, run.batches.draw(2).timesteps):
+    with overflowing(base, run.objective.batches.draw(2).timesteps):
         run.train_step()
     assert accelerator.scaler.get_scale() == 2.0**9
     run.train_step()
@@ -193,7 +193,7 @@ def test_a_run_that_has_diverged_stops_with_a_sentence(base, tmp_path, monkeypat
 
 def test_what_was_left_out_is_still_known_after_a_resume(base, tmp_path):
     run = make_run(config_of(tmp_path), base)
-    with overflowing(base, run.batches.draw(0).timesteps):
+    with overflowing(base, run.objective.batches.draw(0).timesteps):
         run.train_step()
     run.save_state()
     again = make_run(config_of(tmp_path), base)
@@ -243,7 +243,7 @@ base = load_toy_base()
 run = make_run(parse_config(json.loads({values!r})), base)
 run.train_step()
 # All samples of the second process.
-with overflowing(base, run.batches.draw(1).timesteps[4:]):
+with overflowing(base, run.objective.batches.draw(1).timesteps[4:]):
     loss = run.train_step()
 total = sum(p.double().sum().item() for p in run.module.parameters())
 print("RESULT", json.dumps([run.accelerator.process_index, loss, run.left_out.samples, run.left_out.steps, total]))

@@ -121,7 +121,7 @@ def test_another_base_makes_other_pictures(tmp_path):
 @pytest.mark.parametrize(("share", "of_class"), [(0.25, 2), (0.5, 4), (0.01, 1), (0.99, 7)])
 def test_the_loss_is_the_mean_of_the_pictures_plus_the_weighted_mean_of_the_class(base, tmp_path, share, of_class):
     run = make_run(config_of(tmp_path, prior={"share": share, "weight": 0.3}), base)
-    batch = run.batches.draw(0)
+    batch = run.objective.batches.draw(0)
     with torch.no_grad(), run.method.acting():
         losses = base.diffusion_loss(batch.clean, batch.conditions, batch.timesteps, batch.noise)
     expected = losses[:-of_class].mean() + 0.3 * losses[-of_class:].mean()
@@ -130,8 +130,8 @@ def test_the_loss_is_the_mean_of_the_pictures_plus_the_weighted_mean_of_the_clas
 
 def test_class_pictures_come_with_the_class_prompt(base, tmp_path):
     run = make_run(config_of(tmp_path, data={"caption_dropout": 0.0, "flip": False}), base)
-    prior = run.batches.prior
-    drawn = [run.batches.draw(step) for step in range(2)]
+    prior = run.objective.batches.prior
+    drawn = [run.objective.batches.draw(step) for step in range(2)]
     prompt = base.encode_text(PROMPT)["cross_attn"].expand(2, -1, -1)
     for batch in drawn:
         torch.testing.assert_close(batch.conditions["cross_attn"][-2:], prompt, rtol=1e-3, atol=1e-3)
@@ -145,7 +145,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(base, tmp_path, part
     gradients = []
     for accumulate in (1, parts):
         run = make_run(config_of(tmp_path, loop={"accumulate": accumulate}), base)
-        run._forward_backward(run.batches.draw(0))
+        run._forward_backward(run.objective.batches.draw(0))
         gradients.append(torch.cat([p.grad.flatten() for p in run.module.parameters()]))
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
 
@@ -172,7 +172,7 @@ def test_data_and_prior_may_live_in_memory(base, tmp_path):
     config = config_of(tmp_path, prior={"prompt": ""})
     data, prior = in_memory(base, 20), in_memory(base, 3)
     run = Run(config, base, data, make_accelerator(config), prior)
-    batch = run.batches.draw(0)
+    batch = run.objective.batches.draw(0)
     known = {tuple(row) for row in prior.latents(torch.arange(3)).flatten(1).tolist()}
     assert [tuple(row) in known for row in batch.clean.flatten(1).tolist()] == [False] * 6 + [True] * 2
     assert run.run().exists()

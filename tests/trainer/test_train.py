@@ -79,7 +79,7 @@ def rows_of(path: Path) -> list[dict]:
 
 def test_every_parameter_has_a_gradient_at_the_first_step(base, tmp_path):
     run = make_run(small(tmp_path), base)
-    run._forward_backward(run.batches.draw(0))
+    run._forward_backward(run.objective.batches.draw(0))
     for name, parameter in run.module.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
@@ -133,7 +133,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(base, tmp_path, part
     for accumulate in (1, parts):
         config = small(tmp_path, loop={"accumulate": accumulate, "precision": "fp32"})
         run = make_run(config, base)
-        run._forward_backward(run.batches.draw(0))
+        run._forward_backward(run.objective.batches.draw(0))
         gradients.append(torch.cat([p.grad.flatten() for p in run.module.parameters()]))
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
 
@@ -143,7 +143,7 @@ def test_checkpointing_changes_no_gradient(base, tmp_path):
     for checkpointing in (False, True):
         config = small(tmp_path, loop={"checkpointing": checkpointing, "precision": "fp32"})
         run = make_run(config, base)
-        run._forward_backward(run.batches.draw(0))
+        run._forward_backward(run.objective.batches.draw(0))
         gradients.append(torch.cat([p.grad.flatten() for p in run.module.parameters()]))
     torch.testing.assert_close(*gradients)
 

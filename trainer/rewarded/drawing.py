@@ -1,0 +1,72 @@
+"""Pictures of prompts as a method on a base draws them, by the host's own samplers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import BaseModel
+from ..config import TOY_RESOLUTION, Config
+
+
+def stacked(conditions: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Conditions of single prompts as those of a batch."""
+    return {key: torch.stack([one[key] for one in conditions]) for key in conditions[0]}
+
+
+def picture_side(config: Config) -> int:
+    """In pixels, of the squares that are drawn."""
+    return TOY_RESOLUTION if config.is_toy else config.data.resolution
+
+
+class Drawing:
+    """Draws latents and shows them. at_once: latents that are drawn together."""
+
+    def __init__(self, base: BaseModel, config: Config, at_once: int):
+        self.base, self.settings, self.at_once = base, config.reward, at_once
+        side = picture_side(config) // 8
+        self.shape = (base.model.latent_format.latent_channels, side, side)
+        self._known: dict[str, dict[str, Tensor]] = {}
+
+    def read(self, prompts: list[str]) -> None:
+        """Encode prompts, for `conditions`; those of the last call and the empty one are known, others forgotten."""
+        wanted = dict.fromkeys(["", *prompts])
+        self._known = {text: self._known.get(text) or self.base.encode_text(text) for text in wanted}
+
+    def conditions(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Of a batch of prompts that were read, on the CPU."""
+        return stacked([self._known[text] for text in prompts])
+
+    @torch.no_grad()
+    def latents(self, model: Any, prompts: list[str], noise: Tensor, seed: int, progress=None) -> Tensor:
+        """`[N, C, h, w]`, scaled as the U-Net takes them, on the CPU; of prompts that were read.
+
+        model: the host's MODEL. noise: `[N, C, h, w]`. progress: called with the number of pictures that were drawn.
+        """
+        import comfy.sample
+
+        how = self.settings
+        found = []
+        for start in range(0, len(prompts), self.at_once):
+            rows = slice(start, start + self.at_once)
+            positive, negative = (self._link(texts) for texts in (prompts[rows], [""] * len(prompts[rows])))
+            part = noise[rows]
+            options = {"disable_pbar": True, "seed": seed + start}
+            plan = (how.steps, how.cfg, how.sampler, how.scheduler)
+            found.append(
+                comfy.sample.sample(model, part, *plan, positive, negative, torch.zeros_like(part), **options).cpu()
+            )
+            if progress is not None:
+                progress(len(part))
+        return self.base.model.process_latent_in(torch.cat(found)).float()
+
+    def _link(self, prompts: list[str]) -> list:
+        """What travels on a CONDITIONING link of the host, of a prompt for each picture."""
+        conditions = self.conditions(prompts)
+        return [[conditions.pop("cross_attn"), conditions]]
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> Tensor:
+        """`[N, 3, H, W]` in [0, 1], on the CPU."""
+        decoded = self.base.vae.decode(self.base.model.process_latent_out(latents))
+        return decoded.movedim(-1, 1)[:, :3].clamp(0, 1).float().cpu()

@@ -1,0 +1,73 @@
+"""Scores of pictures by the configured rewards, each picture for its own prompt."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from maskunet_core.rewards.reward import CombinedReward, Reward
+
+from ..base import fitting
+from ..config import TOY
+from ..host import REWARD, model_file
+
+_AT_ONCE = 8
+"""Pictures that a reward looks at together."""
+_WORK = 48 << 20
+"""Bytes that a reward's layers need for a picture: less than this in all published ones, in fp32."""
+
+
+class Scorer:
+    """models: rewards by their names (see `config.Reward`), with weights. device: where they compute."""
+
+    def __init__(self, models: dict[str, float], device: torch.device):
+        self.reward = CombinedReward([(weight, _loaded(name, device)) for name, weight in models.items()])
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
+        """`[N]` of pictures `[N, 3, H, W]` in [0, 1], on the CPU. The rewards lie on the device in the meantime."""
+        import comfy.model_management as management
+
+        modules = self.reward.modules()
+        size = sum(management.module_size(module) for module in modules)
+        management.free_memory(size + _AT_ONCE * _WORK, self.device)
+        scores = torch.zeros(len(pictures))
+        try:
+            with fitting("The reward", self.device, "take a smaller one in reward.models"):
+                for module in modules:
+                    module.to(self.device)
+                for prompt in dict.fromkeys(prompts):
+                    bound = self.reward.bind(prompt)
+                    rows = torch.tensor([n for n, other in enumerate(prompts) if other == prompt])
+                    for some in rows.split(_AT_ONCE):
+                        scores[some] = bound(pictures[some].to(self.device)).float().cpu()
+        finally:
+            for module in modules:
+                module.cpu()
+        return scores
+
+
+def _loaded(name: str, device: torch.device) -> Reward:
+    if name == TOY:
+        from .toy import ToyJudgement
+
+        return ToyJudgement()
+    import comfy.model_management as management
+
+    from maskunet_core.rewards.files import load
+
+    path = model_file(REWARD, name)
+    return load(path, _others(path), torch.float16 if management.should_use_fp16(device) else torch.float32)
+
+
+def _others(path: Path) -> Iterator[Path]:
+    """Files where a reward may find the image tower that it lacks."""
+    import folder_paths
+
+    for folder in ("clip_vision", REWARD):
+        for name in folder_paths.get_filename_list(folder):
+            found = folder_paths.get_full_path(folder, name)
+            if found is not None and Path(found) != path:
+                yield Path(found)
