@@ -1,12 +1,18 @@
-"""`make demo`: a real ComfyUI draws prompts by its own sampler and by searches, and puts the pictures side by side."""
+"""`make demo`: a real ComfyUI draws prompts by its own sampler and by searches, and puts the pictures side by side.
+
+Two ComfyUIs, where there are two cores: a toy's layers are too small for one of them to keep both busy.
+"""
 
 import argparse
 import copy
 import io
+import os
+import queue
 import shutil
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -28,24 +34,11 @@ PROMPTS = (
 )
 """The first of those that `reward-compare` makes its table of, not chosen among others: nothing was trained on them."""
 SEED = 0
+SERVERS = 2
 PRESETS = ("fast", "quality")
 PLAIN, SEARCHED = "Save without a search", "Save with a search"
 PRICE = {"plain": "1 picture drawn", "fast": "costs 4 pictures", "quality": "costs 15 pictures"}
 RIGHT, WRONG, UNREAD = (34, 160, 80), (208, 60, 60), (150, 150, 150)
-
-
-class Progress:
-    """One line per node on the screen, with its progress."""
-
-    def __init__(self, prompt: dict):
-        self.titles = {key: node["_meta"]["title"] for key, node in prompt.items()}
-
-    def __call__(self, kind: str, data: dict) -> None:
-        if kind == "progress":
-            title, value, total = self.titles.get(data["node"], data["node"]), data["value"], data["max"]
-            bar = "#" * round(24 * value / total)
-            end = "\n" if value == total else ""
-            print(f"\r  {title:<28} [{bar:<24}] {value}/{total}", end=end, flush=True)
 
 
 def fetch(server: Server, output: dict) -> list[Image.Image]:
@@ -109,31 +102,55 @@ def draw_prompt(server: Server, graph: dict, text: str) -> dict[str, Image.Image
         titled(prompt, "Two 64x64 pictures")["batch_size"] = 1
         titled(prompt, "Sample without a search")["seed"] = SEED
         titled(prompt, "Sample with a search").update(prompt=text, seed=SEED, preset=preset)
-        outputs = server.run(prompt, Progress(prompt))
+        outputs = server.run(prompt)
         for title, way in ((PLAIN, "plain"), (SEARCHED, preset)):
             node = next(key for key, value in prompt.items() if value["_meta"]["title"] == title)
             # A server gives the pictures of nodes that it need not run again, too.
             found[way] = fetch(server, outputs[node])[0] if node in outputs else found[way]
+        print(f"  {preset:<8} {text}", flush=True)
+    return found
+
+
+def draw_all(folder_name: str, port: int | None, prompts: tuple[str, ...]) -> list[dict[str, Image.Image]]:
+    """Of each prompt its pictures, by as many servers as there is work and room for."""
+    began = time.monotonic()
+    cores = os.cpu_count() or 1
+    count = min(SERVERS, cores, len(prompts))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+    waiting: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+    for numbered in enumerate(prompts):
+        waiting.put(numbered)
+    found: list[dict[str, Image.Image]] = [{} for _ in prompts]
+
+    def work(server_number: int) -> None:
+        with Server(folder_name, port + server_number if port else None) as server:
+            print(f"  running at {server.url} ({time.monotonic() - began:.0f} s)", flush=True)
+            graph = to_prompt(load_workflow(WORKFLOW), server.object_info())
+            while True:
+                try:
+                    number, text = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                found[number] = draw_prompt(server, graph, text)
+
+    print("starting ComfyUI ...", flush=True)
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, range(count)))
     return found
 
 
 def demo(port: int | None, folder_name: str, prompts: tuple[str, ...]) -> None:
     began = time.monotonic()
-    print("starting ComfyUI ...", flush=True)
-    with Server(folder_name, port) as server:
-        print(f"  running at {server.url} ({time.monotonic() - began:.0f} s)")
-        graph = to_prompt(load_workflow(WORKFLOW), server.object_info())
-        shutil.rmtree(OUTPUT, ignore_errors=True)
-        OUTPUT.mkdir(parents=True)
-        columns = []
-        for number, text in enumerate(prompts, 1):
-            print(f'"{text}"')
-            pictures = draw_prompt(server, graph, text)
-            verdicts = judge(list(pictures.values()), text)
-            columns.append((text, dict(zip(pictures, zip(pictures.values(), verdicts)))))
-            for way, picture in pictures.items():
-                picture.save(OUTPUT / f"{number}_{text.replace(' ', '_')}_{way}.png")
-        contact_sheet(columns).save(OUTPUT / "contact_sheet.png")
+    drawn = draw_all(folder_name, port, prompts)
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    OUTPUT.mkdir(parents=True)
+    columns = []
+    for number, (text, pictures) in enumerate(zip(prompts, drawn), 1):
+        verdicts = judge(list(pictures.values()), text)
+        columns.append((text, dict(zip(pictures, zip(pictures.values(), verdicts)))))
+        for way, picture in pictures.items():
+            picture.save(OUTPUT / f"{number}_{text.replace(' ', '_')}_{way}.png")
+    contact_sheet(columns).save(OUTPUT / "contact_sheet.png")
     for way in columns[0][1]:
         verdicts = [pictures[way][1] for _, pictures in columns if pictures[way][1] is not None]
         if verdicts:
@@ -143,7 +160,9 @@ def demo(port: int | None, folder_name: str, prompts: tuple[str, ...]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
-    parser.add_argument("--port", type=int, help="port on the loopback interface (default: a free one)")
+    parser.add_argument(
+        "--port", type=int, help="port on the loopback interface; the next is used, too (default: free ones)"
+    )
     parser.add_argument("--folder-name", default=FOLDER_NAME, help="the extension's name inside custom_nodes")
     parser.add_argument("prompts", nargs="*", help="prompts to draw instead of the usual six")
     arguments = parser.parse_args()
