@@ -24,6 +24,7 @@ from trainer.loop import DiskFull, Run
 from trainer.methods import build_method
 from trainer.run_folder import CannotResume
 from trainer.train import load_data, make_accelerator, start
+from trainer.validate import Validator
 
 
 @pytest.fixture(scope="module")
@@ -226,14 +227,14 @@ def test_a_run_leaves_the_base_untouched_and_writes_what_the_loader_reads(tmp_pa
 
 def test_the_best_validation_is_what_is_kept(base, tmp_path, monkeypatch):
     changes = iter([0.0, -3.0, -1.0])
-    monkeypatch.setattr(loop.Validator, "measure", lambda self: {"loss": 1.0, "change": next(changes), "error": 0.1})
+    monkeypatch.setattr(Validator, "measure", lambda self: {"loss": 1.0, "change": next(changes), "error": 0.1})
     path = start(small(tmp_path))
     assert checkpoint.load(path).training["step"] == 2
     assert checkpoint.load(path).training["validation"]["change"] == -3.0
 
 
 def test_a_run_stops_early_when_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.Validator, "measure", lambda self: {"loss": 1.0, "change": 0.0, "error": 0.1})
+    monkeypatch.setattr(Validator, "measure", lambda self: {"loss": 1.0, "change": 0.0, "error": 0.1})
     path = start(small(tmp_path, loop={"steps": 40}, validation={"patience": 3}))
     assert len(rows_of(path.with_name("log.csv"))) == 6
 
