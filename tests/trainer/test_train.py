@@ -16,7 +16,6 @@ import torch
 
 from maskunet_core.files import checkpoint
 from tests.builders import in_two_processes, trainer_command
-from trainer import loop
 from trainer.base import load_toy_base
 from trainer.config_file import load_config, parse_config, warnings
 from trainer.host import PROJECT
