@@ -20,7 +20,7 @@ from maskunet_core.models.structure import inspect_model
 from maskunet_core.seam.attach import structure_of
 from tests.builders import make_generator, sd15_unet
 from tests.damage import missing_tensor, newer_version, no_safetensors, not_finite, truncated
-from tests.host.graph import WORKFLOWS, load_workflow, nodes_of, titled, to_prompt
+from tests.host.graph import TEMPLATES, load_workflow, nodes_of, titled, to_prompt
 from tests.host.server import ExecutionError, Server, ServerError
 
 NODES = (
@@ -41,7 +41,7 @@ NODES = (
 )
 
 
-TOY_WORKFLOWS = sorted(path.stem for path in WORKFLOWS.glob("*.json") if not path.stem.startswith("sd15_"))
+TOY_WORKFLOWS = sorted(name for name in TEMPLATES if not name.startswith("sd"))
 """Those that need no file which does not ship; `test_sd15_workflows` runs the others."""
 
 
