@@ -119,7 +119,7 @@ def test_contract_of_the_nodes(object_info):
     assert outputs["MaskUNetSaveMasks"] == []
     assert outputs["MaskUNetMasksOfRun"] == ["MASKUNET_MASKS"]
     assert outputs["MaskUNetInspect"] == ["IMAGE"] * 4 + ["STRING"]
-    assert outputs["MaskUNetRewardSampler"] == ["LATENT", "MASKUNET_MASKS", "IMAGE"]
+    assert outputs["MaskUNetRewardSampler"] == ["LATENT", "MASKUNET_MASKS", "IMAGE", "IMAGE", "INT"]
     for node in ("MaskUNetApply", "MaskUNetApplyMasks", "MaskUNetRandomMask", "MaskUNetRecordMasks"):
         assert outputs[node] == ["MODEL"]
     assert outputs["MaskUNetToyModel"] == ["MODEL", "CLIP", "VAE"]
