@@ -3,6 +3,6 @@
 from .nodes import comfy_entrypoint
 
 WEB_DIRECTORY = "nodes/web"
-"""Its folder `docs` holds the help page of each node."""
+"""What the front end loads: a script for the look of the nodes, and in `docs` the help page of each."""
 
 __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -19,6 +19,18 @@ _KNOWN = {
 }
 """Formats of the project, for a file that was chosen in the wrong place."""
 
+_OTHERS = {
+    "a LoRA": (r"lora_|\.lora\.|lokr_|hada_", "models/loras, for Load LoRA"),
+    "a ControlNet": (
+        r"^control_model\.|input_hint_block|controlnet_cond",
+        "models/controlnet",
+    ),
+    "a checkpoint": (r"^model\.diffusion_model\.|^first_stage_model\.", "models/checkpoints, for Load Checkpoint"),
+    "a VAE": (r"^(decoder|encoder)\.conv_in\.", "models/vae, for Load VAE"),
+    "a diffusion model": (r"^(input_blocks|down_blocks|double_blocks|transformer_blocks)\.", "models/diffusion_models"),
+}
+"""Files that people have in the same place, by the name of some tensor: where they belong."""
+
 Expected = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
 """Kind and shape of each tensor by name: uint8, or None for floating point."""
 
@@ -69,7 +81,7 @@ class FileKind:
         """The file's metadata, after the checks that need nothing else. Raises `error`."""
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
+                metadata, names = file.metadata() or {}, list(file.keys())
         except FileNotFoundError:
             raise self.error(f"'{path}' does not exist. {self.place}") from None
         except (SafetensorError, OSError) as error:
@@ -80,6 +92,9 @@ class FileKind:
         found = metadata.get("format")
         if found != self.format and found in _KNOWN:
             raise self.error(f"'{path.name}' {_KNOWN[found]}.")
+        for kind, (pattern, place) in _OTHERS.items() if found != self.format else ():
+            if any(re.search(pattern, name) for name in names):
+                raise self.error(f"'{path.name}' is {kind}, not a {self.noun}: it belongs into {place}. {self.choose}")
         if found != self.format:
             raise self.error(
                 f"'{path.name}' is a safetensors file, but not a {self.noun} (its metadata has no format "

@@ -53,10 +53,10 @@ class MaskUNetLoader(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetLoader",
             display_name="MaskUNet Loader",
-            category="MaskUNet",
+            category="MaskUNet/generator",
             description="Loads a mask generator that was trained with `python -m trainer`. The files lie in "
             "models/maskunet. The file toy_shapes.safetensors comes with the extension, for the MaskUNet Toy Model.",
-            search_aliases=["mask generator", "load maskunet", "quality", "prompt adherence", "mask unet checkpoint"],
+            search_aliases=["mask generator", "load maskunet", "mask unet checkpoint"],
             inputs=[
                 io.Combo.Input(
                     "maskunet_name",
@@ -93,11 +93,11 @@ class MaskUNetApply(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetApply",
             display_name="MaskUNet Apply",
-            category="MaskUNet",
+            category="MaskUNet/generator",
             description="Masks weights of the model's linear layers while it samples, chosen anew by the generator for "
             "every step and every image. The model itself is never changed: bypass or delete this node and it is as "
             "before. Several of these nodes in a row keep what all of them keep.",
-            search_aliases=["mask weights", "masked unet", "quality", "prompt adherence", "enhance model"],
+            search_aliases=["mask weights", "masked unet", "enhance model"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with. LoRAs may come before or after this node."),
                 MaskUNetType.Input("maskunet", tooltip="The generator, from MaskUNet Loader."),
@@ -109,7 +109,11 @@ class MaskUNetApply(io.ComfyNode):
                     tooltip="Off: each weight takes its likelier side, so the same seed gives the same image. On: "
                     "weights are drawn by their probability with the seed below.",
                 ),
-                seed_input("Seed of the draw in stochastic mode. The sampler's own noise does not depend on it."),
+                seed_input(
+                    "Seed of the draw in stochastic mode. The sampler's own noise does not depend on it.",
+                    fixed=True,
+                    advanced=True,
+                ),
             ],
             outputs=[io.Model.Output("MODEL", tooltip="The model with masks. The input model stays as it was.")],
         )

@@ -19,7 +19,7 @@ class MaskUNetInspect(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetInspect",
             display_name="MaskUNet Inspect",
-            category="MaskUNet",
+            category="MaskUNet/masks",
             description="Shows what masks do: how many weights each layer keeps at each step, how that changes over "
             "time, whether small or large weights are removed, and where two prompts or seeds get different masks. "
             "Diagrams need matplotlib where ComfyUI runs; the table does not.",

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..maskunet_core.models.structure import Layer
-from ..maskunet_core.records.statistics import MaskStatistics, WeightStatistics
+from ..maskunet_core.records.statistics import MaskStatistics, WeightStatistics, places, short_name
 from .plots import figure, to_image
 
 _WIDTH = 7.0
@@ -21,43 +20,22 @@ _ENOUGH = 1000
 """Weights in a bin of the histogram whose removed share means something."""
 
 
-def _places(masks: MaskStatistics) -> list[str]:
-    """Where each layer lies, numbered as diffusers does: `up.1.0` is the first attention module of the block `up.1`,
-    `up.1.0.2` the third transformer block in it, where it has several.
-    """
-    parts = [layer.name.split(".transformer_blocks.") for layer in masks.layers]
-    modules = {block: [] for block in masks.blocks}
-    for block, (module, *_) in zip(masks.blocks, parts):
-        if module not in modules[block]:
-            modules[block].append(module)
-    places = [f"{block}.{modules[block].index(module)}" for block, (module, *_) in zip(masks.blocks, parts)]
-    inner = [rest[0].split(".")[0] if rest else "0" for _, *rest in parts]
-    deep = {place for place, number in zip(places, inner) if number != "0"}
-    return [f"{place}.{number}" if place in deep else place for place, number in zip(places, inner)]
-
-
-def _short(layer: Layer) -> str:
-    """What the layer is called there: `attn1 q`."""
-    name = layer.name.split(".transformer_blocks.")[-1].partition(".")[2] or layer.name
-    return name.replace("to_out.0", "out").replace("to_", "").replace(".", " ")
-
-
 def _starts(names: Sequence[str]) -> list[int]:
     return [row for row, name in enumerate(names) if row == 0 or name != names[row - 1]]
 
 
 def _label_layers(axes, masks: MaskStatistics) -> None:
-    places, layers = _places(masks), masks.layers
-    starts = _starts(places)
+    modules, layers = places(masks), masks.layers
+    starts = _starts(modules)
     for rows, width in ((starts, 0.8), (_starts(masks.blocks), 2.4)):
         for start in rows[1:]:
             axes.axhline(start - 0.5, color="white", linewidth=width)
     if len(layers) <= _NAMED_LAYERS:
-        named = [(row, f"{place}  {_short(layer)}") for row, (place, layer) in enumerate(zip(places, layers))]
+        named = [(row, f"{place}  {short_name(layer)}") for row, (place, layer) in enumerate(zip(modules, layers))]
         axes.set_ylabel("layer, in the model's order")
     else:
         ends = [*starts[1:], len(layers)]
-        named = [((start + end - 1) / 2, places[start]) for start, end in zip(starts, ends)]
+        named = [((start + end - 1) / 2, modules[start]) for start, end in zip(starts, ends)]
         named = named[:: -(-len(named) // _NAMED_LAYERS)]
         axes.set_ylabel("layers in the model's order, by module")
     axes.set_yticks(*zip(*named), fontsize="small")
@@ -84,8 +62,18 @@ def _heat_map(masks: MaskStatistics, shares: Tensor, title: str, unit: str, lowe
     return to_image(drawn)
 
 
+def _sentence(text: str) -> Tensor:
+    """[1, H, W, 3] in a diagram's place."""
+    drawn = figure(_WIDTH, 1.6)
+    if drawn is not None:
+        drawn.text(0.5, 0.5, text, ha="center", va="center")
+    return to_image(drawn)
+
+
 def keep_map(masks: MaskStatistics, subject: str) -> Tensor:
     """[1, H, W, 3]: keep ratio per layer and step. subject: whose masks, for the title."""
+    if not masks.removed.any():
+        return _sentence(f"Nothing is masked: all weights are kept ({subject}).")
     keep = 1 - masks.share(masks.removed)
     # A scale without a range would show noise, or nothing.
     lowest = min(float(keep.min()), 0.999)
@@ -95,10 +83,7 @@ def keep_map(masks: MaskStatistics, subject: str) -> Tensor:
 def difference_map(masks: MaskStatistics, subject: str) -> Tensor:
     """[1, H, W, 3]: per layer and step, how many weights are kept in one recording and removed in the other."""
     if masks.differing is None:
-        drawn = figure(_WIDTH, 1.6)
-        if drawn is not None:
-            drawn.text(0.5, 0.5, "Connect 'other_masks' to compare two recordings.", ha="center", va="center")
-        return to_image(drawn)
+        return _sentence("Connect 'other_masks' to compare two recordings.")
     differing = masks.share(masks.differing)
     overall = float(masks.differing.sum() / (masks.weights.sum() * len(masks.sigmas)))
     title = f"Where {subject} differ: {100 * overall:.3g} % of the weights"

@@ -13,6 +13,7 @@ from ..maskunet_core.files import mask_file
 from ..maskunet_core.records.recorded import RecordedMasks, RecordedSource
 from ..maskunet_core.seam.attach import attach, structure_of
 from .folders import MASKS, SAVED_MASKS, fingerprint
+from .node_text import tell
 from .types import MasksType, strength_input
 
 DEFAULT_PREFIX = f"{SAVED_MASKS}/maskunet"
@@ -69,7 +70,7 @@ class MaskUNetApplyMasks(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetApplyMasks",
             display_name="MaskUNet Apply Masks",
-            category="MaskUNet",
+            category="MaskUNet/masks",
             description="Replays masks that were found for one run: each step takes those of the recorded step whose "
             "noise level is nearest. The same settings and seed repeat the run; other samplers, step counts, prompts "
             "and sizes work too. The model itself is never changed.",
@@ -78,8 +79,6 @@ class MaskUNetApplyMasks(io.ComfyNode):
                 "recorded masks",
                 "reuse masks",
                 "mask weights",
-                "quality",
-                "prompt adherence",
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with, of the family the masks were recorded on."),
@@ -105,7 +104,7 @@ class MaskUNetSaveMasks(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetSaveMasks",
             display_name="MaskUNet Save Masks",
-            category="MaskUNet",
+            category="MaskUNet/masks",
             description="Saves recorded masks to the output folder, together with how they were found. For SD 1.5 a "
             "step takes up to 6 MB per image.",
             search_aliases=["export masks", "store masks", "keep masks"],
@@ -121,6 +120,7 @@ class MaskUNetSaveMasks(io.ComfyNode):
                 ),
             ],
             outputs=[],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -129,9 +129,12 @@ class MaskUNetSaveMasks(io.ComfyNode):
         path = _save(masks, prefix if prefix.strip("./\\ ") else DEFAULT_PREFIX)
         subfolder = Path(os.path.relpath(path.parent, folder_paths.get_output_directory()))
         saved = {"filename": path.name, "subfolder": "" if subfolder == Path() else str(subfolder), "type": "output"}
-        text = [f"Saved as {(subfolder / path.name).as_posix()}"]
+        size = path.stat().st_size / 1e6
+        text = [f"Saved as {(subfolder / path.name).as_posix()} ({size:.1f} MB)"]
         again = how_to_draw_again(masks.record)
-        return io.NodeOutput(ui={"masks": [saved], "text": text + ([again] if again else [])})
+        text += [again] if again else []
+        tell("\n".join(text), cls.hidden.unique_id)
+        return io.NodeOutput(ui={"masks": [saved], "text": text})
 
 
 def _save(masks: RecordedMasks, prefix: str) -> Path:
@@ -176,7 +179,7 @@ class MaskUNetLoadMasks(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetLoadMasks",
             display_name="MaskUNet Load Masks",
-            category="MaskUNet",
+            category="MaskUNet/masks",
             description="Loads recorded masks. The files lie in models/maskunet_masks, or where MaskUNet Save Masks "
             f"puts them, in {SAVED_MASKS}/ of the output folder.",
             search_aliases=["import masks", "open masks", "recorded masks"],

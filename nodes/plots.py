@@ -22,6 +22,25 @@ def figure(width: float, height: float):
     return found
 
 
+PAPER, INK, LINES = "#18181b", "#e4e4e7", "#3f3f46"
+"""Of diagrams that stand beside pictures on the canvas."""
+
+
+def darken(drawn) -> None:
+    """Light text and lines on a dark ground, for all that the figure holds."""
+    drawn.set_facecolor(PAPER)
+    for axes in drawn.axes:
+        axes.set_facecolor(PAPER)
+        axes.tick_params(colors=INK)
+        for part in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts):
+            part.set_color(INK)
+        for spine in axes.spines.values():
+            spine.set_color(LINES)
+    for legend in drawn.legends:
+        for text in legend.get_texts():
+            text.set_color(INK)
+
+
 def to_image(drawn) -> Tensor:
     """[1, H, W, 3] in [0, 1] of a figure, or a picture of one sentence where there is none."""
     if drawn is None:

@@ -14,11 +14,11 @@ class MaskUNetRandomMask(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetRandomMask",
             display_name="MaskUNet Random Mask",
-            category="MaskUNet",
+            category="MaskUNet/masks",
             description="Removes weights at random while the model samples, as in figure 1 of the MaskUNet paper: some "
             "masks give a better image than all weights do, most do not. Shows what there is to learn; it needs no "
             "generator and works on any SD 1.5, SD 2.x or SDXL model.",
-            search_aliases=["random mask", "drop weights", "prune", "variation", "quality", "maskunet figure 1"],
+            search_aliases=["random mask", "drop weights", "prune", "variation", "maskunet figure 1"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with."),
                 io.Float.Input(
@@ -30,7 +30,7 @@ class MaskUNetRandomMask(io.ComfyNode):
                     tooltip="Share of the weights that stay; 1 changes nothing. Begin at 0.99. The toy model bears "
                     "more: it shows little above 0.9.",
                 ),
-                seed_input("Seed of the masks. The sampler's own noise does not depend on it."),
+                seed_input("Seed of the masks. The sampler's own noise does not depend on it.", fixed=True),
                 io.Combo.Input(
                     "targets",
                     options=list(TARGETS),

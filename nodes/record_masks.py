@@ -12,7 +12,7 @@ class MaskUNetRecordMasks(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetRecordMasks",
             display_name="MaskUNet Record Masks",
-            category="MaskUNet",
+            category="MaskUNet/masks",
             description="Samplers that get this model keep the masks that acted at each step, together with the "
             "latent they give; connect that latent to MaskUNet Masks of Run. The image stays the same. For SD 1.5 a "
             "step takes up to 12 MB of memory per image, for as long as ComfyUI keeps the latent.",
@@ -38,7 +38,7 @@ class MaskUNetMasksOfRun(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetMasksOfRun",
             display_name="MaskUNet Masks of Run",
-            category="MaskUNet",
+            category="MaskUNet/masks",
             description="The masks that acted while this latent was sampled, as MaskUNet Record Masks kept them: for "
             "MaskUNet Inspect, to save, or to replay. Each branch of guidance has its own, so that a replay with the "
             "same settings draws the same image (with samplers that look at each noise level once).",

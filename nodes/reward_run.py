@@ -26,7 +26,9 @@ from ..maskunet_core.search.memory import bytes_of_masks, room_for
 from ..maskunet_core.search.run import SearchResult, search_images, structure_for
 from ..maskunet_core.search.sampling import loaded_with_room
 from ..maskunet_core.search.settings import SMALL_SIDE, SearchSettings
+from .candidate_sheet import candidate_sheets, small
 from .masks import not_by_seeds, seeds_in_words
+from .node_text import words_in_a_line
 from .sampler_trial import SamplerTrial
 from .search_progress import SearchProgress, numbers
 
@@ -109,6 +111,9 @@ class RewardRun:
         self.judge = judge = Judge(decode, partial(value_and_gradient, self.bound), small, scale, finish)
         self.watch = None if watched is None else lambda z: watched(judge.pictures(z)).detach()
         self.progress = SearchProgress(self.model, settings, self.steps, node_id)
+        self.candidate_scores: list[Tensor] = []
+        self._pictures: list[Tensor] = []
+        self._finished: Tensor | None = None
 
     def _decoder(self, gradients: bool) -> Callable[[Tensor], Tensor]:
         """What estimates are seen through."""
@@ -177,14 +182,27 @@ class RewardRun:
 
     def _final_scores(self, latents: Tensor) -> Tensor:
         """Rewards `[N]` of finished latents: decoded in the host's way, with its plan of memory and its tiles."""
-        scores = []
+        scores, shown = [], []
         for latent in latents.split(1):
             with torch.inference_mode():
                 pictures = self.vae.decode(latent)
                 comfy.model_management.load_models_gpu(self.reward_patchers)
             pictures = pictures.clone().flatten(0, -4).movedim(-1, 1)[:, :3]
             scores.append(self.bound(pictures).cpu())
+            shown.append(small(pictures))
+        self._finished = torch.cat(shown)
         return torch.cat(scores)
+
+    def _candidate_done(self, number: int, scores: Tensor) -> None:
+        """Keeps what the judging has decoded anyway."""
+        self.candidate_scores.append(scores.cpu())
+        self._pictures.append(small(self.judge.last_pictures) if self._finished is None else self._finished)
+        self.progress.candidate(number, scores)
+
+    def sheets(self, found: SearchResult) -> Tensor:
+        """`[N, H, W, 3]`: the candidates of each image, with their scores."""
+        seeds = [self._seed(number) for number in range(len(self._pictures))]
+        return candidate_sheets(self._pictures, self.candidate_scores, seeds, found.candidates)
 
     # Before anything is sampled ---------------------------------------------------------------------------------
 
@@ -224,7 +242,7 @@ class RewardRun:
             judge=self.judge,
             score=self._final_scores,
             steps=self.steps,
-            candidate_done=self.progress.candidate,
+            candidate_done=self._candidate_done,
             targets=self.targets,
             seed=self.sampling["seed"],
             watch=self.watch,
@@ -252,4 +270,5 @@ class RewardRun:
             told = seeds_in_words(self.seeds)
             if not self.seeds_suffice:
                 told += f". {not_by_seeds(self.sampling['sampler_name'], self.settings.latent_lr)}"
-            self.progress.tell(f"reward {numbers(found.scores)}, {told}")
+            unread = words_in_a_line(self.bound)
+            self.progress.tell(f"reward {numbers(found.scores)}, {told}" + (f"\n{unread}" if unread else ""))

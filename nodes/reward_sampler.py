@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.models.structure import TARGETS
 from ..maskunet_core.seam.gradients import ordinary_tensors
-from .reward_settings import CUSTOM, chosen_settings, custom_inputs
+from .reward_settings import PRESETS_IN_WORDS, chosen_settings, custom_inputs
 from .rewards import LoadedReward
 from .types import MasksType, RewardType, seed_input
 
@@ -22,16 +22,18 @@ class MaskUNetRewardSampler(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetRewardSampler",
             display_name="MaskUNet Reward Sampler",
-            category="MaskUNet",
+            category="MaskUNet/search",
             description="KSampler that makes the image follow a reward: before each step it looks at an estimate of "
             "the finished image, asks the reward, and switches weights of the model off by the reward's gradient. "
             "Nothing is trained beforehand, and the model is as before afterwards. It can also try several starting "
             "noises first and go on with the best.",
             search_aliases=[
-                "reward",
                 "quality",
                 "prompt adherence",
+                "better pictures",
+                "improve",
                 "best of n",
+                "reward",
                 "ImageReward",
                 "HPSv2",
                 "mask",
@@ -86,12 +88,9 @@ class MaskUNetRewardSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset",
-                    options=["fast", "quality", "paper", "reference", CUSTOM, "few_step"],
+                    options=list(PRESETS_IN_WORDS),
                     default="quality",
-                    tooltip="fast: the best of 6 starting noises, about the cost of 4 plain images. quality: the best "
-                    "of 14, and masks, about 16. paper, reference: the schedules of the paper and of its authors' "
-                    "release. custom: the advanced settings. few_step: for distilled models (Turbo, LCM, Lightning) at "
-                    "1 to 8 steps and CFG 1, about 25 of their images.",
+                    tooltip="\n".join(f"{name}: {words}" for name, words in PRESETS_IN_WORDS.items()),
                 ),
                 io.Int.Input(
                     "candidates",
@@ -162,7 +161,19 @@ class MaskUNetRewardSampler(io.ComfyNode):
                 ),
                 io.Image.Output(
                     "reward_curve",
-                    tooltip="Reward of the estimated image at each update (thin) and as each step was taken (dots).",
+                    tooltip="Reward of the estimated image at each update (thin) and as each step was taken (dots), "
+                    "and of the finished image.",
+                ),
+                io.Image.Output(
+                    "candidates",
+                    tooltip="For each image a sheet of all candidates, as they were judged, with seeds and scores; the "
+                    "chosen one is framed.",
+                ),
+                io.Int.Output(
+                    "seeds",
+                    is_output_list=True,
+                    tooltip="For each image the seed of KSampler whose starting noise was chosen: with it and the "
+                    "masks KSampler draws the image again.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -224,5 +235,7 @@ class MaskUNetRewardSampler(io.ComfyNode):
             found.recorded.record.update(record)
             output = {k: v for k, v in latent_image.items() if not k.startswith("downscale_ratio")}
             watched = watch.reward.name if watch else None
-            curve = reward_curve(found, reward.reward.name, watched, settings.keep_best)
-            return io.NodeOutput(output | {"samples": found.latents}, found.recorded, curve)
+            curve = reward_curve(found, reward.reward.name, watched, settings.keep_best, run.candidate_scores)
+            return io.NodeOutput(
+                output | {"samples": found.latents}, found.recorded, curve, run.sheets(found), run.seeds
+            )

@@ -11,6 +11,24 @@ from ..maskunet_core.search.settings import OPTIMISERS, PRESETS, SearchSettings
 
 CUSTOM = "custom"
 _OPEN = SearchSettings()
+_FOLDED = {"optional": True, "advanced": True, "extra_dict": {"shown_with": {"preset": CUSTOM}}}
+"""The newer way of drawing nodes folds advanced inputs away; nodes/web/maskunet.js hides these in both ways."""
+
+
+_QUALITY, _FEW_STEP, _REFERENCE = PRESETS["quality"], PRESETS["few_step"], PRESETS["reference"]
+PRESETS_IN_WORDS = {
+    "fast": f"the best of {PRESETS['fast'].candidates} starting noises, without masks. Costs about 4 plain images.",
+    "quality": f"the best of {_QUALITY.candidates}, then masks, {_QUALITY.iterations} updates at each step of the "
+    "second half. About 15 plain images.",
+    "few_step": "for distilled models (Turbo, LCM, Lightning) at 1 to 8 steps and CFG 1: the best of "
+    f"{_FEW_STEP.candidates}, then {_FEW_STEP.iterations} updates at the last step. About 25 of their images of 4 "
+    "steps.",
+    CUSTOM: f"the settings that appear below; {_OPEN.iterations} updates at each step unless you change them.",
+    "paper": f"the paper's schedule, {PRESETS['paper'].iterations} updates at each step. The dearest by far.",
+    "reference": f"the schedule of the authors' release, {_REFERENCE.early_iterations} update at each step of the "
+    f"first half and {_REFERENCE.iterations} at each later one.",
+}
+"""In the order of use. Prices: operations on SD 1.5's shapes, 15 steps (trainer/reward_compare/README.md)."""
 
 
 def _of_custom(text: str) -> str:
@@ -18,13 +36,13 @@ def _of_custom(text: str) -> str:
 
 
 def custom_inputs() -> list[io.Input]:
-    """The settings that a preset fixes: advanced inputs, which the newer way of drawing nodes folds away."""
+    """The settings that a preset fixes."""
 
     def number(name: str, low: float, high: float, step: float, tooltip: str) -> io.Input:
         value = getattr(_OPEN, name)
         options = {"default": value, "min": low, "max": high, "step": step, "tooltip": _of_custom(tooltip)}
         kind = io.Int if isinstance(value, int) else io.Float
-        return kind.Input(name, optional=True, advanced=True, **options)
+        return kind.Input(name, **_FOLDED, **options)
 
     return [
         number(
@@ -50,8 +68,7 @@ def custom_inputs() -> list[io.Input]:
             "optimiser",
             options=list(OPTIMISERS),
             default=_OPEN.optimiser,
-            optional=True,
-            advanced=True,
+            **_FOLDED,
             tooltip=_of_custom(
                 "Normalised SGD flips the bits that matter most. AdamW, the paper's, moves all "
                 "logits by the same amount."
@@ -63,8 +80,7 @@ def custom_inputs() -> list[io.Input]:
         io.Boolean.Input(
             "noise",
             default=_OPEN.noise,
-            optional=True,
-            advanced=True,
+            **_FOLDED,
             tooltip=_of_custom("Gumbel noise on the logits, as in the paper."),
         ),
         number("clip", 0.0, 100.0, 0.01, "Bound of the gradient's norm per image, 0 for none."),
@@ -89,8 +105,7 @@ def custom_inputs() -> list[io.Input]:
             "branches",
             options=list(BRANCHES),
             default=_OPEN.branches,
-            optional=True,
-            advanced=True,
+            **_FOLDED,
             tooltip=_of_custom(
                 "Branches of classifier-free guidance that are masked. The positive one alone costs half."
             ),
@@ -98,8 +113,7 @@ def custom_inputs() -> list[io.Input]:
         io.Boolean.Input(
             "small_decode",
             default=_OPEN.small_decode,
-            optional=True,
-            advanced=True,
+            **_FOLDED,
             tooltip=_of_custom("Decode estimates no larger than the reward looks at: much cheaper for large images."),
         ),
         number(

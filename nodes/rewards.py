@@ -19,6 +19,7 @@ from ..maskunet_core.rewards.preprocess import letterbox
 from ..maskunet_core.rewards.reward import BoundModel, CombinedReward, Reward
 from .folders import REWARD, fingerprint
 from .legend import captioned
+from .node_text import tell, words_in_a_line
 from .patchers import whole_patcher
 from .types import RewardType
 
@@ -51,7 +52,7 @@ class MaskUNetRewardLoader(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetRewardLoader",
             display_name="MaskUNet Reward Loader",
-            category="MaskUNet",
+            category="MaskUNet/search",
             description="Loads a reward: a model that tells how well a picture shows a prompt, or how good it looks. "
             "ImageReward, HPSv2 and HPSv2.1, PickScore, CLIP-H and LAION's aesthetic predictor are read from their "
             "published files in models/reward, whatever the files are called. The toy reward comes with the extension "
@@ -63,8 +64,6 @@ class MaskUNetRewardLoader(io.ComfyNode):
                 "pickscore",
                 "aesthetic",
                 "clip score",
-                "quality",
-                "prompt adherence",
             ],
             inputs=[
                 io.Combo.Input(
@@ -155,7 +154,7 @@ class MaskUNetRewardCombine(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetRewardCombine",
             display_name="MaskUNet Reward Combine",
-            category="MaskUNet",
+            category="MaskUNet/search",
             description="Adds two rewards, each with its weight. More than two: combine what was combined. They run "
             "one after the other, so that only one of them at a time takes memory for its gradients.",
             search_aliases=["add rewards", "weighted reward", "mix rewards"],
@@ -181,7 +180,7 @@ class MaskUNetRewardScore(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetRewardScore",
             display_name="MaskUNet Reward Score",
-            category="MaskUNet",
+            category="MaskUNet/search",
             description="Scores pictures against a prompt, and writes the scores under them. Higher is better; scores "
             "of different rewards have different scales.",
             search_aliases=[
@@ -190,8 +189,6 @@ class MaskUNetRewardScore(io.ComfyNode):
                 "compare images",
                 "evaluate",
                 "caption with score",
-                "quality",
-                "prompt adherence",
             ],
             inputs=[
                 io.Image.Input("images", tooltip="The pictures, one or a batch."),
@@ -217,6 +214,7 @@ class MaskUNetRewardScore(io.ComfyNode):
                     "table", tooltip="All scores as JSON: prompt, reward, scores, and the parts of a combined reward."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -241,6 +239,9 @@ class MaskUNetRewardScore(io.ComfyNode):
                 {"name": name, "weight": weight, "scores": _for_json(values.tolist())} for weight, name, values in parts
             ]
         text = json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False)
+        unread = words_in_a_line(bound)
+        if unread:
+            tell(unread, cls.hidden.unique_id)
         return io.NodeOutput(scores, captioned(images, lines), text)
 
 

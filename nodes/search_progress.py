@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..maskunet_core.search.loop import Evaluation
 from ..maskunet_core.search.settings import SearchSettings
+from .node_text import tell
 
 
 class SearchProgress:
@@ -26,12 +27,7 @@ class SearchProgress:
 
     def tell(self, text: str) -> None:
         """A line of text on the node."""
-        if self.node_id is None:
-            return
-        from server import PromptServer
-
-        if getattr(PromptServer, "instance", None) is not None:
-            PromptServer.instance.send_progress_text(text, self.node_id)
+        tell(text, self.node_id)
 
     def _show(self, done: int, estimate: Tensor) -> None:
         # Samplers that look twice at a step ask for an earlier step again.

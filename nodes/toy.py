@@ -9,7 +9,7 @@ class MaskUNetToyModel(io.ComfyNode):
         return io.Schema(
             node_id="MaskUNetToyModel",
             display_name="MaskUNet Toy Model",
-            category="MaskUNet",
+            category="MaskUNet/toy model",
             description="A small real text-to-image model that comes with the extension. It draws one or two coloured "
             'shapes at 64x64, such as "a red circle left of a small blue square": red, green, blue, yellow, orange, '
             "purple, black or white; circle, square, triangle, star, ring or cross; small or large; left of, right of, "

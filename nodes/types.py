@@ -1,5 +1,7 @@
 """What MaskUNet's nodes hand to each other, and inputs that several of them have."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 MaskUNetType = io.Custom("MASKUNET")
@@ -41,7 +43,17 @@ def window_inputs() -> list[io.Input]:
     ]
 
 
-def seed_input(tooltip: str) -> io.Input:
+def seed_input(tooltip: str, fixed: bool = False, **options: Any) -> io.Input:
+    """fixed: a new node keeps its seed from run to run, where the host knows that choice."""
+    kinds = getattr(io, "ControlAfterGenerate", None)
+    control = kinds.fixed if fixed and kinds else True
     return io.Int.Input(
-        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, step=1, control_after_generate=True, tooltip=tooltip
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        step=1,
+        control_after_generate=control,
+        tooltip=tooltip,
+        **options,
     )

@@ -87,7 +87,7 @@ def test_what_the_registry_packs_links_to_what_it_packs(documents):
 @pytest.mark.parametrize(
     ("page", "broken"),
     [
-        ("[a](README.md#install) ![b](workflows/replay_masks.jpg) [c](https://example.org/x)", []),
+        ("[a](README.md#install) ![b](workflows/demo_sheet.jpg) [c](https://example.org/x)", []),
         ("[a](no_such_page.md)", ["no_such_page.md"]),
         ("[a](README.md#no-such-heading)", ["README.md#no-such-heading"]),
         ("[a](#here)\n# There", ["#here"]),

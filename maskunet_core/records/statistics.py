@@ -190,18 +190,42 @@ def weight_statistics(masks: ImageMasks, weight_of: Callable[[str], Tensor]) -> 
     return WeightStatistics(edges, total - removed, removed, mean_kept, mean_removed)
 
 
+def places(masks: MaskStatistics) -> list[str]:
+    """Where each layer lies, numbered as diffusers does: `up.1.0` is the first attention module of the block `up.1`,
+    `up.1.0.2` the third transformer block in it, where it has several.
+    """
+    parts = [layer.name.split(".transformer_blocks.") for layer in masks.layers]
+    modules = {block: [] for block in masks.blocks}
+    for block, (module, *_) in zip(masks.blocks, parts):
+        if module not in modules[block]:
+            modules[block].append(module)
+    found = [f"{block}.{modules[block].index(module)}" for block, (module, *_) in zip(masks.blocks, parts)]
+    inner = [rest[0].split(".")[0] if rest else "0" for _, *rest in parts]
+    deep = {place for place, number in zip(found, inner) if number != "0"}
+    return [f"{place}.{number}" if place in deep else place for place, number in zip(found, inner)]
+
+
+def short_name(layer: Layer) -> str:
+    """What the layer is called there: `attn1 q`."""
+    name = layer.name.split(".transformer_blocks.")[-1].partition(".")[2] or layer.name
+    return name.replace("to_out.0", "out").replace("to_", "").replace(".", " ")
+
+
 def to_table(masks: MaskStatistics, weights: WeightStatistics) -> str:
-    """Tab-separated values with a header: a line per layer and step, shares from 0 to 1, empty where there is none."""
+    """Values with a header, for people and for spreadsheets: a line per layer and step, columns of one width with tabs
+    between them, shares from 0 to 1, empty where there is none. Layers are named as in the diagrams."""
     columns = ["step", "sigma", "block", "layer", "weights", "removed", "keep_ratio", "flipped", "differing"]
     columns += ["mean_kept", "mean_removed"]
     keep, flipped = 1 - masks.share(masks.removed), masks.share(masks.flipped)
     flipped[:, 0] = float("nan")
     differing = torch.full_like(keep, float("nan")) if masks.differing is None else masks.share(masks.differing)
-    lines = ["\t".join(columns)]
+    names = [f"{place} {short_name(layer)}" for place, layer in zip(places(masks), masks.layers)]
+    lines = [columns]
     for step, sigma in enumerate(masks.sigmas):
         for row, (layer, block) in enumerate(zip(masks.layers, masks.blocks)):
             values = (keep, flipped, differing, weights.mean_kept, weights.mean_removed)
-            shares = ["" if value[row, step].isnan() else f"{value[row, step]:.6g}" for value in values]
+            shares = ["" if value[row, step].isnan() else f"{value[row, step]:.6f}" for value in values]
             counts = [str(_weights(layer)), str(int(masks.removed[row, step]))]
-            lines.append("\t".join([str(step + 1), f"{sigma:.6g}", block, layer.name, *counts, *shares]))
-    return "\n".join(lines)
+            lines.append([str(step + 1), f"{sigma:.4f}", block, names[row], *counts, *shares])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("\t".join(map(str.ljust, line, widths)) for line in lines)

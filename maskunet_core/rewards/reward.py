@@ -23,6 +23,8 @@ class BoundReward(ABC):
     """A reward for one prompt. `bound(images)` gives `[B]` scores in fp32, differentiable in the images."""
 
     name: str
+    unread: tuple[str, ...] = ()
+    """Words of the prompt that the reward knows nothing of."""
     gradient_scale: float = 1.0
     """By what a loss is multiplied before the backward pass, for the sake of numbers in half precision."""
 
@@ -55,8 +57,15 @@ class BoundModel(BoundReward):
     score: pictures `[B, 3, size, size]` in fp32 on the model's device to `[B]`.
     """
 
-    def __init__(self, name: str, size: int, model: nn.Module, score: Callable[[Tensor], Tensor]):
-        self.name, self.size = name, size
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        model: nn.Module,
+        score: Callable[[Tensor], Tensor],
+        unread: tuple[str, ...] = (),
+    ):
+        self.name, self.size, self.unread = name, size, unread
         self._model, self._score = model, score
 
     @property

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..toy.captions import Caption, parse
 from ..toy.model import load_reader
 from ..toy.readers import Reading
+from ..toy.vocabulary import unknown_words
 from .reward import BoundModel, BoundReward, Reward
 
 SIZE = 64
@@ -29,8 +30,9 @@ class ToyReward(Reward):
     def bind(self, prompt: str) -> BoundReward:
         """Raises UnreadablePrompt for what is no sentence of the toy world."""
         caption = parse(prompt)
+        unread = tuple(unknown_words(prompt))
         return BoundModel(
-            self.name, SIZE, self.reader, lambda pictures: log_probability(self.reader(pictures), caption)
+            self.name, SIZE, self.reader, lambda pictures: log_probability(self.reader(pictures), caption), unread
         )
 
     def modules(self) -> list[nn.Module]:

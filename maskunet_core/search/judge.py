@@ -89,6 +89,11 @@ class Judge:
             self._last = latents, self._decoded(latents)
         return self._last[1]
 
+    @property
+    def last_pictures(self) -> Tensor:
+        """`[N, 3, H, W]`: what was looked at last."""
+        return self._last[1]
+
     def scores(self, latents: Tensor, views: list[View] | tuple[()] = ()) -> Tensor:
         """`[N]`, averaged over the picture and its views."""
         pictures = self.pictures(latents)

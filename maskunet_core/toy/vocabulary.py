@@ -25,10 +25,18 @@ _ALIASES = {"an": "a", "the": "a", "big": "large", "little": "small", "over": "a
 _INDEX = {word: index for index, word in enumerate(WORDS)}
 
 
+def _words(text: str) -> list[str]:
+    return [_ALIASES.get(word, word) for word in re.findall(r"[a-z]+", text.lower())]
+
+
 def known_words(text: str) -> list[str]:
     """The words of `text` that the toy world knows, aliases replaced. Unknown words leave no trace."""
-    words = (_ALIASES.get(word, word) for word in re.findall(r"[a-z]+", text.lower()))
-    return [word for word in words if word in _INDEX]
+    return [word for word in _words(text) if word in _INDEX]
+
+
+def unknown_words(text: str) -> list[str]:
+    """The words of `text` that the toy world skips, each once."""
+    return list(dict.fromkeys(word for word in _words(text) if word not in _INDEX))
 
 
 def encode(text: str) -> list[int]:

@@ -10,7 +10,7 @@ from playwright.sync_api import sync_playwright
 
 from tests.browser.desk import Desk
 from tests.host.browser import HOW, REQUIRED, find_browser
-from tests.host.graph import WORKFLOWS, load_workflow, titled, to_prompt
+from tests.host.graph import TEMPLATES, load_workflow, titled, to_prompt
 from tests.host.server import Server
 from trainer.host import PROJECT
 
@@ -39,7 +39,7 @@ def chromium() -> str:
 def comfyui(chromium):
     """A running ComfyUI in which the files that graphs declare are listed (they are empty), as after a download."""
     with Server() as server:
-        for name in sorted(path.stem for path in WORKFLOWS.glob("*.json")):
+        for name in TEMPLATES:
             for model in declared_models(name):
                 file = server.base / "models" / model["directory"] / model["name"]
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from PIL import Image
 from playwright.sync_api import Browser, expect
 from playwright.sync_api import TimeoutError as TooLate
 
+from tests.host.graph import TEMPLATES
 from tests.host.server import FOLDER_NAME, Server
 
 READY = "() => window.app?.graph && document.querySelector('[data-testid=queue-button]')"
@@ -56,6 +57,17 @@ NEW_PICTURES = """() => Object.entries(seen.files).every(([id, files]) => {
         complete && naturalWidth && new URL(src).searchParams.get('filename') === files[index])
 })"""
 
+# In the newer way of drawing, nodes are elements of the page, as high as what they hold.
+GROWN = """() => [...document.querySelectorAll('[data-node-id]')].flatMap(element => {
+    const node = app.graph.getNodeById(element.dataset.nodeId), {scale} = app.canvas.ds
+    const {width, height} = element.getBoundingClientRect()
+    const [wide, high] = [width / scale, height / scale - LiteGraph.NODE_TITLE_HEIGHT]
+    return wide > node.size[0] + 2 || high > node.size[1] + 2 ? [`${node.title} is ${wide} x ${high}`] : []
+})"""
+
+TOLD = """() => Object.fromEntries(app.graph._nodes.flatMap(node => (node.widgets ?? [])
+    .filter(({name}) => name === '$$node-text-preview').map(({value}) => [node.title, value])))"""
+
 GRAPH = """() => {
     const {nodes, links, groups} = app.graph.serialize()
     for (const node of nodes) node.title ??= app.graph.getNodeById(node.id).title
@@ -74,7 +86,7 @@ class Desk:
         self.server = server
         self.screenshots = screenshots
         self.mistakes: list[str] = []
-        self._context = browser.new_context(viewport={"width": 1600, "height": 1000})
+        self._context = browser.new_context(viewport={"width": 1440, "height": 900})
         self.page = self._context.new_page()
         self.page.set_default_timeout(120_000)
         self.page.goto(server.url)
@@ -116,10 +128,12 @@ class Desk:
         self.page.screenshot(path=self.screenshots / f"{name}.png", style=no_map)
 
     def open_template(self, name: str) -> None:
+        """name: the short one."""
         self.browse_templates()
-        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        title = TEMPLATES[name]
+        self.page.get_by_test_id(f"template-workflow-{title}").click()
         expect(self.page.get_by_test_id("template-workflows-content")).to_be_hidden()
-        self._settle(name)
+        self._settle(title)
 
     def browse_templates(self) -> None:
         """The template browser at this extension's graphs."""
@@ -190,6 +204,35 @@ class Desk:
 
     def seen(self) -> dict[str, Any]:
         return self.page.evaluate("() => seen")
+
+    def readable(self) -> bool:
+        """Whether texts are drawn at this distance."""
+        return not self.page.evaluate("() => app.canvas.low_quality")
+
+    def shown_settings(self, title: str) -> list[str]:
+        """Names of a node's widgets that are shown."""
+        return self.page.evaluate(
+            "title => app.graph._nodes.find(node => node.title === title).widgets"
+            ".filter(({hidden, options}) => !hidden && !options.hidden).map(({name}) => name)",
+            title,
+        )
+
+    def height(self, title: str) -> float:
+        return self.page.evaluate("title => app.graph._nodes.find(node => node.title === title).size[1]", title)
+
+    def sent(self, workflow: dict[str, Any]) -> dict[str, Any]:
+        """What the front end would send of a saved graph."""
+        return self.page.evaluate(
+            "async graph => (await app.loadGraphData(graph), (await app.graphToPrompt()).output)", workflow
+        )
+
+    def told(self) -> dict[str, str]:
+        """Lines of text on nodes, by title."""
+        return self.page.evaluate(TOLD)
+
+    def grown(self) -> list[str]:
+        """Nodes that do not fit into their saved sizes, in the newer way of drawing."""
+        return self.page.evaluate(GROWN)
 
     def pictures(self) -> dict[str, list[dict[str, Any]]]:
         """By the title of each node that shows pictures: their files ("output/..."), and the width shown (0: none)."""
@@ -262,15 +305,14 @@ class Desk:
         self.page.mouse.click(700, 400)
         self.select(found)
 
-    def choose(self, title: str, entry: str) -> None:
-        """Takes an entry of the list that is a node's first widget."""
+    def choose(self, title: str, name: str, entry: str) -> None:
+        """Takes an entry of the list that is a node's widget of that name."""
+        widget = "app.graph._nodes.find(node => node.title === title).widgets.find(widget => widget.name === name)"
         self.page.wait_for_function(
-            "([title, entry]) => app.graph._nodes.find(node => node.title === title)"
-            ".widgets[0].options.values.includes(entry)",
-            arg=[title, entry],
+            f"([title, name, entry]) => {widget}.options.values.includes(entry)", arg=[title, name, entry]
         )
-        widget = "title => app.graph._nodes.find(node => node.title === title).widgets[0].y"
-        self.page.mouse.click(*self.on_screen(title, 130, self.page.evaluate(widget, title) + 10))
+        down = self.page.evaluate(f"([title, name]) => {widget}.y", [title, name])
+        self.page.mouse.click(*self.on_screen(title, 130, down + 10))
         self.page.get_by_text(entry, exact=True).click()
 
     def node_info(self, display_name: str) -> dict[str, Any]:

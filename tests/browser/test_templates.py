@@ -9,9 +9,9 @@ from PIL import Image
 from tests.browser.conftest import declared_models
 from tests.browser.desk import Desk
 from tests.browser.layout import clipped, misplaced
-from tests.host.graph import WORKFLOWS, load_workflow
+from tests.host.graph import TEMPLATES, load_workflow, template_file
 
-SHIPPED = sorted((path.stem for path in WORKFLOWS.glob("*.json")), key=lambda name: (bool(declared_models(name)), name))
+SHIPPED = sorted(TEMPLATES, key=lambda name: (bool(declared_models(name)), name))
 COMPLETE = [name for name in SHIPPED if not declared_models(name)]
 """Graphs that run without a download: the first of those that ship."""
 
@@ -23,6 +23,7 @@ SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvan
 class Opened(NamedTuple):
     name: str
     desk: Desk
+    readable: bool
 
 
 class Run(NamedTuple):
@@ -43,14 +44,15 @@ def somebody_else(new_desk):
 def opened(request, new_desk):
     with new_desk() as desk:
         desk.open_template(request.param)
+        readable = desk.readable()
         desk.screenshot(f"{request.param}_opened")
-        yield Opened(request.param, desk)
+        yield Opened(request.param, desk, readable)
 
 
 @pytest.fixture(scope="module")
 def run(opened):
     """The graph after a press of Run."""
-    name, desk = opened
+    name, desk, _ = opened
     desk.show_all()
     queued = desk.graph()
     desk.press_run()
@@ -68,23 +70,27 @@ def test_the_browser_of_templates_lists_just_what_ships(desk):
     cards.first.wait_for()
     desk.screenshot("templates")
     listed = [card.get_attribute("data-testid").removeprefix("template-workflow-") for card in cards.all()]
-    assert sorted(listed) == sorted(SHIPPED)
-    for thumbnail in (WORKFLOWS / f"{name}.jpg" for name in SHIPPED):
-        if thumbnail.exists():
-            card = desk.page.get_by_test_id(f"template-workflow-{thumbnail.stem}")
-            card.scroll_into_view_if_needed()
-            picture = card.locator("img").first
-            shown = picture.evaluate("picture => picture.decode().then(() => picture.naturalWidth)")
-            assert shown == Image.open(thumbnail).width, thumbnail.name
+    assert sorted(listed) == sorted(TEMPLATES.values())
+    for thumbnail in (template_file(name, ".jpg") for name in SHIPPED):
+        card = desk.page.get_by_test_id(f"template-workflow-{thumbnail.stem}")
+        card.scroll_into_view_if_needed()
+        picture = card.locator("img").first
+        shown = picture.evaluate("picture => picture.decode().then(() => picture.naturalWidth)")
+        assert shown == Image.open(thumbnail).width, thumbnail.name
 
 
 def test_it_opens_whole(opened):
-    name, desk = opened
+    name, desk, _ = opened
     shown = {(node["id"], node["type"], node["title"]) for node in desk.graph()["nodes"]}
     assert shown == {(node["id"], node["type"], node["title"]) for node in load_workflow(name)["nodes"]}
     assert desk.unknown_nodes() == []
     assert desk.complaint() is None
     assert desk.mistakes == []
+
+
+def test_it_can_be_read_as_it_opens(opened):
+    """Of a large graph the front end shows all, and then no texts."""
+    assert opened.readable
 
 
 def test_nothing_lies_over_anything_else(opened):
@@ -93,6 +99,25 @@ def test_nothing_lies_over_anything_else(opened):
 
 def test_nothing_is_clipped(opened):
     assert clipped(opened.desk) == []
+
+
+@pytest.fixture(scope="module")
+def newer_desk(new_desk):
+    """A front end that draws nodes as elements of the page ("Nodes 2.0")."""
+    setting = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+    with new_desk() as desk:
+        desk.page.evaluate(setting, True)
+        yield desk
+        desk.page.evaluate(setting, False)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_can_be_read_in_the_newer_way_of_drawing_too(newer_desk, name):
+    newer_desk.open_template(name)
+    newer_desk.screenshot(f"{name}_opened_newer")
+    assert newer_desk.readable()
+    assert newer_desk.grown() == []
+    assert misplaced(newer_desk) == []
 
 
 @to_be_run
@@ -114,6 +139,16 @@ def test_its_pictures_appear(run):
         pixels = run.desk.pixels(title)
         assert [picture["width"] for picture in pictures] == [pixels.shape[2]] * len(pixels), title
         assert (pixels.std(axis=(1, 2, 3)) > 5).all(), f"{title} shows an even surface"
+
+
+@to_be_run
+def test_nodes_tell_what_they_found_and_where_they_saved_it(run):
+    said = {"MaskUNetRewardSampler": "reward ", "MaskUNetSaveMasks": "Saved as masks/"}
+    telling = {node["title"]: said[node["type"]] for node in run.queued["nodes"] if node["type"] in said}
+    told = run.desk.told()
+    assert set(told) == set(telling)
+    for title, text in telling.items():
+        assert text in told[title]
 
 
 @to_be_run

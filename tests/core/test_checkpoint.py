@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from maskunet_core import tensor_file, toy
-from maskunet_core.files import checkpoint
+from maskunet_core.errors import MaskUNetError
+from maskunet_core.files import checkpoint, mask_file
 from maskunet_core.files.checkpoint import BadCheckpoint, IncompatibleGenerator
 from maskunet_core.masks.generator import LowRankGenerator
 from maskunet_core.models.structure import Structure, inspect_model
@@ -211,3 +213,25 @@ def test_a_generator_for_another_family_is_refused(saved):
         match=r"was trained for the MaskUNet toy model, but the connected model is SD 1\.5: .* choose another file",
     ):
         loaded.require_fit(sd15)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("lora_unet_up_blocks_0_attentions_0.lora_up.weight", "is a LoRA, .* models/loras"),
+        ("unet.up_blocks.0.attn1.to_q.lora_A.weight", "is a LoRA"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "is a checkpoint, .* models/checkpoints"),
+        ("control_model.input_hint_block.0.weight", "is a ControlNet"),
+        ("decoder.conv_in.weight", "is a VAE"),
+        ("double_blocks.0.img_attn.qkv.weight", "is a diffusion model"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("load", "noun"), [(checkpoint.load, "MaskUNet generator"), (mask_file.load, "file of recorded masks")]
+)
+def test_a_file_of_another_kind_is_named_as_what_it_is(tmp_path, name, kind, load, noun):
+    path = tmp_path / "misplaced.safetensors"
+    save_file({name: torch.zeros(1)}, path)
+    with pytest.raises(MaskUNetError, match=kind) as caught:
+        load(path)
+    assert f"not a {noun}" in str(caught.value)

@@ -130,7 +130,7 @@ def presets(scene, rows: Rows) -> None:
         few = preset == "few_step"
         sampling = {"steps": 1 if few else scene.size.steps, "cfg": 1.0 if few else 5.0}
         with rows.attempt(f"preset {preset}"):
-            latent, masks, _ = search(scene.size.small, preset=preset, candidates=2, **sampling)
+            latent, masks, *_ = search(scene.size.small, preset=preset, candidates=2, **sampling)
             rows.promise(f"preset {preset}: finite", bool(torch.isfinite(latent["samples"]).all()))
             ratios, seed = masks.keep_ratio(), masks.record["seeds"][0]
             removed = f"keeps from {min(ratios):.5f}, scores {masks.record['scores']}"

@@ -1,18 +1,42 @@
 """Graphs as people open them (`workflows/*.json`, UI format), and what the server is sent (API format)."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from trainer.host import PROJECT
 
 WORKFLOWS = PROJECT / "workflows"
+TEMPLATES = {
+    "replay_masks": "MaskUNet 1 - replay masks (4 s)",
+    "reward_sampler": "MaskUNet 2 - reward sampler",
+    "reward_sampler_and_best_of_n": "MaskUNet 3 - plain, best of 16, search",
+    "inpainting": "MaskUNet 4 - inpainting",
+    "save_masks": "MaskUNet 5 - save masks",
+    "random_masks": "MaskUNet 6 - random masks",
+    "generator_off_and_on": "MaskUNet 7 - generator off and on",
+    "with_lora": "MaskUNet 8 - with a LoRA",
+    "inspect": "MaskUNet 9 - inspect masks",
+    "sd15_best_of_6": "MaskUNet SD 1.5 - best of 6",
+    "sd15_reward_sampler": "MaskUNet SD 1.5 - reward sampler",
+    "sd15_random_masks": "MaskUNet SD 1.5 - random masks",
+    "sdxl_best_of_6": "MaskUNet SDXL - best of 6",
+    "sdxl_reward_sampler": "MaskUNet SDXL - reward sampler",
+    "sdxl_random_masks": "MaskUNet SDXL - random masks",
+}
+"""The graphs that ship: short names, and the names of their files, which the template browser shows as titles."""
 MUTED, BYPASSED = 2, 4
 _NOT_SENT = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")
 _WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 
+def template_file(name: str, ending: str) -> Path:
+    """Of a template by its short name: `.json` the graph, `.jpg` the thumbnail."""
+    return WORKFLOWS / (TEMPLATES[name] + ending)
+
+
 def load_workflow(name: str) -> dict[str, Any]:
-    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads(template_file(name, ".json").read_text(encoding="utf-8"))
 
 
 def _widgets(info: dict[str, Any]) -> list[tuple[str, bool]]:

@@ -1,10 +1,22 @@
 import itertools
+import re
 
 import pytest
 from PIL import Image
 
-from tests.host.graph import BYPASSED, MUTED, WORKFLOWS, load_workflow, nodes_of, titled, to_prompt
-from tests.host.thumbnails import LARGEST, SIZE, TALLEST, THUMBNAILS, compose
+from maskunet_core.search.settings import PRESETS
+from tests.host.graph import (
+    BYPASSED,
+    MUTED,
+    TEMPLATES,
+    WORKFLOWS,
+    load_workflow,
+    nodes_of,
+    template_file,
+    titled,
+    to_prompt,
+)
+from tests.host.thumbnails import LARGEST, SIZE, THUMBNAILS, compose
 from trainer.config_file import tomllib
 from trainer.host import PROJECT
 
@@ -74,7 +86,11 @@ def test_a_muted_node_is_left_out():
     assert "model" not in prompt["4"]["inputs"]
 
 
-SHIPPED = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+SHIPPED = list(TEMPLATES)
+
+
+def test_the_graphs_that_ship_are_those_with_a_title():
+    assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == sorted(TEMPLATES.values())
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -126,8 +142,6 @@ SHIPPED_FILES = {
     "MaskUNetRewardLoader": {"toy reward (bundled)"},
 }
 FILE_NODES = (*SHIPPED_FILES, "CheckpointLoaderSimple", "LoraLoader", "LoraLoaderModelOnly", "ControlNetLoader")
-UNPUBLISHED = {"sd15.safetensors"}
-"""Generators that people train themselves: there is no address to give."""
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -139,12 +153,11 @@ def test_files_that_do_not_ship_come_with_their_address(name):
             continue
         file = node["widgets_values"][0]
         assert f"`{file}`" in note or f"[{file}]" in note
-        if file not in UNPUBLISHED:
-            (model,) = node["properties"]["models"]
-            assert model["name"] == file
-            assert model["url"].startswith("https://")
-            assert f"({model['url']})" in note
-            assert f"`models/{model['directory']}`" in note
+        (model,) = node["properties"]["models"]
+        assert model["name"] == file
+        assert model["url"].startswith("https://")
+        assert f"({model['url']})" in note
+        assert f"`models/{model['directory']}`" in note
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -159,8 +172,23 @@ def test_nodes_of_shipped_graphs_say_which_pack_they_come_from(name):
             assert properties["cnr_id"] == "comfy-core"
 
 
+NUMBERS = {
+    r"chooses among (\d+) noises|draws (\d+) starting noises|## Best of (\d+)": "fast",
+    r"judges (\d+) starting noises|the best of (\d+), then masks": "quality",
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_numbers_in_notes_are_those_of_the_presets(name):
+    (note,) = [node["widgets_values"][0] for node in load_workflow(name)["nodes"] if node["type"] == "MarkdownNote"]
+    told = [(preset, int("".join(found))) for words, preset in NUMBERS.items() for found in re.findall(words, note)]
+    quality = {"reward_sampler", "sd15_reward_sampler", "sdxl_reward_sampler", "reward_sampler_and_best_of_n"}
+    assert bool(told) == (name in quality or name.endswith("best_of_6"))
+    assert [(preset, number) for preset, number in told if number != PRESETS[preset].candidates] == []
+
+
 def test_every_shipped_graph_has_a_thumbnail_that_can_be_drawn_again():
-    assert sorted(THUMBNAILS) == SHIPPED
+    assert sorted(THUMBNAILS) == sorted(SHIPPED)
     for name, thumbnail in THUMBNAILS.items():
         titles = {node["title"] for node in load_workflow(thumbnail.runs or name)["nodes"]}
         assert {title for _, title in thumbnail.panels} <= titles
@@ -168,11 +196,10 @@ def test_every_shipped_graph_has_a_thumbnail_that_can_be_drawn_again():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_thumbnails_are_small(name):
-    path = WORKFLOWS / f"{name}.jpg"
+    path = template_file(name, ".jpg")
     assert path.stat().st_size <= LARGEST
     with Image.open(path) as picture:
-        assert (picture.format, picture.width) == ("JPEG", SIZE)
-        assert picture.height <= TALLEST
+        assert (picture.format, *picture.size) == ("JPEG", SIZE, SIZE)
 
 
 def test_a_thumbnail_shows_all_its_pictures_without_overlap():

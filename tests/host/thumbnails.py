@@ -11,12 +11,12 @@ from PIL import Image, ImageDraw, ImageFont
 from trainer.host import PROJECT
 
 from .demo import fetch
-from .graph import WORKFLOWS, load_workflow, titled, to_prompt
+from .graph import load_workflow, template_file, titled, to_prompt
 from .server import Server, ServerError
 
 HELP_PICTURES = PROJECT / "nodes" / "web" / "docs" / "pictures"
-SIZE, TALLEST = 560, 600
-"""The template browser shows pictures inside of a square."""
+SIZE = 560
+"""Side of a picture: the template browser shows squares."""
 LARGEST = 60_000
 """Bytes that a picture may take in the repository."""
 _PAPER, _INK, _FAINT = (24, 24, 27), (244, 244, 245), (161, 161, 170)
@@ -28,31 +28,29 @@ class Thumbnail:
     """What a template's picture shows: captions, each with the title of the node whose pictures stand under it.
 
     runs: the graph that is run, where the template itself needs weights that do not ship; the picture then says so.
+    preset: of its reward sampler, where not the graph's own.
     """
 
     panels: tuple[tuple[str, str], ...]
     runs: str = ""
+    preset: str = ""
 
 
 _MASKS = (("all weights", "Save without masks"), ("masks chosen by a generator", "Save with masks"))
-_SEARCH = (
-    ("stock sampler", "Save without a search"),
-    ("reward sampler", "Save with a search"),
-    ("reward while it samples", "Reward curve"),
+_SEARCH = (("stock sampler", "Save without a search"), ("reward sampler", "Save with a search"))
+_BEST = (("six noises, the best framed", "Candidates"),)
+_RANDOM = (
+    ("all weights", "Save with all weights"),
+    ("90 % of the weights", "Save with 90 %"),
+    ("80 %", "Save with 80 %"),
+    ("60 %", "Save with 60 %"),
 )
 THUMBNAILS = {
     "generator_off_and_on": Thumbnail(_MASKS),
-    "random_masks": Thumbnail(
-        (
-            ("all weights", "Save with all weights"),
-            ("90 % of the weights", "Save with 90 %"),
-            ("80 %", "Save with 80 %"),
-            ("60 %", "Save with 60 %"),
-        )
-    ),
+    "random_masks": Thumbnail(_RANDOM),
     "reward_sampler": Thumbnail(_SEARCH),
     "reward_sampler_and_best_of_n": Thumbnail(
-        (("plain", "Save plain"), ("best of 4", "Save best of 4"), ("search", "Save search"))
+        (("plain", "Save plain"), ("best of 16", "Save best of 16"), ("search", "Save search"))
     ),
     "save_masks": Thumbnail((("found, and saved", "Save with a search"), ("reward while it samples", "Reward curve"))),
     "replay_masks": Thumbnail((("all weights", "Save without masks"), ("masks from a file", "Save with masks"))),
@@ -76,8 +74,12 @@ THUMBNAILS = {
             ("another", "Save another prompt"),
         )
     ),
-    "sd15_generator_off_and_on": Thumbnail(_MASKS, runs="generator_off_and_on"),
+    "sd15_best_of_6": Thumbnail(_BEST, runs="reward_sampler", preset="fast"),
     "sd15_reward_sampler": Thumbnail(_SEARCH, runs="reward_sampler"),
+    "sd15_random_masks": Thumbnail(_RANDOM, runs="random_masks"),
+    "sdxl_best_of_6": Thumbnail(_BEST, runs="reward_sampler", preset="fast"),
+    "sdxl_reward_sampler": Thumbnail(_SEARCH, runs="reward_sampler"),
+    "sdxl_random_masks": Thumbnail(_RANDOM, runs="random_masks"),
 }
 TOY_MODEL = "toy_model"
 TOY_PROMPTS = (
@@ -125,21 +127,21 @@ def _layout(panels: list[Panel], panel_columns: int, picture_columns: int) -> La
 
 
 def compose(panels: list[Panel], remark: str = "") -> Image.Image:
-    """One picture, SIZE wide and at most TALLEST high: captions over their pictures, these as large as possible."""
+    """One picture, SIZE wide and high: captions over their pictures, these as large as possible."""
     foot, most = _LINE if remark else 0, max(len(pictures) for _, pictures in panels)
     choices = itertools.product(range(1, len(panels) + 1), range(1, most + 1))
-    layouts = [layout for choice in choices if (layout := _layout(panels, *choice)).height + foot <= TALLEST]
+    layouts = [layout for choice in choices if (layout := _layout(panels, *choice)).height + foot <= SIZE]
     best = max(
         layouts, key=lambda layout: (_fair(panels, layout), _font(panels, layout).size >= _READABLE, layout.area)
     )
-    sheet = Image.new("RGB", (SIZE, best.height + foot), _PAPER)
+    sheet, down = Image.new("RGB", (SIZE, SIZE), _PAPER), (SIZE - best.height - foot) // 2
     draw, font = ImageDraw.Draw(sheet), _font(panels, best)
     for (caption, pictures), (left, top, _), places in zip(panels, best.captions, best.pictures):
-        draw.text((left, top), caption, _INK, font)
+        draw.text((left, top + down), caption, _INK, font)
         for picture, (x, y, *size) in zip(pictures, places):
-            sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), (x, y))
+            sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), (x, y + down))
     if remark:
-        draw.text((_GAP, best.height), remark, _FAINT, ImageFont.load_default(_FONT))
+        draw.text((_GAP, best.height + down), remark, _FAINT, ImageFont.load_default(_FONT))
     return sheet
 
 
@@ -165,9 +167,11 @@ def save(picture: Image.Image, path: Path) -> None:
     print(f"  {path.relative_to(PROJECT)}  {path.stat().st_size / 1000:.0f} kB", flush=True)
 
 
-def drawn(server: Server, graph: str) -> dict[str, list[Image.Image]]:
-    """Runs a template as it is: pictures by the title of the node that shows or saves them."""
+def drawn(server: Server, graph: str, preset: str = "") -> dict[str, list[Image.Image]]:
+    """Runs a template as it is, or with another preset: pictures by the title of the node that shows or saves them."""
     prompt = to_prompt(load_workflow(graph), server.object_info())
+    if preset:
+        titled(prompt, "Sample with a search")["preset"] = preset
     outputs = server.run(prompt)
     return {
         prompt[node]["_meta"]["title"]: fetch(server, found) for node, found in outputs.items() if "images" in found
@@ -191,10 +195,10 @@ def draw(names: list[str]) -> None:
     with Server() as server:
         for name in (name for name in names if name in THUMBNAILS):
             thumbnail = THUMBNAILS[name]
-            shown = drawn(server, thumbnail.runs or name)
+            shown = drawn(server, thumbnail.runs or name, thumbnail.preset)
             remark = "drawn by the toy model" if thumbnail.runs else ""
             picture = compose([(caption, shown[title]) for caption, title in thumbnail.panels], remark)
-            save(picture, WORKFLOWS / f"{name}.jpg")
+            save(picture, template_file(name, ".jpg"))
             if f"pictures/{name}.jpg" in pages:
                 save(picture, HELP_PICTURES / f"{name}.jpg")
         if TOY_MODEL in names:

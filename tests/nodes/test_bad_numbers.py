@@ -118,7 +118,7 @@ PLACES = [reward_says, gradient_of_the_reward, decoded_picture, estimate, gradie
 def plain(request, extension):
     """Settings, and what a run gives in which all numbers are finite."""
     changes = SETTINGS[request.param]
-    latents, masks, _ = Scene(extension, "toy").search(batch=2, **changes)
+    latents, masks, *_ = Scene(extension, "toy").search(batch=2, **changes)
     return changes, latents["samples"], masks
 
 
@@ -144,7 +144,7 @@ def test_a_number_that_is_not_finite_costs_one_look_of_one_image(
     with monkeypatch.context() as patch:
         place(Looks(poison), scene, patch)
         with caplog.at_level(logging.WARNING):
-            found, found_masks, _ = scene.search(batch=2, **changes)
+            found, found_masks, *_ = scene.search(batch=2, **changes)
     assert len(poison.calls) == 1
     found = found["samples"]
     assert torch.isfinite(found).all()
@@ -176,6 +176,6 @@ def test_a_candidate_whose_reward_is_not_finite_is_not_chosen(extension, value, 
         return scores + value if len(looks) == number + 1 else scores
 
     monkeypatch.setattr(judge, "__call__", look)
-    _, masks, _ = scene.search(iterations=0, candidates=2)
+    _, masks, *_ = scene.search(iterations=0, candidates=2)
     assert masks.record["seeds"] == [SAMPLED["seed"] + 1 - number]
     assert all(math.isfinite(score) for score in masks.record["scores"])

@@ -217,7 +217,7 @@ def redrawn(scene, sampler, masks, latent, seeds=None, **changes):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_seeds_that_are_said_to_suffice_draw_the_images_again(scene, trials, sampler):
     latent = {"samples": torch.zeros(2, 4, 8, 8)}
-    latents, masks, _ = scene.search(2, sampler_name=sampler, **FOUR)
+    latents, masks, *_ = scene.search(2, sampler_name=sampler, **FOUR)
     unlike = len(set(masks.record["seeds"])) > 1
     assert masks.record["seeds_suffice"] == (sampler not in COUPLED or not unlike)
     assert trials == ["draws_each_alone"] * unlike
@@ -230,7 +230,7 @@ def test_seeds_that_are_said_to_suffice_draw_the_images_again(scene, trials, sam
 def test_the_seed_of_one_image_draws_it_again_with_its_masks(scene, trials, sampler):
     latent = {"samples": torch.zeros(1, 4, 8, 8)}
     changes = FOUR | {"iterations": 1, "start_percent": 1.0}
-    latents, masks, _ = scene.search(1, sampler_name=sampler, **changes)
+    latents, masks, *_ = scene.search(1, sampler_name=sampler, **changes)
     assert masks.record["seeds_suffice"]
     assert not trials
     assert torch.equal(redrawn(scene, sampler, masks, latent), latents["samples"])
@@ -239,7 +239,7 @@ def test_the_seed_of_one_image_draws_it_again_with_its_masks(scene, trials, samp
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpm_fast", "euler_ancestral"])
 def test_without_masks_images_are_their_candidates_and_need_no_more_than_seeds(scene, trials, sampler):
     latent = {"samples": torch.zeros(2, 4, 8, 8)}
-    latents, masks, _ = scene.search(2, sampler_name=sampler, **FOUR | {"masks": False, "candidates": 8})
+    latents, masks, *_ = scene.search(2, sampler_name=sampler, **FOUR | {"masks": False, "candidates": 8})
     assert len(set(masks.record["seeds"])) == 2
     assert masks.record["seeds_suffice"]
     assert not trials
@@ -250,7 +250,7 @@ def test_without_masks_images_are_their_candidates_and_need_no_more_than_seeds(s
 def test_images_that_masks_have_made_worse_are_their_candidates_again(scene, sampler):
     latent = {"samples": torch.zeros(2, 4, 8, 8)}
     changes = {"candidate_percent": 1.0, "iterations": 1, "lr": 30.0, "start_percent": 1.0}
-    latents, masks, _ = scene.search(2, sampler_name=sampler, **FOUR | changes)
+    latents, masks, *_ = scene.search(2, sampler_name=sampler, **FOUR | changes)
     same = torch.equal(redrawn(scene, sampler, masks, latent), latents["samples"])
     assert same == masks.record["seeds_suffice"]
 
@@ -259,14 +259,14 @@ def test_an_inpainting_mask_makes_ddim_draw_noise_by_its_seed(scene):
     samples = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     latent = {"samples": samples, "noise_mask": mask_of()}
     for sampler, suffices in (("euler", True), ("ddim", False)):
-        latents, masks, _ = scene.search(latent_image=latent, sampler_name=sampler, **FOUR | {"candidates": 8})
+        latents, masks, *_ = scene.search(latent_image=latent, sampler_name=sampler, **FOUR | {"candidates": 8})
         assert len(set(masks.record["seeds"])) == 2
         assert masks.record["seeds_suffice"] is suffices
         assert torch.equal(redrawn(scene, sampler, masks, latent), latents["samples"]) is suffices
 
 
 def test_latents_that_were_changed_are_not_drawn_again_by_masks(scene):
-    _, masks, _ = scene.search(latent_lr=0.05, **NOTHING | {"iterations": 1, "start_percent": 1.0})
+    _, masks, *_ = scene.search(latent_lr=0.05, **NOTHING | {"iterations": 1, "start_percent": 1.0})
     assert masks.record["seeds_suffice"] is False
     assert "latent_lr 0" in scene.extension("masks").how_to_draw_again(masks.record)
 
@@ -387,14 +387,14 @@ def test_the_samplers_that_are_named_take_up_changes_but_for_a_mask(scene, sampl
 def test_few_steps_and_little_noise_raise_nothing(scene, sampler):
     few = {"steps": 2, "candidate_percent": 0.0}
     for changes in ({"steps": 1}, few, {"steps": 3, "denoise": 0.4}, {"denoise": 0.0}):
-        latents, _, _ = scene.search(2, sampler_name=sampler, **FOUR | {"candidates": 2, "cfg": 1.0} | changes)
+        latents, *_ = scene.search(2, sampler_name=sampler, **FOUR | {"candidates": 2, "cfg": 1.0} | changes)
         assert torch.isfinite(latents["samples"]).all()
 
 
 def test_seeds_of_a_part_of_a_batch_draw_it_again(scene):
     whole = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     latent = {"samples": whole[2:], "batch_index": [2, 3], "noise_mask": mask_of(2)}
-    latents, masks, _ = scene.search(latent_image=latent, sampler_name="dpmpp_2m", denoise=0.7, **FOUR)
+    latents, masks, *_ = scene.search(latent_image=latent, sampler_name="dpmpp_2m", denoise=0.7, **FOUR)
     assert masks.record["seeds_suffice"]
     assert torch.equal(redrawn(scene, "dpmpp_2m", masks, latent, denoise=0.7), latents["samples"])
 
@@ -411,7 +411,7 @@ def test_the_presets_choose_the_candidate_that_a_reader_of_full_runs_would(scene
     """Each candidate's stock run, its estimate where the preset looks, and the same reward."""
     steps, sampler, candidates = 6, "dpmpp_2m_sde", 4
     changes = {"preset": preset, "steps": steps, "sampler_name": sampler, "candidates": candidates, "seconds": 0.01}
-    _, masks, _ = scene.search(2, **changes)
+    _, masks, *_ = scene.search(2, **changes)
     latent, scores = {"samples": torch.zeros(2, 4, 8, 8)}, []
     for candidate in range(candidates):
         # Pictures of 64 pixels are looked at in full.

@@ -5,13 +5,15 @@ import re
 
 import pytest
 
+from maskunet_core.search.settings import PRESETS
 from tests.host.server import FOLDER_NAME, Server, ServerError
 
 SECTIONS = ("## Inputs", "## Outputs", "## Cost", "## What it does not combine with")
 WORDS = {
     "mask": ("MaskUNetApply", "MaskUNetLoader", "MaskUNetRandomMask", "MaskUNetApplyMasks", "MaskUNetRewardSampler"),
-    "quality": ("MaskUNetApply", "MaskUNetLoader", "MaskUNetRewardSampler", "MaskUNetRewardScore"),
-    "prompt adherence": ("MaskUNetApply", "MaskUNetLoader", "MaskUNetRewardSampler", "MaskUNetRewardScore"),
+    "quality": ("MaskUNetRewardSampler",),
+    "prompt adherence": ("MaskUNetRewardSampler",),
+    "improve": ("MaskUNetRewardSampler",),
     "reward": ("MaskUNetRewardLoader", "MaskUNetRewardCombine", "MaskUNetRewardScore", "MaskUNetRewardSampler"),
 }
 JPEG = b"\xff\xd8\xff"
@@ -35,7 +37,7 @@ def inputs_of(info: dict) -> dict[str, list]:
 
 def missing_in_schema(info: dict) -> list[str]:
     """What a person at the graph would miss in a node's definition."""
-    missing = [] if info["category"] == "MaskUNet" else ["category"]
+    missing = [] if info["category"].startswith("MaskUNet/") else ["category"]
     missing += [] if info["display_name"].startswith("MaskUNet ") else ["display name"]
     missing += [] if len(info["description"]) > 40 else ["description"]
     missing += [] if info["search_aliases"] else ["search aliases"]
@@ -92,12 +94,42 @@ def test_nodes_are_found_by_what_people_type(nodes, word):
         if any(word in text.lower() for text in (info["display_name"], *info["search_aliases"]))
     }
     assert set(WORDS[word]) <= found
+    if word in ("quality", "prompt adherence", "improve"):
+        # What needs a file that people do not have would come first by its name.
+        assert found == set(WORDS[word])
 
 
 def test_settings_that_a_preset_fixes_are_folded(nodes):
     folded = {name for name, (_, *rest) in inputs_of(nodes["MaskUNetRewardSampler"]).items() if rest[0].get("advanced")}
     assert {"iterations", "lr", "optimiser", "momentum", "patience", "views", "latent_lr"} <= folded
     assert not folded & {"steps", "cfg", "prompt", "preset", "candidates", "masks"}
+
+
+def test_settings_of_custom_are_shown_with_that_choice_alone(nodes):
+    inputs = inputs_of(nodes["MaskUNetRewardSampler"])
+    shown_with = {
+        name: rest[0]["shown_with"] for name, (_, *rest) in inputs.items() if rest and "shown_with" in rest[0]
+    }
+    assert {"iterations", "optimiser", "noise", "branches", "candidate_percent"} <= set(shown_with)
+    assert not set(shown_with) & {"target", "seconds", "targets", "stop_by_watch"}
+    assert all(condition == {"preset": "custom"} for condition in shown_with.values())
+    assert "custom" in inputs["preset"][1]["options"]
+
+
+def test_presets_stand_in_the_order_of_use_each_with_its_price(nodes):
+    options = inputs_of(nodes["MaskUNetRewardSampler"])["preset"][1]
+    assert options["options"] == ["fast", "quality", "few_step", "custom", "paper", "reference"]
+    lines = dict(line.split(": ", 1) for line in options["tooltip"].splitlines())
+    assert list(lines) == options["options"]
+    for preset in ("fast", "quality", "few_step"):
+        assert f"the best of {PRESETS[preset].candidates}" in lines[preset]
+        assert "images" in lines[preset]
+
+
+@pytest.mark.parametrize("node", ["MaskUNetApply", "MaskUNetRandomMask"])
+def test_the_seed_of_masks_stays_from_run_to_run(nodes, node):
+    """Else each run would sample anew though nothing was changed."""
+    assert inputs_of(nodes[node])["seed"][1]["control_after_generate"] == "fixed"
 
 
 def without(path: tuple, info: dict) -> dict:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from maskunet_core.files import mask_file
 from maskunet_core.records.recorded import RecordedMasks
+from maskunet_core.records.statistics import MaskStatistics
 from tests.host.graph import load_workflow, titled, to_prompt
 from tests.host.server import ExecutionError, Server
 from tests.recording import random_masks
@@ -60,7 +61,8 @@ class Result:
 
     def table(self) -> list[dict[str, str]]:
         header, *lines = self.outputs[identity(self.prompt, "Table")]["text"][0].splitlines()
-        return [dict(zip(header.split("\t"), line.split("\t"))) for line in lines]
+        header, *lines = ([cell.strip() for cell in line.split("\t")] for line in (header, *lines))
+        return [dict(zip(header, line)) for line in lines]
 
     def numbers(self, column: str) -> np.ndarray:
         """[steps, layers]"""
@@ -84,6 +86,22 @@ def test_the_shipped_graph_shows_its_masks(server, graph):
     assert 0 < differing.max() < 0.2
     assert np.isnan(result.numbers("flipped")[0]).all()
     assert result.numbers("flipped")[1:].max() > 0.001
+
+
+def test_the_columns_of_the_table_stand_under_their_headings(server, graph):
+    result = Result(server, graph)
+    lines = result.outputs[identity(result.prompt, "Table")]["text"][0].splitlines()
+    assert len({tuple(place for place, sign in enumerate(line) if sign == "\t") for line in lines}) == 1
+    assert result.table()[0]["layer"] == "up.0.0 attn1 q"
+    assert not any("e-" in line for line in lines)
+
+
+def test_an_empty_branch_is_said_in_words(extension):
+    """Not as a map of one colour."""
+    pytest.importorskip("matplotlib")
+    empty = MaskStatistics((), ("up.0",), (3.0, 1.0), torch.zeros(1, 2), torch.zeros(1, 2), None)
+    said = extension("mask_plots").keep_map(empty, "negative branch")
+    assert said.shape[1] < 200
 
 
 def test_recording_does_not_change_the_picture(server, graph):

@@ -89,8 +89,8 @@ def test_what_was_saved_can_be_loaded_at_once_and_draws_the_same(server, one):
     }
     output = server.run(graph)["save"]
     assert output["masks"] == [{"filename": "again_00001_.safetensors", "subfolder": "masks", "type": "output"}]
-    assert output["text"] == ["Saved as masks/again_00001_.safetensors"]
     saved = server.base / "output" / "masks" / "again_00001_.safetensors"
+    assert output["text"] == [f"Saved as masks/again_00001_.safetensors ({saved.stat().st_size / 1e6:.1f} MB)"]
     (tensors, metadata), original = parts_of(saved), parts_of(server.base / "models" / "maskunet_masks" / one)
     assert metadata == original[1]
     assert tensors.keys() == original[0].keys()
@@ -117,9 +117,10 @@ def save(extension, monkeypatch, tmp_path, toy_structure):
     """MaskUNet Save Masks in this process, with an output folder of its own."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     masks = random_masks(toy_structure)
+    saver = extension("masks").MaskUNetSaveMasks.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
 
     def execute(prefix: str) -> str:
-        (saved,) = extension("masks").MaskUNetSaveMasks.execute(masks, prefix).ui["masks"]
+        (saved,) = saver.execute(masks, prefix).ui["masks"]
         return f"{saved['subfolder']}/{saved['filename']}"
 
     return execute

@@ -10,8 +10,9 @@ import torch
 from tests.host.extension import NAME
 from tests.nodes.reward_graphs import FEW_UPDATES, NO_UPDATES, PROMPT, SAMPLING
 
-COLOURS = [(0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E), (0x2C, 0xA0, 0x2C)]
-"""Of matplotlib's first lines."""
+COLOURS = [(0x60, 0xA5, 0xFA), (0xFB, 0x92, 0x3C), (0x4A, 0xDE, 0x80)]
+"""Of the first three images."""
+PAPER, INK = (0x18, 0x18, 0x1B), (0xE4, 0xE4, 0xE7)
 TARGETS = "decoder attention"
 
 
@@ -44,30 +45,86 @@ def pixels(curve: torch.Tensor, colour: tuple[int, int, int]) -> int:
     return int(((255 * curve - torch.tensor(colour)).abs() < 2).all(-1).sum())
 
 
+def dark(curve: torch.Tensor) -> float:
+    """Share of the picture that is empty."""
+    return pixels(curve, PAPER) / curve[..., 0].numel()
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_curve_has_a_line_per_image_and_nothing_is_clipped(sample, batch):
     pytest.importorskip("matplotlib")
     curve = sample(batch)[2]
-    assert curve.shape == (1, 528, 880, 3)
-    assert [pixels(curve, colour) > 40 for colour in COLOURS] == [n < batch for n in range(3)]
+    assert curve.shape == (1, 462, 704, 3)
+    assert [pixels(curve, colour) > 10 for colour in COLOURS] == [n < batch for n in range(3)]
     for edge in (curve[:, :2], curve[:, -2:], curve[:, :, :2], curve[:, :, -2:]):
-        assert (edge == 1).all()
+        assert dark(edge) == 1
 
 
 def test_a_watched_reward_adds_a_line_and_an_axis(sample):
     pytest.importorskip("matplotlib")
     alone, watched = sample()[2], sample(watched=True)[2]
-    black = (0, 0, 0)
-    assert pixels(watched, black) > pixels(alone, black) + 100
+    assert pixels(watched, INK) > pixels(alone, INK) + 100
     assert pixels(watched, COLOURS[0]) > 200
 
 
 def test_a_run_without_updates_says_so(sample):
     pytest.importorskip("matplotlib")
     curve = sample(**NO_UPDATES)[2]
-    assert 0.9 < (curve == 1).float().mean() < 0.999
+    assert 0.9 < dark(curve) < 0.999
     candidates = sample(**NO_UPDATES | {"candidates": 2})[2]
-    assert not torch.equal(curve, candidates)
+    assert pixels(candidates, COLOURS[0]) > pixels(curve, COLOURS[0]) + 40
+
+
+def test_the_title_of_the_curve_tells_the_finished_image_beside_the_plain_one(extension):
+    title_of = extension("reward_curve").title_of
+    plain, first, final = torch.tensor([-20.0, -10.0]), torch.tensor([-4.0, -2.0]), torch.tensor([-0.5, -0.25])
+    assert title_of([plain[:1]], first[:1], final[:1]) == "final -0.500 (plain -20.000, chosen -4.000)"
+    assert title_of([plain], first, final) == "mean of 2: final -0.375 (plain -15.000, chosen -3.000)"
+    assert title_of([], None, final[:1]) == "final -0.500"
+
+
+FRAME = (0.13, 0.77, 0.37)
+
+
+@pytest.mark.parametrize(("changes", "side"), [({"masks": False}, 64), (FEW_UPDATES | {"candidate_percent": 0.5}, 64)])
+def test_the_candidates_of_each_image_are_shown_with_the_chosen_one_framed(sample, changes, side, monkeypatch):
+    """Judged when finished, and by an estimate."""
+    sheet_of = importlib.import_module(f"{NAME}.nodes.candidate_sheet").candidate_sheets
+    kept = {}
+
+    def keep(pictures, scores, seeds, chosen):
+        kept.update(pictures=pictures, scores=scores, seeds=seeds, chosen=chosen)
+        return sheet_of(pictures, scores, seeds, chosen)
+
+    monkeypatch.setattr(importlib.import_module(f"{NAME}.nodes.reward_run"), "candidate_sheets", keep)
+    *_, sheets, seeds = sample(2, **changes | {"candidates": 3})
+    assert kept["seeds"] == [SAMPLING["seed"] + n for n in range(3)]
+    assert [picture.shape for picture in kept["pictures"]] == 3 * [(2, 3, side, side)]
+    best = torch.stack(kept["scores"]).argmax(0)
+    assert torch.equal(best, kept["chosen"])
+    assert seeds == [kept["seeds"][number] for number in best]
+    assert len(sheets) == 2
+    for sheet, number in zip(sheets, best.tolist()):
+        framed = ((sheet - torch.tensor(FRAME)).abs() < 1e-3).all(-1).nonzero()
+        (top, left), (bottom, right) = framed.min(0).values.tolist(), framed.max(0).values.tolist()
+        width, height = right + 1 - left, bottom + 1 - top
+        assert number == top // height * (sheet.shape[1] // width) + left // width
+
+
+def test_without_candidates_the_sheet_is_a_sentence(sample):
+    *_, sheets, seeds = sample(2)
+    assert len(sheets) == 2
+    assert sheets.std() > 0.01
+    assert seeds == [SAMPLING["seed"]] * 2
+
+
+def test_the_toy_reward_tells_what_it_did_not_read(sample, extension, monkeypatch):
+    told = []
+    monkeypatch.setattr(extension("search_progress"), "tell", lambda text, node_id: told.append(text))
+    sample(prompt=f"{PROMPT} on a table, on wood", **NO_UPDATES | {"candidates": 2})
+    assert told[-1].endswith("\nThe toy reward did not read: on, table, wood")
+    sample(**NO_UPDATES | {"candidates": 2})
+    assert "did not read" not in told[-1]
 
 
 def test_without_matplotlib_the_curve_is_a_sentence(sample, monkeypatch):
@@ -78,7 +135,7 @@ def test_without_matplotlib_the_curve_is_a_sentence(sample, monkeypatch):
 
 
 def test_the_masks_tell_how_they_were_found(sample):
-    _, masks, _ = sample(candidates=2)
+    masks = sample(candidates=2)[1]
     record = masks.record
     assert (record["prompt"], record["reward"], record["preset"]) == (PROMPT, "toy reward", "custom")
     assert record["sampling"] == SAMPLING
@@ -150,7 +207,7 @@ def test_a_recording_model_may_go_in_and_leaves_no_record_of_its_own(sample, ext
     """The sampler gives its masks itself; its latents may be put together from several runs."""
     random = extension("random_mask").MaskUNetRandomMask.execute(sample.model, 0.9, 1, TARGETS, True, 0.0, 1.0).result
     recorded = extension("record_masks").MaskUNetRecordMasks.execute(random[0]).result[0]
-    latent, masks, _ = sample(model=recorded)
+    latent, masks, *_ = sample(model=recorded)
     assert torch.equal(latent["samples"], sample(model=random[0])[0]["samples"])
     assert len(masks.sigmas) == SAMPLING["steps"]
     with pytest.raises(ValueError, match="MaskUNet Reward Sampler has an output of its own for its masks"):

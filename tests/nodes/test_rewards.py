@@ -58,7 +58,8 @@ def loaded(nodes, name, dtype="fp32", checkpointing=False):
 
 
 def scored(nodes, reward, images, prompt=PROMPT, framing="centre crop"):
-    return run(nodes.MaskUNetRewardScore, images=images, prompt=prompt, reward=reward, framing=framing)
+    score = nodes.MaskUNetRewardScore.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    return run(score, images=images, prompt=prompt, reward=reward, framing=framing)
 
 
 def test_the_toy_reward_scores_a_batch(nodes):

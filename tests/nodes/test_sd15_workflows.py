@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskunet_core.files import checkpoint
-from maskunet_core.models.structure import Structure, inspect_model
-from tests.builders import make_generator, sd15_unet, tiny_sd15_layout, write_tiny_checkpoint
+from tests.builders import write_tiny_checkpoint
 from tests.host.graph import load_workflow, titled, to_prompt
 from tests.host.server import Server, ServerError
 from tests.reward_files import write_image_reward
@@ -17,20 +15,13 @@ CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 
 
 @pytest.fixture(scope="module")
-def tiny_structure() -> Structure:
-    return inspect_model(sd15_unet(**tiny_sd15_layout()), "decoder attention", "SD 1.5")
-
-
-@pytest.fixture(scope="module")
-def furnished(tiny_structure):
+def furnished():
     """A server whose model folders hold what the notes of the graphs ask for."""
     with Server() as server:
         models = server.base / "models"
         for folder in ("checkpoints", "reward"):
             (models / folder).mkdir(exist_ok=True)
         write_tiny_checkpoint(models / "checkpoints" / CHECKPOINT)
-        generator = make_generator(tiny_structure, lively=True)
-        checkpoint.save(models / "maskunet" / "sd15.safetensors", generator, "decoder attention", {})
         write_image_reward(models / "reward" / "ImageReward.pt")
         yield server
 
@@ -56,14 +47,34 @@ def pictures(server: Server, prompt: dict) -> dict[str, np.ndarray]:
     return found
 
 
-def test_the_generator_acts(furnished):
-    prompt = small(furnished, "sd15_generator_off_and_on")
+def test_random_masks_act(furnished):
+    prompt = small(furnished, "sd15_random_masks")
     found = pictures(furnished, prompt)
-    assert found["Save without masks"].shape == (64, 64, 3)
-    assert not np.array_equal(found["Save without masks"], found["Save with masks"])
-    titled(prompt, "Apply the masks")["strength"] = 0.0
+    assert found["Save with all weights"].shape == (64, 64, 3)
+    assert not np.array_equal(found["Save with all weights"], found["Save with 95 %"])
+    titled(prompt, "Keep 95 %")["keep_ratio"] = 1.0
     found = pictures(furnished, prompt)
-    assert np.array_equal(found["Save without masks"], found["Save with masks"])
+    assert np.array_equal(found["Save with all weights"], found["Save with 95 %"])
+
+
+def test_the_best_of_six_is_drawn_beside_all_of_them(furnished):
+    found = pictures(furnished, small(furnished, "sd15_best_of_6"))
+    assert found["Save the best"].shape == (64, 64, 3)
+    assert found["Candidates"].shape[1] > 300
+
+
+@pytest.mark.parametrize("name", ["best_of_6", "reward_sampler", "random_masks"])
+def test_the_graphs_for_sdxl_are_those_for_sd15_but_for_file_and_size(furnished, name):
+    info = furnished.object_info()
+    for_sd15, for_sdxl = (to_prompt(load_workflow(f"{family}_{name}"), info) for family in ("sd15", "sdxl"))
+    unlike = {"ckpt_name", "width", "height", "cfg", "filename_prefix"}
+    for key, node in for_sd15.items():
+        other = for_sdxl[key]
+        assert node["class_type"] == other["class_type"]
+        assert {k: v for k, v in node["inputs"].items() if k not in unlike} == {
+            k: v for k, v in other["inputs"].items() if k not in unlike
+        }
+    assert for_sd15.keys() == for_sdxl.keys()
 
 
 def test_the_search_acts(furnished):
@@ -73,13 +84,13 @@ def test_the_search_acts(furnished):
     assert found["Save with a search"].shape == (64, 64, 3)
     assert not np.array_equal(found["Save without a search"], found["Save with a search"])
     assert found["Reward curve"].shape[0] > 100
+    assert found["Candidates"].shape[0] > 100
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("sd15_generator_off_and_on", f"ckpt_name: '{CHECKPOINT}' not in"),
-        ("sd15_generator_off_and_on", "'sd15.safetensors' is not in models/maskunet. Put a generator file there"),
+        ("sd15_random_masks", f"ckpt_name: '{CHECKPOINT}' not in"),
         ("sd15_reward_sampler", "'ImageReward.pt' is not in models/reward. These files can be put there: "),
     ],
 )

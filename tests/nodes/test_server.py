@@ -20,7 +20,7 @@ from maskunet_core.models.structure import inspect_model
 from maskunet_core.seam.attach import structure_of
 from tests.builders import make_generator, sd15_unet
 from tests.damage import missing_tensor, newer_version, no_safetensors, not_finite, truncated
-from tests.host.graph import WORKFLOWS, load_workflow, nodes_of, titled, to_prompt
+from tests.host.graph import TEMPLATES, load_workflow, nodes_of, titled, to_prompt
 from tests.host.server import ExecutionError, Server, ServerError
 
 NODES = (
@@ -41,7 +41,7 @@ NODES = (
 )
 
 
-TOY_WORKFLOWS = sorted(path.stem for path in WORKFLOWS.glob("*.json") if not path.stem.startswith("sd15_"))
+TOY_WORKFLOWS = sorted(name for name in TEMPLATES if not name.startswith("sd"))
 """Those that need no file which does not ship; `test_sd15_workflows` runs the others."""
 
 
@@ -119,7 +119,7 @@ def test_contract_of_the_nodes(object_info):
     assert outputs["MaskUNetSaveMasks"] == []
     assert outputs["MaskUNetMasksOfRun"] == ["MASKUNET_MASKS"]
     assert outputs["MaskUNetInspect"] == ["IMAGE"] * 4 + ["STRING"]
-    assert outputs["MaskUNetRewardSampler"] == ["LATENT", "MASKUNET_MASKS", "IMAGE"]
+    assert outputs["MaskUNetRewardSampler"] == ["LATENT", "MASKUNET_MASKS", "IMAGE", "IMAGE", "INT"]
     for node in ("MaskUNetApply", "MaskUNetApplyMasks", "MaskUNetRandomMask", "MaskUNetRecordMasks"):
         assert outputs[node] == ["MODEL"]
     assert outputs["MaskUNetToyModel"] == ["MODEL", "CLIP", "VAE"]
