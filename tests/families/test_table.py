@@ -2,8 +2,11 @@
 
 import pytest
 
-from tests.families.checks import COLUMNS, World
+from maskunet_core.models.structure import NothingToMask
+from maskunet_core.search.run import structure_for
+from tests.families.checks import ATTENTION, COLUMNS, World
 from tests.families.models import TINY
+from trainer.base import BadBase, BaseModel, require_trainable
 
 
 @pytest.fixture(scope="module", params=TINY)
@@ -18,6 +21,14 @@ def world(request) -> World:
 @pytest.mark.parametrize("column", COLUMNS)
 def test_masks_on(world, column):
     COLUMNS[column](world)
+
+
+def test_masks_are_neither_searched_for_nor_trained(world):
+    with pytest.raises(NothingToMask, match=r"searched for on U-Nets alone.*Candidates alone work with any model"):
+        structure_for(world.model, ATTENTION, updates=True)
+    assert structure_for(world.model, ATTENTION, updates=False).layers == {}
+    with pytest.raises(BadBase, match=r"^tiny is no U-Net.* Name a checkpoint of SD 1\.5"):
+        require_trainable(BaseModel(world.model, None, None, "tiny"))
 
 
 def test_the_family_has_its_name(world, request):

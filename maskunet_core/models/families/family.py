@@ -48,8 +48,8 @@ class Family(ABC):
 
     marks: attributes by which its models are known, lacks: attributes that they do not have. names: what people call
     them, by the class of the host's configuration. attention, feed_forward: what can be masked. wrapper: the kind of
-    the host's wrappers that surround a call of the model (`WrappersMP`). searchable: whether gradients of masks are
-    known to be right.
+    the host's wrappers that surround a call of the model (`WrappersMP`). searchable: whether masks can be learned and
+    searched for, for which gradients go through the model.
     """
 
     marks: tuple[str, ...]
