@@ -105,7 +105,9 @@ class MaskUNetInspect(io.ComfyNode):
         other = None if other_masks is None else ImageMasks(other_masks, other_sample, branch, "other_masks")
         chosen = ImageMasks(masks, sample, branch)
         bits = mask_statistics(chosen, other)
-        weights = weight_statistics(chosen, _with_progress(presented_weights(model), 2 * len(masks.layers)))
+        weights = weight_statistics(
+            chosen, _with_progress(presented_weights(model, masks.layers), 2 * len(masks.layers))
+        )
         subject = f"image {sample}, {branch} branch" if masks.images > 1 else f"{branch} branch"
         compared = f"'masks' and 'other_masks' ({branch} branch)"
         return io.NodeOutput(

@@ -17,7 +17,8 @@ class MaskUNetRandomMask(io.ComfyNode):
             category="MaskUNet/masks",
             description="Removes weights at random while the model samples, as in figure 1 of the MaskUNet paper: some "
             "masks give a better image than all weights do, most do not. Shows what there is to learn; it needs no "
-            "generator and works on any SD 1.5, SD 2.x or SDXL model.",
+            "generator and works on SD 1.5, SD 2.x and SDXL. It also works on transformers (Z-Image, Flux, Krea 2, "
+            "Qwen-Image, Anima, SD 3), whose published weights nobody has tried it with yet.",
             search_aliases=["random mask", "drop weights", "prune", "variation", "maskunet figure 1"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with."),
@@ -35,7 +36,8 @@ class MaskUNetRandomMask(io.ComfyNode):
                     "targets",
                     options=list(TARGETS),
                     default="decoder attention",
-                    tooltip="Which linear layers are masked. The paper masks the attention of the decoder.",
+                    tooltip="Which linear layers are masked. The paper masks the attention of the decoder, for which "
+                    "the last third of a transformer's blocks is taken.",
                 ),
                 io.Boolean.Input(
                     "per_step",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.models.families import family_of
 from maskunet_core.seam.attention import with_differentiable_attention
 from maskunet_core.seam.shadow import Shadowed
 from maskunet_core.toy import vocabulary
@@ -275,7 +276,13 @@ def _unmatched() -> Iterator[list[str]]:
 
 
 def require_trainable(base: BaseModel) -> None:
-    """Raises BadBase where the U-Net takes more than a noisy picture, a timestep and a prompt."""
+    """Raises BadBase where it is no U-Net, or one that takes more than a noisy picture, a timestep and a prompt."""
+    family = family_of(base.unet)
+    if family is None or not family.searchable:
+        raise BadBase(
+            f"{base.name} is no U-Net, and masks are trained for U-Nets alone. Name a checkpoint of SD 1.5, SD 2.x or "
+            "SDXL in base.checkpoint."
+        )
     takes, has = base.model.model_config.unet_config["in_channels"], base.model.latent_format.latent_channels
     if takes != has:
         raise BadBase(

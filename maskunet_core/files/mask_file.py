@@ -1,13 +1,14 @@
 """Files of recorded masks: one `.safetensors` each, with metadata that tells for which model and how they were found.
 
 Metadata (strings; JSON where it is more than a word): `format` "maskunet_masks", `format_version` "1", or "2" where the
-conditionings of a branch differ, `base_model` (a `Structure`), `targets`, `branches` (of guidance: "both", "positive",
-"each"), `images`, `sigmas` (descending), `stored` (for each sigma a digit per layer, in the order of `base_model`: 1
-where a tensor holds its bits, 0 where everything is kept), `record` (how they were found). Tensors: `{step}.{layer}`,
-uint8 [images, ceil(out * in / 8)], laid out by `pack_bits`; with the branches "each" twice as many rows, first those of
-the positive branch. May be absent: `apart` (names of layers that were computed sample by sample). Version 2 adds
-`others` (for each sigma an object: for each conditioning that differs from the first of its branch, by its key,
-digits as in `stored`) and tensors `{step}.{key}.{layer}` [images, ceil(out * in / 8)].
+conditionings of a branch differ or parts of layers are masked alone, `base_model` (a `Structure`), `targets`,
+`branches` (of guidance: "both", "positive", "each"), `images`, `sigmas` (descending), `stored` (for each sigma a digit
+per layer, in the order of `base_model`: 1 where a tensor holds its bits, 0 where everything is kept), `record` (how
+they were found). Tensors: `{step}.{layer}`, uint8 [images, ceil(out * in / 8)], laid out by `pack_bits`; with the
+branches "each" twice as many rows, first those of the positive branch. May be absent: `apart` (names of layers that
+were computed sample by sample). Version 2 adds `others` (for each sigma an object: for each conditioning that differs
+from the first of its branch, by its key, digits as in `stored`), tensors `{step}.{key}.{layer}` [images,
+ceil(out * in / 8)], and for a part of a layer in `base_model` `module`, and `rows` or `columns`.
 """
 
 import json
@@ -56,7 +57,7 @@ def save(path: Path, masks: RecordedMasks) -> None:
     tensors = {f"{n}.{layer}": packed for n, step in enumerate(steps) for layer, packed in step.items()}
     if masks.apart:
         metadata["apart"] = json.dumps(sorted(masks.apart))
-    if masks.others:
+    if masks.others or masks.structure.has_parts:
         others = [masks.others.get(sigma, {}) for sigma in sigmas]
         metadata["format_version"] = KIND.later[0]
         metadata["others"] = json.dumps(

@@ -29,7 +29,8 @@ class Call:
     rows: samples in its batch, 0 where they are not known. chunks: what they belong to; the batch holds all images of
     the first, then all of the next. sigma_of: gives the noise level of this step. occurrences: gives, for each chunk,
     how often its conditioning was computed before at this noise level of the run. kept: what sources keep from call to
-    call; it ends with the sampling run. sampling: the host's schedule that the run follows, where it is known.
+    call; it ends with the sampling run. sampling: the host's schedule that the run follows, where it is known. sigmas:
+    noise levels of the images, on the device, where they are known.
     on_block: whoever wants to know what enters a block; called with the block's name, the feature map [B, C, H, W] and
     t_emb [B, E], before the block's layers ask for masks.
     """
@@ -40,6 +41,7 @@ class Call:
     occurrences: Callable[[], tuple[int, ...]] | None = None
     kept: dict[Any, Any] = field(default_factory=dict)
     sampling: Any = None
+    sigmas: Tensor | None = None
     on_block: list[Callable[[str, Tensor, Tensor], None]] = field(default_factory=list)
     tokens: int = 0
 

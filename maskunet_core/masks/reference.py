@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.structure import Block, Layer, Structure, anchor_channels
+from ..models.families.unet import anchor_channels
+from ..models.structure import Block, Layer, Structure
 from .generator import key_of
 from .gumbel import gumbel_noise
 from .linear import MaskLogits
@@ -22,7 +23,7 @@ def authors_maps(structure: Structure, diffusion_model: nn.Module) -> dict[str, 
     """(rows, columns, hidden channels) of S per block, as the authors size it: a quarter of the anchor's channels."""
     maps = {}
     for block in structure.blocks:
-        rows, columns = anchor_channels(diffusion_model, block)
+        rows, columns = anchor_channels(diffusion_model, block.anchor)
         maps[block.name] = (rows // MAP_SHARE, columns // MAP_SHARE, MAP_HIDDEN)
     return maps
 

@@ -1,36 +1,75 @@
-"""What can be masked in which model. The one place that knows ComfyUI's models, by structure and never by class.
+"""What can be masked in a model of the host: blocks and layers by name and shape, as files describe them, too."""
 
-Another family joins here: write a function like `_unet_blocks` and let `inspect_model` choose it.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import MaskUNetError
+from .families import FAMILIES, family_of
+from .families.family import THIRDS, Target
 
 
 class NothingToMask(MaskUNetError):
     """The model has no layer that the target set names, or one that cannot be masked; the message says which."""
 
 
+Span = tuple[int, int]
+"""The first row or column, and the one after the last."""
+
+
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer that is masked: its name inside the diffusion model, its weight's shape."""
+    """A linear layer that is masked: its name inside the diffusion model, its weight's shape.
+
+    Of a layer that computes several things at once a part may be masked alone: `module` is then the layer's name, rows
+    and columns say where the part lies in its weight (None for all), and name and shape are the part's own.
+    """
 
     name: str
     out_features: int
     in_features: int
+    module: str | None = None
+    rows: Span | None = None
+    columns: Span | None = None
+
+    def __post_init__(self):
+        for span, size in ((self.rows, self.out_features), (self.columns, self.in_features)):
+            if span is not None and not (span[0] >= 0 and span[1] - span[0] == size):
+                raise ValueError(f"{self.name} has the rows or columns {span}, but is {size} of them")
+
+    @property
+    def module_name(self) -> str:
+        return self.module or self.name
+
+    def part_of(self, weight: Tensor) -> Tensor:
+        """A view of what is masked in the module's whole weight [..., out, in]."""
+        if self.rows is not None:
+            weight = weight[..., slice(*self.rows), :]
+        return weight if self.columns is None else weight[..., slice(*self.columns)]
+
+
+def _layer_from_dict(data: dict[str, Any]) -> Layer:
+    """Raises as `Structure.from_dict` does."""
+
+    def span(key: str) -> Span | None:
+        if key not in data:
+            return None
+        start, stop = map(int, data[key])
+        return start, stop
+
+    module = str(data["module"]) if "module" in data else None
+    shape = int(data["out_features"]), int(data["in_features"])
+    return Layer(str(data["name"]), *shape, module, span("rows"), span("columns"))
 
 
 @dataclass(frozen=True)
 class Block:
-    """Layers that share a condition: the feature map that enters the block's first ResBlock, the anchor.
+    """Layers that share a condition: what enters the anchor, a U-Net level's first ResBlock or a transformer's block.
 
-    name: `up.0` is the deepest level of the decoder, as diffusers counts; `down.0` the first of the encoder; `mid`.
-    channels: of the feature map that enters the anchor (in the decoder: with its skip connection).
+    name: in a U-Net `up.0` is the deepest level of the decoder, as diffusers counts; `down.0` the first of the encoder;
+    `mid`. channels: of what enters the anchor (in a U-Net's decoder: with its skip connection).
     """
 
     name: str
@@ -55,8 +94,14 @@ class Structure:
     def masked_weights(self) -> int:
         return sum(layer.out_features * layer.in_features for layer in self.layers.values())
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether parts of layers are masked alone."""
+        return any(layer.module is not None for layer in self.layers.values())
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For files: what a layer does not have is left out."""
+        return asdict(self, dict_factory=lambda items: {key: value for key, value in items if value is not None})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Structure":
@@ -70,10 +115,7 @@ class Structure:
                 name=str(block["name"]),
                 anchor=str(block["anchor"]),
                 channels=int(block["channels"]),
-                layers=tuple(
-                    Layer(str(layer["name"]), int(layer["out_features"]), int(layer["in_features"]))
-                    for layer in block["layers"]
-                ),
+                layers=tuple(map(_layer_from_dict, block["layers"])),
             )
             for block in data["blocks"]
         )
@@ -99,73 +141,18 @@ class Structure:
         return None
 
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
-
-
-_TEMPORAL = ".time_stack."
-"""Layers of video models in which a row is a place in the picture, seen over time: rows of a sample lie apart."""
-
-
-def _is_attention(name: str) -> bool:
-    return (".attn1." in name or ".attn2." in name) and name.endswith(_ATTENTION)
-
-
-def _is_feed_forward(name: str) -> bool:
-    return name.endswith(_FEED_FORWARD)
-
-
-TARGETS: dict[str, tuple[tuple[str, ...], Callable[[str], bool]]] = {
-    "decoder attention": (("up",), _is_attention),
-    "decoder attention and feed-forward": (("up",), lambda name: _is_attention(name) or _is_feed_forward(name)),
-    "all attention": (("down", "mid", "up"), _is_attention),
+TARGETS: dict[str, tuple[tuple[str, ...], bool]] = {
+    "decoder attention": (("up",), False),
+    "decoder attention and feed-forward": (("up",), True),
+    "all attention": (THIRDS, False),
 }
-"""Target sets by name: the parts of the U-Net, and which of their layers (matched by name)."""
-
-_FAMILIES = {
-    "SD15": "SD 1.5",
-    "SD15_instructpix2pix": "SD 1.5",
-    "SD20": "SD 2.x",
-    "SD21UnclipL": "SD 2.x",
-    "SD21UnclipH": "SD 2.x",
-    "SDXL": "SDXL",
-    "SDXL_instructpix2pix": "SDXL",
-    "SDXLRefiner": "SDXL refiner",
-    "MaskUNetToy": "the MaskUNet toy model",
-}
+"""Target sets by name: the thirds of the model, and whether feed-forward layers join those of attention."""
 
 
 def family_name(model: nn.Module) -> str:
     """What people call the model that a MODEL holds (the host's BaseModel)."""
     name = type(getattr(model, "model_config", model)).__name__
-    return _FAMILIES.get(name, name)
-
-
-def _is_unet(diffusion_model: nn.Module) -> bool:
-    parts = ("input_blocks", "output_blocks", "num_res_blocks", "time_embed")
-    return all(hasattr(diffusion_model, part) for part in parts)
-
-
-def _unet_blocks(unet: nn.Module) -> Iterator[tuple[str, str, list[str]]]:
-    """(block name, anchor, prefixes of its modules) of ComfyUI's UNetModel, in the order of execution."""
-    first = 1
-    for level, count in enumerate(unet.num_res_blocks):
-        yield f"down.{level}", f"input_blocks.{first}.0", [f"input_blocks.{first + n}." for n in range(count)]
-        first += count + 1
-    if unet.middle_block is not None:
-        yield "mid", "middle_block.0", ["middle_block."]
-    first = 0
-    for level, count in enumerate(reversed(unet.num_res_blocks)):
-        yield f"up.{level}", f"output_blocks.{first}.0", [f"output_blocks.{first + n}." for n in range(count + 1)]
-        first += count + 1
-
-
-def execution_order(unet: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, block) of ComfyUI's UNetModel: the host goes through the layers of a block one by one."""
-    encoder = [(f"input_blocks.{n}", block) for n, block in enumerate(unet.input_blocks)]
-    middle = [] if unet.middle_block is None else [("middle_block", unet.middle_block)]
-    decoder = [(f"output_blocks.{n}", block) for n, block in enumerate(unet.output_blocks)]
-    return [*encoder, *middle, *decoder]
+    return next((family.names[name] for family in FAMILIES if name in family.names), name)
 
 
 def _require_maskable(name: str, module: nn.Module) -> None:
@@ -178,41 +165,48 @@ def _require_maskable(name: str, module: nn.Module) -> None:
         )
 
 
-def anchor_channels(diffusion_model: nn.Module, block: Block) -> tuple[int, int]:
-    """(out, in) channels of the first convolution of a block's anchor, which diffusers calls `conv1`."""
-    convolution = diffusion_model.get_submodule(block.anchor).in_layers[2]
-    return convolution.out_channels, convolution.in_channels
+def _layers(name: str, module: nn.Module, targets: tuple[Target, ...]) -> Iterator[Layer]:
+    """What the targets name of a module: it, its parts, or nothing."""
+    for target in targets:
+        if not f".{name}".endswith(f".{target.ending}"):
+            continue
+        _require_maskable(name, module)
+        shape = module.out_features, module.in_features
+        if not target.part:
+            yield Layer(name, *shape)
+            continue
+        rows, columns = (span and span(*shape) for span in (target.rows, target.columns))
+        own = (whole if span is None else span[1] - span[0] for whole, span in zip(shape, (rows, columns)))
+        yield Layer(f"{name}.{target.part}", *own, name, rows, columns)
 
 
 def inspect_model(diffusion_model: nn.Module, targets: str, family: str) -> Structure:
-    """The masked part of `diffusion_model` (ComfyUI's UNetModel) for a target set of TARGETS.
+    """The masked part of a diffusion model of the host for a target set of TARGETS. family: what people call it.
 
-    Raises NothingToMask where the model is of another kind, no layer matches, or a layer cannot be masked.
+    Raises NothingToMask where the model is of an unknown kind, no layer matches, or a layer cannot be masked.
     """
-    if not _is_unet(diffusion_model):
+    kind = family_of(diffusion_model)
+    if kind is None:
         raise NothingToMask(
-            f"The connected model ({family}, {type(diffusion_model).__name__}) is not a U-Net that MaskUNet knows. "
-            "Connect an SD 1.5, SD 2.x or SDXL model, or bypass the MaskUNet node: it has no masks for this kind."
+            f"The connected model ({family}, {type(diffusion_model).__name__}) is of a kind that MaskUNet has no masks "
+            "for. Connect a U-Net (SD 1.5, SD 2.x, SDXL) or a transformer that it knows (Z-Image, Lumina 2, Flux, "
+            "Chroma, HunyuanImage, Krea 2, Qwen-Image, Anima, SD 3), or use MaskUNet Reward Sampler without masks, "
+            "which works with any model."
         )
-    parts, matches = TARGETS[targets]
-    modules = dict(diffusion_model.named_modules())
+    thirds, feed_forward = TARGETS[targets]
+    wanted = kind.attention + (kind.feed_forward if feed_forward else ())
+    modules = {name: module for name, module in diffusion_model.named_modules() if hasattr(module, "weight")}
     blocks = []
-    for name, anchor, prefixes in _unet_blocks(diffusion_model):
-        if name.split(".")[0] not in parts:
+    for stage in kind.stages(diffusion_model):
+        if stage.third not in thirds:
             continue
-        found = [
-            n
-            for n, m in modules.items()
-            if n.startswith(tuple(prefixes)) and hasattr(m, "weight") and matches(n) and _TEMPORAL not in n
-        ]
-        for layer in found:
-            _require_maskable(layer, modules[layer])
-        if found:
-            layers = tuple(Layer(n, modules[n].out_features, modules[n].in_features) for n in found)
-            blocks.append(Block(name, anchor, modules[anchor].channels, layers))
+        inside = [n for n in modules if n.startswith(stage.prefixes) and not kind.is_idle(diffusion_model, n)]
+        layers = tuple(layer for name in inside for layer in _layers(name, modules[name], wanted))
+        if layers:
+            blocks.append(Block(stage.name, stage.anchor, stage.channels, layers))
     if not blocks:
         raise NothingToMask(
             f"No layer of the connected model ({family}) belongs to the target set '{targets}'. Choose another set in "
             "'targets', or connect another model."
         )
-    return Structure(family, diffusion_model.time_embed[2].out_features, tuple(blocks))
+    return Structure(family, kind.embedding(diffusion_model), tuple(blocks))

@@ -1,6 +1,6 @@
 """The seam to ComfyUI: masks reach the weights for the duration of one call of the diffusion model.
 
-One DIFFUSION_MODEL wrapper serves all mask sources of a MODEL; between two calls nothing of it is left on the model.
+One wrapper around its calls serves all mask sources of a MODEL; between two calls nothing of it is left on the model.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import torch
 from ..errors import MaskUNetError
 from ..masks.call import Call
 from ..masks.sources import MaskSource
+from ..models.families import family_of
 from ..models.structure import Structure, family_name, inspect_model
 from .layers import masked
 from .run import RUN, Run
@@ -57,7 +58,7 @@ def options_of(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.compiler.disable(recursive=False)
 def _masked_call(executor, *args, **kwargs):
-    """DIFFUSION_MODEL wrapper: the diffusion model's call, with the masks that are active in it."""
+    """DIFFUSION_MODEL or APPLY_MODEL wrapper: the diffusion model's call, with the masks that are active in it."""
     options = options_of(args, kwargs)
     attachments, recorder = options.get(OPTION, ()), options.get(RECORDER)
     if not attachments and recorder is None:
@@ -68,7 +69,8 @@ def _masked_call(executor, *args, **kwargs):
     with contextlib.ExitStack() as stack:
         observe = None if recorder is None else stack.enter_context(recorder.recording(call))
         if active:
-            stack.enter_context(masked(run.modules(executor.class_obj), active, call, observe))
+            diffusion_model = getattr(executor.class_obj, "diffusion_model", executor.class_obj)
+            stack.enter_context(masked(run.modules(diffusion_model), active, call, observe))
         return executor(*args, **kwargs)
 
 
@@ -112,7 +114,9 @@ def with_masks(model):
     from comfy.patcher_extension import WrappersMP
 
     patched = model.clone()
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, _known_run), (WrappersMP.DIFFUSION_MODEL, _masked_call)):
+    family = family_of(model.model.diffusion_model)
+    around_calls = WrappersMP.DIFFUSION_MODEL if family is None else getattr(WrappersMP, family.wrapper)
+    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, _known_run), (around_calls, _masked_call)):
         if not patched.get_wrappers(kind, OPTION):
             patched.add_wrapper_with_key(kind, OPTION, wrapper)
     return patched

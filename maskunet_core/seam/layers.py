@@ -5,6 +5,7 @@ into it, and after the block nothing is left on the model.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..masks.call import Call
-from ..masks.linear import computing_dtype, masked_linear
+from ..masks.linear import Mask, computing_dtype, masked_linear, masked_weight
 from ..masks.sources import MaskOf, MaskSource
+from ..models.families import family_of
+from ..models.families.transformer import time_embedding
+from ..models.structure import Layer
 from .shadow import Shadowed
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -43,16 +47,51 @@ def replaced_linears(modules: Mapping[str, nn.Module], linears: Mapping[str, Lin
     )
 
 
-def _masked(name: str, call: Call, masks: Sequence[tuple[MaskOf, float]], observe: Observer | None) -> Linear:
+_Masks = Sequence[tuple[MaskOf, float]]
+"""The masks and strengths of all sources for a layer."""
+
+
+def _acting(layer: str, weight: Tensor, masks: _Masks, observe: Observer | None) -> list[tuple[Mask, float]]:
+    acting = [(mask, strength) for mask_of, strength in masks if (mask := mask_of(layer, weight)) is not None]
+    if observe is not None:
+        for mask, _ in acting:
+            if isinstance(mask, Tensor):
+                observe(layer, mask)
+    return acting
+
+
+def _masked(name: str, call: Call, masks: _Masks, observe: Observer | None) -> Linear:
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        acting = [(mask, strength) for mask_of, strength in masks if (mask := mask_of(name, weight)) is not None]
-        if observe is not None:
-            for mask, _ in acting:
-                if isinstance(mask, Tensor):
-                    observe(name, mask)
-        return masked_linear(x, weight, bias, acting, call.tokens, name)
+        return masked_linear(x, weight, bias, _acting(name, weight, masks, observe), call.tokens, name)
 
     return linear
+
+
+def _partly_masked(name: str, call: Call, parts: Sequence[tuple[Layer, _Masks]], observe: Observer | None) -> Linear:
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        found = [(layer, _acting(layer.name, layer.part_of(weight), masks, observe)) for layer, masks in parts]
+        acting = [(layer, masks) for layer, masks in found if masks]
+        if acting:
+            weight = _with_masked_parts(weight, acting)
+        return masked_linear(x, weight, bias, (), call.tokens, name)
+
+    return linear
+
+
+def _with_masked_parts(weight: Tensor, parts: Sequence[tuple[Layer, Sequence[tuple[Tensor, float]]]]) -> Tensor:
+    """A copy of a weight [out, in] with masks on parts of it, or one for each sample. Masks are given, not learned.
+
+    The product is that of the whole weight, whose rounding a product of parts would not have.
+    """
+    samples = max((len(mask) for _, masks in parts for mask, _ in masks if mask.ndim == 3), default=None)
+    # A part of a quantised weight is a copy: what is written into it is lost.
+    factors = torch.ones(weight.shape, dtype=weight.dtype, device=weight.device)
+    factors = factors if samples is None else factors.expand(samples, -1, -1).clone()
+    for layer, masks in parts:
+        part = layer.part_of(factors)
+        for mask, strength in masks:
+            part.copy_(masked_weight(part, mask, strength))
+    return factors.mul_(weight)
 
 
 @contextlib.contextmanager
@@ -69,22 +108,38 @@ def masked(
     open around forward and backward, because checkpointing runs layers again in the backward pass.
     """
     call = Call() if call is None else call
-    masks: dict[str, list[tuple[MaskOf, float]]] = {}
+    masks: dict[str, tuple[Layer, list[tuple[MaskOf, float]]]] = {}
     anchors: dict[str, str] = {}
     for source, strength in sources:
         mask_of = source.begin(call)
         for block in source.structure.blocks:
             anchors[block.name] = block.anchor
             for layer in block.layers:
-                masks.setdefault(layer.name, []).append((mask_of, strength))
-    linears = {name: _masked(name, call, of_layer, observe) for name, of_layer in masks.items()}
+                if layer.name in masks:
+                    masks[layer.name][1].append((mask_of, strength))
+                else:
+                    masks[layer.name] = layer, [(mask_of, strength)]
+    linears: dict[str, Linear] = {}
+    parts: dict[str, list[tuple[Layer, _Masks]]] = {}
+    for name, (layer, of_layer) in masks.items():
+        if layer.module is None:
+            linears[name] = _masked(name, call, of_layer, observe)
+        else:
+            parts.setdefault(layer.module, []).append((layer, of_layer))
+    linears |= {module: _partly_masked(module, call, of_module, observe) for module, of_module in parts.items()}
+    family = family_of(modules[""])
+
+    @functools.cache
+    def embed(rows: int) -> Tensor:
+        return time_embedding(call.sigmas, rows)
+
     with contextlib.ExitStack() as stack:
         for block, anchor in anchors.items():
 
-            def entered(module: nn.Module, inputs: tuple, block: str = block) -> None:
-                call.enter(block, inputs[0], inputs[1])
+            def entered(module: nn.Module, args: tuple, kwargs: dict, block: str = block) -> None:
+                call.enter(block, *family.conditions(args, kwargs, embed))
 
-            stack.callback(modules[anchor].register_forward_pre_hook(entered).remove)
+            stack.callback(modules[anchor].register_forward_pre_hook(entered, with_kwargs=True).remove)
         stack.enter_context(replaced_linears(modules, linears))
         yield
 
@@ -94,21 +149,24 @@ def modules_of(diffusion_model: nn.Module) -> dict[str, nn.Module]:
     return dict(diffusion_model.named_modules())
 
 
-def presented_weights(model) -> Callable[[str], Tensor]:
-    """Loads a MODEL; gives a layer's weight [out, in] float32 as the host presents it: LoRAs merged, dequantised."""
+def presented_weights(model, layers: Mapping[str, Layer]) -> Callable[[str], Tensor]:
+    """Loads a MODEL; gives a layer's weight [out, in] float32 as the host presents it: LoRAs merged, dequantised.
+
+    layers: those that will be asked for, by name.
+    """
     from comfy.model_management import load_models_gpu
     from comfy.ops import cast_bias_weight, uncast_bias_weight
 
     load_models_gpu([model])
 
     def weight_of(layer: str) -> Tensor:
-        module = model.model.diffusion_model.get_submodule(layer)
+        module = model.model.diffusion_model.get_submodule(layers[layer].module_name)
         weight, bias, offload_stream = cast_bias_weight(
             module, dtype=torch.float32, bias_dtype=torch.float32, device=model.load_device, offloadable=True
         )
         try:
             # What the host lent may be the module's own weight, or a buffer that it uses again.
-            return weight.detach().clone()
+            return layers[layer].part_of(weight).detach().clone()
         finally:
             uncast_bias_weight(module, weight, bias, offload_stream)
 

@@ -64,6 +64,7 @@ class Run:
             occurrences=occurrences,
             kept=self.kept,
             sampling=self.sampling,
+            sigmas=sigmas,
         )
 
     def _value(self, sigmas: Tensor | None) -> float | None:

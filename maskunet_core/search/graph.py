@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..masks.call import POSITIVE
-from ..models.structure import Structure, execution_order
+from ..models.families.unet import execution_order
+from ..models.structure import Structure
 from ..seam.attach import OPTION, options_of, with_options
 from ..seam.attention import with_differentiable_attention
 from ..seam.gradients import (

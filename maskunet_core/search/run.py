@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.families import family_of
 from ..models.structure import NothingToMask, Structure, family_name
 from ..records.recorded import RecordedMasks
 from ..seam.attach import structure_of
@@ -36,19 +37,30 @@ class SearchResult:
     peak: int = 0
 
 
+_CANDIDATES_ALONE = (
+    "Candidates alone work with any model: choose preset fast, or set masks to off and candidates to as many as you "
+    "like."
+)
+
+
 def structure_for(model: Any, targets: str, updates: bool) -> Structure:
     """What may be masked. Where no updates are to be made any model will do: nothing of one without layers to mask.
 
     Raises NothingToMask.
     """
+    family = family_of(model.model.diffusion_model)
+    if family is not None and not family.searchable:
+        if updates:
+            raise NothingToMask(
+                f"Masks are searched for on U-Nets alone (SD 1.5, SD 2.x, SDXL), and the connected model is "
+                f"{family_name(model.model)}. {_CANDIDATES_ALONE}"
+            )
+        return Structure(family_name(model.model), 0, ())
     try:
         return structure_of(model, targets)
     except NothingToMask as reason:
         if updates:
-            raise NothingToMask(
-                f"{reason} Candidates alone work with any model: choose preset fast, or set masks to off and "
-                "candidates to as many as you like."
-            ) from None
+            raise NothingToMask(f"{reason} {_CANDIDATES_ALONE}") from None
         return Structure(family_name(model.model), 0, ())
 
 

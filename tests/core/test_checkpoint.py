@@ -173,7 +173,7 @@ def test_nothing_is_left_behind_when_saving_fails(tmp_path, toy_structure, monke
         (header_cut, "is not a readable safetensors file"),
         (empty, "is not a readable safetensors file"),
         (other_format, "is a safetensors file, but not a MaskUNet generator"),
-        (newer_version, "has format version 3; this extension reads version 1. Update ComfyUI-MaskUNet"),
+        (newer_version, "has format version 3; this extension reads version 1 and 2. Update ComfyUI-MaskUNet"),
         (unknown_architecture, "has the architecture 'transformer', which this extension does not know"),
         (damaged_metadata, "has damaged metadata"),
         (unknown_setting, "has damaged metadata"),

@@ -53,8 +53,11 @@ def test_difference_names_what_does_not_fit(sd15_structure):
 
 
 def test_a_model_of_another_kind_is_refused_by_name():
-    with pytest.raises(NothingToMask, match=r"Flux, Linear.*is not a U-Net that MaskUNet knows"):
-        inspect_model(nn.Linear(2, 2), "decoder attention", "Flux")
+    with pytest.raises(
+        NothingToMask,
+        match=r"Foreign, Linear.*is of a kind that MaskUNet has no masks for.*Reward Sampler without masks",
+    ):
+        inspect_model(nn.Linear(2, 2), "decoder attention", "Foreign")
 
 
 def test_no_matching_layer_is_an_error():

@@ -205,11 +205,12 @@ def test_weights_are_those_that_the_host_presents(toy):
     stock = model.model.diffusion_model.get_submodule(name).weight.detach().clone()
     stream = torch.Generator().manual_seed(0)
     up, down = (torch.randn(shape, generator=stream) for shape in ((128, 2), (2, 128)))
+    layers = {name: Layer(name, 128, 128)}
     prefix = "lora_unet_" + name.replace(".", "_")
     file = {f"{prefix}.lora_up.weight": up, f"{prefix}.lora_down.weight": down, f"{prefix}.alpha": torch.tensor(2.0)}
     patched, _ = comfy.sd.load_lora_for_models(model, clip, file, 0.5, 0.0)
-    torch.testing.assert_close(presented_weights(patched)(name), stock.float() + 0.5 * up @ down)
-    weight = presented_weights(model)(name)
+    torch.testing.assert_close(presented_weights(patched, layers)(name), stock.float() + 0.5 * up @ down)
+    weight = presented_weights(model, layers)(name)
     assert torch.equal(weight, stock.float())
     weight.zero_()
-    assert torch.equal(presented_weights(model)(name), stock.float())
+    assert torch.equal(presented_weights(model, layers)(name), stock.float())

@@ -1,0 +1,35 @@
+"""The table of families, a test per cell."""
+
+import pytest
+
+from maskunet_core.models.structure import NothingToMask
+from maskunet_core.search.run import structure_for
+from tests.families.checks import ATTENTION, COLUMNS, World
+from tests.families.models import TINY
+from trainer.base import BadBase, BaseModel, require_trainable
+
+
+@pytest.fixture(scope="module", params=TINY)
+def world(request) -> World:
+    import comfy.supported_models
+
+    if not hasattr(comfy.supported_models, TINY[request.param].kind):
+        pytest.skip(f"This ComfyUI does not know {request.param}.")
+    return World(request.param)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_masks_on(world, column):
+    COLUMNS[column](world)
+
+
+def test_masks_are_neither_searched_for_nor_trained(world):
+    with pytest.raises(NothingToMask, match=r"searched for on U-Nets alone.*Candidates alone work with any model"):
+        structure_for(world.model, ATTENTION, updates=True)
+    assert structure_for(world.model, ATTENTION, updates=False).layers == {}
+    with pytest.raises(BadBase, match=r"^tiny is no U-Net.* Name a checkpoint of SD 1\.5"):
+        require_trainable(BaseModel(world.model, None, None, "tiny"))
+
+
+def test_the_family_has_its_name(world, request):
+    assert world.structure.family == request.node.callspec.params["world"]
