@@ -86,7 +86,8 @@ def assert_same(model: Any, before: tuple) -> None:
     weights, attributes, hooks = snapshot(model)
     assert attributes == before[1]
     assert hooks == before[2]
-    assert all(torch.equal(weights[name], value) for name, value in before[0].items())
+    changed = [name for name, value in before[0].items() if not torch.equal(weights[name], value)]
+    assert not changed
 
 
 def off(world: World) -> None:

@@ -111,8 +111,9 @@ def _new(tiny: Tiny, **settings: Any) -> Any:
 
 
 def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Of all parameters; what the host computes at the start stays."""
+    """Of all parameters; what the host computes at the start stays, and what it leaves as the memory was is drawn."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes |= {name: buffer.shape for name, buffer in model.named_buffers() if name.endswith("pos_embed")}
     weights = drawn(shapes, seed=1)
     stream = torch.Generator().manual_seed(2)
     for name, value in weights.items():
