@@ -64,6 +64,8 @@ def _tidied(executor, *args: Any, **kwargs: Any) -> Tensor:
 class RewardRun:
     """Everything that a search needs from the host. Made and run outside of inference mode, under `no_grad`.
 
+    advice: a line for the person at the graph, told on the node with the result.
+
     After the run `seeds` tells for each image the seed of KSampler whose starting noise it was made from, and
     `seeds_suffice` whether KSampler draws these images again, each with its seed and the masks. Images of unlike seeds
     are drawn as one batch with the node's seed: some samplers draw noise of their own by it, or choose steps for all.
@@ -86,8 +88,10 @@ class RewardRun:
         stop_by_watch: bool,
         sampling: dict[str, Any],
         node_id: str,
+        advice: str = "",
     ):
         self.settings, self.sampling, self.targets, self.stop_by_watch = settings, sampling, targets, stop_by_watch
+        self.advice = advice
         self.positive, self.negative, self.latent, self.vae = positive, negative, latent, vae
         # A search gives its masks itself, and may put together its latents from several runs.
         self.model = without_recording(model)
@@ -270,5 +274,5 @@ class RewardRun:
             told = seeds_in_words(self.seeds)
             if not self.seeds_suffice:
                 told += f". {not_by_seeds(self.sampling['sampler_name'], self.settings.latent_lr)}"
-            unread = words_in_a_line(self.bound)
-            self.progress.tell(f"reward {numbers(found.scores)}, {told}" + (f"\n{unread}" if unread else ""))
+            lines = f"reward {numbers(found.scores)}, {told}", words_in_a_line(self.bound), self.advice
+            self.progress.tell("\n".join(filter(None, lines)))

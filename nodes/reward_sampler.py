@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.models.structure import TARGETS
 from ..maskunet_core.seam.gradients import ordinary_tensors
-from .reward_settings import PRESETS_IN_WORDS, chosen_settings, custom_inputs
+from .reward_settings import PRESETS_IN_WORDS, advice_on, chosen_settings, custom_inputs
 from .rewards import LoadedReward
 from .types import MasksType, RewardType, seed_input
 
@@ -226,6 +226,7 @@ class MaskUNetRewardSampler(io.ComfyNode):
                 targets=targets,
                 stop_by_watch=stop_by_watch,
                 sampling=sampling,
+                advice=advice_on(preset, sampling["cfg"]),
                 node_id=cls.hidden.unique_id,
             )
             found = run.run()

@@ -31,6 +31,17 @@ PRESETS_IN_WORDS = {
 """In the order of use. Prices: operations on SD 1.5's shapes, 15 steps (trainer/reward_compare/README.md)."""
 
 
+_DISTILLED_CFG = 2.0
+"""Above this guidance, pictures of distilled models burn; published ones ask for 1 to 2."""
+
+
+def advice_on(preset: str, cfg: float) -> str:
+    """What speaks against a preset with this guidance, in a sentence, or nothing."""
+    if preset == "few_step" and cfg > _DISTILLED_CFG:
+        return f"few_step is for distilled models at CFG 1, but cfg is {cfg:g}. For other models take fast or quality."
+    return ""
+
+
 def _of_custom(text: str) -> str:
     return f"{text} Counts where the preset is 'custom'."
 

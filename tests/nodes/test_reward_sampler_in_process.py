@@ -127,6 +127,14 @@ def test_the_toy_reward_tells_what_it_did_not_read(sample, extension, monkeypatc
     assert "did not read" not in told[-1]
 
 
+def test_few_step_with_guidance_is_told_to_be_odd(sample, extension, monkeypatch):
+    told = []
+    monkeypatch.setattr(extension("search_progress"), "tell", lambda text, node_id: told.append(text))
+    for cfg, odd in ((5.0, True), (1.0, False)):
+        sample(preset="few_step", cfg=cfg, steps=2, candidates=2, masks=False)
+        assert ("few_step is for distilled models at CFG 1, but cfg is 5." in told[-1]) == odd
+
+
 def test_without_matplotlib_the_curve_is_a_sentence(sample, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     curve = sample()[2]
