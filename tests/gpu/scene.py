@@ -95,12 +95,12 @@ class Scene:
     def reward(self) -> Any:
         return self.node("rewards").MaskUNetRewardLoader.execute(models.REWARD, "auto", False).result[0]
 
-    def searcher(self) -> Callable[..., tuple[dict, Any, Any]]:
+    def searcher(self) -> Callable[..., tuple]:
         """MaskUNet Reward Sampler: its outputs, from its inputs that differ from those of `draw`."""
         node = self.node("reward_sampler").MaskUNetRewardSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
         reward = self.reward()
 
-        def search(pixels: int, **inputs: Any) -> tuple[dict, Any, Any]:
+        def search(pixels: int, **inputs: Any) -> tuple:
             given = {"model": self.model, "vae": self.vae, "reward": reward, "prompt": PROMPT, "masks": True}
             given |= {"positive": self.positive, "negative": self.negative, "latent_image": self.latent(1, pixels)}
             with torch.inference_mode():

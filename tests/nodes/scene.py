@@ -74,7 +74,7 @@ class Scene:
         self.texts = {name: [[torch.randn(1, 7, CONTEXT, generator=stream), {}]] for name in ("positive", "negative")}
 
     def search(self, batch=1, **changes):
-        """(latents, MASKUNET_MASKS, curve)"""
+        """(latents, MASKUNET_MASKS, curve, candidates, seeds)"""
         inputs = {"model": self.model, "reward": self.reward, "prompt": PROMPT, "masks": True, **self.texts}
         inputs |= {"latent_image": {"samples": torch.zeros(batch, 4, 8, 8)}, **SAMPLED, **SEARCH}
         return run_as_executor(self.sampler.execute, **inputs | self.inputs | changes).result
@@ -139,8 +139,9 @@ def same_state(one, other) -> bool:
 
 
 def require_same(found, plain) -> None:
-    """Latents, masks, history (drawn into the curve) and scores, bit for bit."""
-    (latents, masks, curve), (plain_latents, plain_masks, plain_curve) = found, plain
+    """Latents, masks, history (drawn into the curve), scores, candidates and seeds, bit for bit."""
+    latents, masks, curve, candidates, seeds = found
+    plain_latents, plain_masks, plain_curve, plain_candidates, plain_seeds = plain
     assert torch.isfinite(latents["samples"]).all()
     assert masks.record["scores"] == plain_masks.record["scores"]
     assert masks.steps.keys() == plain_masks.steps.keys()
@@ -148,4 +149,6 @@ def require_same(found, plain) -> None:
         assert masks.steps[sigma].keys() == layers.keys()
         assert all(torch.equal(masks.steps[sigma][name], packed) for name, packed in layers.items())
     assert torch.equal(curve, plain_curve)
+    assert torch.equal(candidates, plain_candidates)
+    assert seeds == plain_seeds
     assert torch.equal(latents["samples"], plain_latents["samples"])
