@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.model_management
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.rewards.preprocess import letterbox
-from ..maskunet_core.rewards.reward import BoundModel, CombinedReward, Reward
+from ..maskunet_core.rewards.reward import WORK, BoundModel, CombinedReward, Reward
 from .folders import REWARD, fingerprint
 from .legend import captioned
 from .node_text import tell, words_in_a_line
@@ -28,8 +27,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CROP, LETTERBOX = "centre crop", "letterbox"
 _CHUNK = 8
 """Pictures that are scored at once, or fewer where memory is short."""
-_WORK = 48 << 20
-"""Bytes that a reward's layers need for a picture: less than this in all published ones, in fp32."""
 
 
 class LoadedReward:
@@ -102,31 +99,22 @@ class MaskUNetRewardLoader(io.ComfyNode):
     def fingerprint_inputs(cls, reward_name: str, **options) -> list[list[int]]:
         if reward_name == TOY_REWARD:
             return []
-        from ..maskunet_core.rewards.files import files_of
+        from ..maskunet_core.rewards.files import files_of, others_in_host
 
         path = Path(folder_paths.get_full_path_or_raise(REWARD, reward_name))
-        return fingerprint(*files_of(path, _others(path)))
+        return fingerprint(*files_of(path, others_in_host(path)))
 
     @classmethod
     def execute(cls, reward_name: str, dtype: str, checkpointing: bool) -> io.NodeOutput:
         with torch.inference_mode(False):
             # The architectures are imported where one is wanted: ComfyUI's start does not wait for them.
-            from ..maskunet_core.rewards.files import load
+            from ..maskunet_core.rewards.files import load, others_in_host
             from ..maskunet_core.rewards.toy import ToyReward
 
             if reward_name == TOY_REWARD:
                 return io.NodeOutput(LoadedReward(ToyReward()))
             path = Path(folder_paths.get_full_path_or_raise(REWARD, reward_name))
-            return io.NodeOutput(LoadedReward(load(path, _others(path), _dtype(dtype), checkpointing)))
-
-
-def _others(path: Path) -> Iterator[Path]:
-    """Files where a reward may find the image tower that it lacks."""
-    for folder in ("clip_vision", REWARD):
-        for name in folder_paths.get_filename_list(folder):
-            found = folder_paths.get_full_path(folder, name)
-            if found is not None and Path(found) != path:
-                yield Path(found)
+            return io.NodeOutput(LoadedReward(load(path, others_in_host(path), _dtype(dtype), checkpointing)))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -254,7 +242,7 @@ def _memory_of(pictures: Tensor) -> int:
     """Bytes on the device to score these pictures: each as it is, resized in one direction and in both, and layers."""
     _, channels, height, width = pictures.shape
     resized = channels * max(height, width) * 224 + channels * 224 * 224
-    return len(pictures) * (4 * (channels * height * width + resized) + _WORK)
+    return len(pictures) * (4 * (channels * height * width + resized) + WORK)
 
 
 def _scores(part: BoundModel, pictures: Tensor, framing: str) -> Tensor:

@@ -35,7 +35,7 @@ class Log:
         folder: Path,
         enabled: bool = True,
         board: bool = True,
-        measured: tuple[str, ...] = ("loss", "change", "error"),
+        measured: tuple[str, ...] = (),
         told: tuple[str, ...] = (),
     ):
         self.folder, self.enabled, self.measured = folder, enabled, measured

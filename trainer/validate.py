@@ -19,29 +19,21 @@ def stratified_timesteps(count: int, timesteps: int, stream: torch.Generator) ->
 
 
 def told_gain(best: dict[str, float] | None) -> str:
-    """Whether a run helped, in a sentence. best: what `Validator.measure` found, with the `step`, or None."""
+    """Whether a run helped, in a sentence. best: what its validator measured, with the `step`, or None."""
     if best is None:
         return "No picture was held out (validation.pictures), so that it was not measured whether it helped."
     if "reward" in best:
-        return _told_reward(best)
-    before = best["loss"] - best["change"]
-    losses = f"the held-out loss was {before:.4f} before"
+        what, now, further, gain = "the reward of held-out prompts", best["reward"], "higher", best["change"]
+    else:
+        what, now, further, gain = "the held-out loss", best["loss"], "lower", -best["change"]
+    before, change, error = now - best["change"], best["change"], best["error"]
+    told = f"{what} was {before:.4f} before"
     if best["step"] == 0:
-        return f"It did not help: {losses} and at no step lower. The file is that of step 0, which changes nothing."
-    change, error = best["change"] / before, best["error"] / before
-    sentence = f"{losses} and is {best['loss']:.4f} at the best step, {best['step']} ({change:+.1%} ± {error:.1%})"
-    if -best["change"] < 2 * best["error"]:
-        return f"It may have helped, but by less than can be told from chance: {sentence}."
-    return f"It helped: {sentence}."
-
-
-def _told_reward(best: dict[str, float]) -> str:
-    before, change, error = best["reward"] - best["change"], best["change"], best["error"]
-    rewards = f"the reward of held-out prompts was {before:.4f} before"
-    if best["step"] == 0:
-        return f"It did not help: {rewards} and at no step higher. The file is that of step 0, which changes nothing."
-    sentence = f"{rewards} and is {best['reward']:.4f} at the best step, {best['step']} ({change:+.4f} ± {error:.4f})"
-    if change < 2 * error:
+        return f"It did not help: {told} and at no step {further}. The file is that of step 0, which changes nothing."
+    # Of a loss the share is of interest; a reward may have any zero.
+    size = f"{change:+.4f} ± {error:.4f}" if "reward" in best else f"{change / before:+.1%} ± {error / before:.1%}"
+    sentence = f"{told} and is {now:.4f} at the best step, {best['step']} ({size})"
+    if gain < 2 * error:
         return f"It may have helped, but by less than can be told from chance: {sentence}."
     return f"It helped: {sentence}."
 

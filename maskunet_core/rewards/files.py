@@ -217,6 +217,17 @@ def _load_tower(
     )
 
 
+def others_in_host(path: Path) -> Iterator[Path]:
+    """Files in the host's folders where the reward at `path` may find the image tower that it lacks."""
+    import folder_paths
+
+    for folder in ("clip_vision", "reward"):
+        for name in folder_paths.get_filename_list(folder):
+            found = folder_paths.get_full_path(folder, name)
+            if found is not None and Path(found) != path:
+                yield Path(found)
+
+
 def files_of(path: Path, others: Iterable[Path] = ()) -> list[Path]:
     """The files that a reward is made of: `path`, and those among `others` that may be the tower which it lacks, each
     with its description where there is one. Nothing of the tensors' content is read."""

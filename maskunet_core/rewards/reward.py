@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from .preprocess import fit
 
+WORK = 48 << 20
+"""Bytes that a reward's layers need for a picture, without gradients: less than this in all published ones, in fp32."""
 HALF_SCALE = 1024.0
 """gradient_scale of modules in fp16, which round small gradients to zero."""
 

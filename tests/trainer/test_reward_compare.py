@@ -13,8 +13,9 @@ from trainer import job_board
 from trainer.reward_compare import jobs, plan, report
 from trainer.reward_compare.costs import Operations
 from trainer.reward_compare.rivals import Steering, optimise_noise, optimised_noise, steered
-from trainer.reward_compare.stage import TABLE, TUNING, Stage, held_out_prompts
+from trainer.reward_compare.stage import Stage
 from trainer.reward_compare.student import SAMPLING, TEACHER, trajectories
+from trainer.toy.held_out import TABLE, TUNING, held_out_prompts
 
 
 @pytest.fixture(scope="module")

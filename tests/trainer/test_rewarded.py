@@ -209,7 +209,7 @@ def test_held_out_prompts_are_not_trained_on():
     training, held_out = Prompts([f"prompt {n}" for n in range(10)]).split(5, 0)
     assert len(held_out) == 2
     assert not set(training.texts) & set(held_out.texts)
-    training, held_out = toy_prompts(300, 40).split(30, 0)
+    training, held_out = Prompts(*toy_prompts(300, 40)).split(30, 0)
     assert len(held_out) == 30
     assert all(parse(text).held_out for text in held_out.texts)
     assert not any(parse(text).held_out for text in training.texts)

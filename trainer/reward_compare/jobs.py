@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from ..files import replacing
 from ..host import enter_host
 from ..job_board import folder_of, result_of, write_result
+from ..toy.held_out import TABLE, held_out_prompts
 from ..toy.judge import frechet_distance
 from .costs import Operations
 from .plan import DIFFICULTY, METHODS, STUDENT, STUDENT_METHODS, Job, Scale, make_plan
 from .rivals import drawn_plainly
-from .stage import TABLE, Stage, held_out_prompts
+from .stage import Stage
 from .student import SAMPLING, train_student
 
 JUDGED = "judged.safetensors"

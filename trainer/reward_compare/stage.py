@@ -22,12 +22,9 @@ from maskunet_core.toy.readers import Reading
 
 from ..base import BaseModel, load_toy_base
 from ..seeds import seeded
+from ..toy.held_out import KINDS
 from ..toy.judge import fully_right, read
 from ..toy.world import render, sample_captioned
-
-KINDS = ("two", "relation")
-TUNING, TABLE = 70, 71
-"""Streams of prompts: settings are chosen on other prompts than those of the table."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +35,6 @@ class Sampling:
     cfg: float = 5.0
     sampler: str = "ddim"
     scheduler: str = "normal"
-
-
-def held_out_prompts(count: int, stream: int) -> list[Caption]:
-    """`count` different prompts that no training saw, of two objects and of relations in turn.
-
-    Those of TUNING and of TABLE are disjoint.
-    """
-    _, captions = sample_captioned(40 * count + 4000, seeded(stream), held_out=True)
-    mine = [caption for caption in dict.fromkeys(captions) if _half(caption) == stream % 2]
-    of_kinds = zip(*([caption for caption in mine if caption.kind == kind] for kind in KINDS))
-    return [caption for pair in of_kinds for caption in pair][:count]
-
-
-def _half(caption: Caption) -> int:
-    return sum(str(caption).encode()) % 2
 
 
 def tokens_of(captions: list[Caption]) -> Tensor:

@@ -64,16 +64,16 @@ class RewardObjective:
         self.spread: float | None = None
         self._order = Order([torch.arange(len(training))], self.settings.prompts_per_round, run.config.seed)
         self._round: Round | None = None
-        sampling = run.base.model.model_sampling
-        self._timesteps = sampling.timestep(self.sigmas[:-1]).long()
+        self._timesteps = self._of_the_sampler()
 
-    @property
-    def sigmas(self) -> Tensor:
-        """Of the sampler's steps, the last of them 0."""
+    def _of_the_sampler(self) -> Tensor:
+        """Timesteps at which the model is asked when pictures are drawn."""
         import comfy.samplers
 
         sampling = self.run.base.model.model_sampling
-        return comfy.samplers.calculate_sigmas(sampling, self.settings.scheduler, self.settings.steps).cpu()
+        sigmas = comfy.samplers.calculate_sigmas(sampling, self.settings.scheduler, self.settings.steps)
+        # The last is 0, where nothing is asked.
+        return sampling.timestep(sigmas[:-1]).long().cpu()
 
     # Rounds -----------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ def load_prompts(config: Config) -> Prompts:
         return Prompts(list(dict.fromkeys(record.caption for record in read_data(config).records)))
     from .toy import toy_prompts
 
-    return toy_prompts()
+    return Prompts(*toy_prompts())
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,12 +1,9 @@
 """Scores of pictures by the configured rewards, each picture for its own prompt."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from maskunet_core.rewards.reward import CombinedReward, Reward
+from maskunet_core.rewards.reward import WORK, CombinedReward, Reward
 
 from ..base import fitting
 from ..config import TOY
@@ -14,8 +11,6 @@ from ..host import REWARD, model_file
 
 _AT_ONCE = 8
 """Pictures that a reward looks at together."""
-_WORK = 48 << 20
-"""Bytes that a reward's layers need for a picture: less than this in all published ones, in fp32."""
 
 
 class Scorer:
@@ -32,7 +27,7 @@ class Scorer:
 
         modules = self.reward.modules()
         size = sum(management.module_size(module) for module in modules)
-        management.free_memory(size + _AT_ONCE * _WORK, self.device)
+        management.free_memory(size + _AT_ONCE * WORK, self.device)
         scores = torch.zeros(len(pictures))
         try:
             with fitting("The reward", self.device, "take a smaller one in reward.models"):
@@ -56,18 +51,7 @@ def _loaded(name: str, device: torch.device) -> Reward:
         return ToyJudgement()
     import comfy.model_management as management
 
-    from maskunet_core.rewards.files import load
+    from maskunet_core.rewards.files import load, others_in_host
 
     path = model_file(REWARD, name)
-    return load(path, _others(path), torch.float16 if management.should_use_fp16(device) else torch.float32)
-
-
-def _others(path: Path) -> Iterator[Path]:
-    """Files where a reward may find the image tower that it lacks."""
-    import folder_paths
-
-    for folder in ("clip_vision", REWARD):
-        for name in folder_paths.get_filename_list(folder):
-            found = folder_paths.get_full_path(folder, name)
-            if found is not None and Path(found) != path:
-                yield Path(found)
+    return load(path, others_in_host(path), torch.float16 if management.should_use_fp16(device) else torch.float32)

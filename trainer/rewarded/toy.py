@@ -8,11 +8,10 @@ from maskunet_core.rewards.toy import SIZE, log_probability
 from maskunet_core.toy.captions import parse
 from maskunet_core.toy.model import load_reader
 
-from ..reward_compare.stage import TUNING, held_out_prompts
 from ..seeds import seeded
+from ..toy.held_out import TUNING, held_out_prompts
 from ..toy.judge import fully_right
 from ..toy.world import sample_captioned
-from .prompts import Prompts
 
 SINGLE = 0.1
 """Share of prompts with one object, which the model draws well already."""
@@ -55,12 +54,13 @@ class ToyReferee:
         return fully_right(self.reader(pictures), [parse(prompt) for prompt in prompts]).float()
 
 
-def toy_prompts(count: int = 6000, held_out: int = 400) -> Prompts:
-    """Prompts of two objects and of relations, and some of one; held out are those that settings are chosen by."""
+def toy_prompts(count: int = 6000, held_out: int = 400) -> tuple[list[str], list[str]]:
+    """(to train on, held out): of two objects and of relations, and some of one; the second are those that settings are
+    chosen by, without single objects."""
     _, captions = sample_captioned(5 * count, seeded(61))
     different = list(dict.fromkeys(captions))
     single = [str(caption) for caption in different if caption.kind == "one"]
     pairs = [str(caption) for caption in different if caption.kind != "one"]
     wanted = round(SINGLE * count)
     texts = single[:wanted] + pairs[: count - wanted]
-    return Prompts(texts, [str(caption) for caption in held_out_prompts(held_out, TUNING)])
+    return texts, [str(caption) for caption in held_out_prompts(held_out, TUNING)]

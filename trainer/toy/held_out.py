@@ -1,0 +1,25 @@
+"""Prompts of the toy world that no training saw, for settings and for tables."""
+
+from maskunet_core.toy.captions import Caption
+
+from ..seeds import seeded
+from .world import sample_captioned
+
+KINDS = ("two", "relation")
+TUNING, TABLE = 70, 71
+"""Streams of prompts: settings are chosen on other prompts than those of the table."""
+
+
+def held_out_prompts(count: int, stream: int) -> list[Caption]:
+    """`count` different prompts that no training saw, of two objects and of relations in turn.
+
+    Those of TUNING and of TABLE are disjoint.
+    """
+    _, captions = sample_captioned(40 * count + 4000, seeded(stream), held_out=True)
+    mine = [caption for caption in dict.fromkeys(captions) if _half(caption) == stream % 2]
+    of_kinds = zip(*([caption for caption in mine if caption.kind == kind] for kind in KINDS))
+    return [caption for pair in of_kinds for caption in pair][:count]
+
+
+def _half(caption: Caption) -> int:
+    return sum(str(caption).encode()) % 2
