@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV_PYTHON = $(firstword $(wildcard .venv/bin/python .venv/Scripts/python.exe) .venv/bin/python)
 
-.PHONY: setup demo test bench parity pictures gpu gpu-pack clean
+.PHONY: setup demo test bench parity pictures film gpu gpu-pack clean
 
 setup:
 	@$(PYTHON) tests/host/setup.py
@@ -21,6 +21,9 @@ parity: setup
 
 pictures: setup
 	@$(VENV_PYTHON) -m tests.host.thumbnails $(PICTURES_ARGS)
+
+film: setup
+	@$(VENV_PYTHON) -m tests.host.search_film
 
 gpu: setup
 	@$(VENV_PYTHON) -m tests.gpu $(GPU_ARGS)
