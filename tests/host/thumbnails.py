@@ -28,12 +28,15 @@ class Thumbnail:
     """What a template's picture shows: captions, each with the title of the node whose pictures stand under it.
 
     runs: the graph that is run, where the template itself needs weights that do not ship; the picture then says so.
-    preset: of its reward sampler, where not the graph's own.
+    preset, text, seed, batch: where not the graph's own.
     """
 
     panels: tuple[tuple[str, str], ...]
     runs: str = ""
     preset: str = ""
+    text: str = ""
+    seed: int = 0
+    batch: int = 0
 
 
 _MASKS = (("all weights", "Save without masks"), ("masks chosen by a generator", "Save with masks"))
@@ -74,12 +77,12 @@ THUMBNAILS = {
             ("another", "Save another prompt"),
         )
     ),
-    "sd15_best_of_6": Thumbnail(_BEST, runs="reward_sampler", preset="fast"),
-    "sd15_reward_sampler": Thumbnail(_SEARCH, runs="reward_sampler"),
-    "sd15_random_masks": Thumbnail(_RANDOM, runs="random_masks"),
-    "sdxl_best_of_6": Thumbnail(_BEST, runs="reward_sampler", preset="fast"),
-    "sdxl_reward_sampler": Thumbnail(_SEARCH, runs="reward_sampler"),
-    "sdxl_random_masks": Thumbnail(_RANDOM, runs="random_masks"),
+    "sd15_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "a black ring and a yellow cross", 1, 1),
+    "sd15_reward_sampler": Thumbnail(_SEARCH, "reward_sampler", text="a red circle and a green triangle", seed=2),
+    "sd15_random_masks": Thumbnail(_RANDOM, "random_masks", text="a yellow star", seed=1),
+    "sdxl_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "an orange cross right of a blue circle", 3, 1),
+    "sdxl_reward_sampler": Thumbnail(_SEARCH, "reward_sampler", text="a green cross left of a red square", seed=5),
+    "sdxl_random_masks": Thumbnail(_RANDOM, "random_masks", text="a small green cross", seed=2),
 }
 TOY_MODEL = "toy_model"
 TOY_PROMPTS = (
@@ -104,14 +107,14 @@ class Layout:
         return sum(width * height for places in self.pictures for _, _, width, height in places)
 
 
-def _layout(panels: list[Panel], panel_columns: int, picture_columns: int) -> Layout:
+def _layout(panels: list[Panel], panel_columns: int, picture_columns: int, margin: int) -> Layout:
     """Rows of panels, each with rows of pictures as large as the width allows; a last row fills the width, too."""
     captions, places, top = [], [], _GAP
     for start in range(0, len(panels), panel_columns):
         row = panels[start : start + panel_columns]
-        width, bottom = (SIZE - _GAP) // len(row) - _GAP, top
+        width, bottom = (SIZE - 2 * margin - _GAP) // len(row) - _GAP, top
         for number, (_, pictures) in enumerate(row):
-            left = _GAP + number * (width + _GAP)
+            left = margin + _GAP + number * (width + _GAP)
             captions.append((left, top, width))
             columns = min(picture_columns, len(pictures))
             wide = (width - (columns - 1) * _GAP // 2) // columns
@@ -129,7 +132,7 @@ def _layout(panels: list[Panel], panel_columns: int, picture_columns: int) -> La
 def compose(panels: list[Panel], remark: str = "") -> Image.Image:
     """One picture, SIZE wide and high: captions over their pictures, these as large as possible."""
     foot, most = _LINE if remark else 0, max(len(pictures) for _, pictures in panels)
-    choices = itertools.product(range(1, len(panels) + 1), range(1, most + 1))
+    choices = itertools.product(range(1, len(panels) + 1), range(1, most + 1), range(0, SIZE // 3, _GAP))
     layouts = [layout for choice in choices if (layout := _layout(panels, *choice)).height + foot <= SIZE]
     best = max(
         layouts, key=lambda layout: (_fair(panels, layout), _font(panels, layout).size >= _READABLE, layout.area)
@@ -167,11 +170,16 @@ def save(picture: Image.Image, path: Path) -> None:
     print(f"  {path.relative_to(PROJECT)}  {path.stat().st_size / 1000:.0f} kB", flush=True)
 
 
-def drawn(server: Server, graph: str, preset: str = "") -> dict[str, list[Image.Image]]:
-    """Runs a template as it is, or with another preset: pictures by the title of the node that shows or saves them."""
-    prompt = to_prompt(load_workflow(graph), server.object_info())
-    if preset:
-        titled(prompt, "Sample with a search")["preset"] = preset
+def drawn(server: Server, name: str) -> dict[str, list[Image.Image]]:
+    """Runs a template's graph: pictures by the title of the node that shows or saves them."""
+    thumbnail = THUMBNAILS[name]
+    prompt = to_prompt(load_workflow(thumbnail.runs or name), server.object_info())
+    changes = {"preset": thumbnail.preset, "text": thumbnail.text, "prompt": thumbnail.text, "seed": thumbnail.seed}
+    changes["batch_size"] = thumbnail.batch
+    for node in prompt.values():
+        # An empty prompt, and a seed of 0, which masks have, stay as they are.
+        own = {key for key, value in node["inputs"].items() if value and not isinstance(value, list)}
+        node["inputs"] |= {key: value for key, value in changes.items() if value and key in own}
     outputs = server.run(prompt)
     return {
         prompt[node]["_meta"]["title"]: fetch(server, found) for node, found in outputs.items() if "images" in found
@@ -195,7 +203,7 @@ def draw(names: list[str]) -> None:
     with Server() as server:
         for name in (name for name in names if name in THUMBNAILS):
             thumbnail = THUMBNAILS[name]
-            shown = drawn(server, thumbnail.runs or name, thumbnail.preset)
+            shown = drawn(server, name)
             remark = "drawn by the toy model" if thumbnail.runs else ""
             picture = compose([(caption, shown[title]) for caption, title in thumbnail.panels], remark)
             save(picture, template_file(name, ".jpg"))
