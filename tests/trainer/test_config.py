@@ -12,14 +12,27 @@ def problems_of(values) -> list[str]:
     return str(caught.value).splitlines()
 
 
+def _missing(preset: str) -> list[str]:
+    """Keys of a preset that name what is not there."""
+    try:
+        load_config(preset)
+    except BadConfig as error:
+        return [line.split(":")[0] for line in str(error).splitlines()]
+    return []
+
+
 def test_every_preset_is_valid_but_for_the_files_that_a_user_brings():
-    names = {path.stem for path in PRESETS.glob("*.toml")}
-    assert names == {"toy", "sd15", "paper", "dreambooth"}
-    for name in names - {"toy"}:
-        with pytest.raises(BadConfig) as caught:
-            load_config(name)
-        lines = str(caught.value).splitlines()
-        assert [line.split(":")[0] for line in lines] == ["base.checkpoint", "data.path"]
+    brought = {
+        "toy": [],
+        "toy_reward": [],
+        "sd15": ["base.checkpoint", "data.path"],
+        "paper": ["base.checkpoint", "data.path"],
+        "dreambooth": ["base.checkpoint", "data.path"],
+        "sd15_reward": ["base.checkpoint", "reward.models", "reward.prompts"],
+    }
+    assert {path.stem for path in PRESETS.glob("*.toml")} == brought.keys()
+    for name, files in brought.items():
+        assert _missing(name) == files
         assert load_config(name, ["base.checkpoint=toy", "data.path="]).targets == "decoder attention"
     assert load_config("toy").is_toy
 
@@ -81,10 +94,8 @@ def test_presets_name_a_checkpoint_as_comfyui_lists_it(monkeypatch, tmp_path):
 
     (tmp_path / "v1-5-pruned-emaonly-fp16.safetensors").touch()
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path)], {".safetensors"}))
-    for name in ("sd15", "paper", "dreambooth"):
-        with pytest.raises(BadConfig) as caught:
-            load_config(name)
-        assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["data.path"]
+    for name in ("sd15", "paper", "dreambooth", "sd15_reward"):
+        assert "base.checkpoint" not in _missing(name)
 
 
 def test_extra_model_paths_are_read(monkeypatch, tmp_path):
@@ -193,7 +204,7 @@ def test_a_configuration_survives_being_written_down():
 
 def test_a_file_that_is_missing_or_no_toml_gets_a_sentence(tmp_path):
     with pytest.raises(
-        BadConfig, match=r"does not exist. Name a TOML file or a preset \(dreambooth, paper, sd15, toy\)"
+        BadConfig, match=r"does not exist. Name a TOML file or a preset \(dreambooth, paper, sd15, sd15_reward, toy, toy_reward\)"
     ):
         load_config("nothing")
     path = tmp_path / "run.toml"
