@@ -33,7 +33,8 @@ def test_every_preset_is_valid_but_for_the_files_that_a_user_brings():
     assert {path.stem for path in PRESETS.glob("*.toml")} == brought.keys()
     for name, files in brought.items():
         assert _missing(name) == files
-        assert load_config(name, ["base.checkpoint=toy", "data.path="]).targets == "decoder attention"
+        toys = ["base.checkpoint=toy", "data.path=", "reward.prompts=", "reward.models={toy = 1.0}"]
+        assert load_config(name, toys).targets == "decoder attention"
     assert load_config("toy").is_toy
 
 
