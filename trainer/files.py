@@ -10,7 +10,6 @@ from pathlib import Path
 
 from maskunet_core.errors import MaskUNetError
 
-
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 """Numbers of the errors of a full disk, and of a quota that is used up."""
 _TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp")

@@ -199,7 +199,7 @@ def test_what_cannot_be_resumed_says_why_and_what_to_do(tmp_path, monkeypatch):
     foreign = whole | {"module": {name: value[..., :1] for name, value in whole["module"].items()}}
     for other in (lacking, foreign):
         torch.save(other, state)
-        with pytest.raises(CannotResume, match="is of another version of the trainer. Start the run anew"):
+        with pytest.raises(CannotResume, match="is of another version of the trainer"):
             resume(run)
     torch.save(whole, state)
     # torch has an error of another kind for each of them.
