@@ -20,6 +20,7 @@ DEFAULT_PREFIX = f"{SAVED_MASKS}/maskunet"
 _MENDS = {
     errno.ENAMETOOLONG: "Choose a shorter filename_prefix.",
     errno.ENOSPC: "Free some space on that disk.",
+    errno.EDQUOT: "Free some of the space that you may use on that disk.",
     errno.EACCES: "Make the output folder writable, or start ComfyUI with another --output-directory.",
     errno.EROFS: "Make the output folder writable, or start ComfyUI with another --output-directory.",
 }

@@ -1,15 +1,16 @@
 """Trains and judges mask generators. `python -m trainer COMMAND --help` tells about each command."""
 
 import argparse
-import errno
+import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from maskunet_core.errors import MaskUNetError
 
-from .files import free_path, require_folder, require_free, user_path
+from .files import NO_ROOM, free_path, require_folder, require_free, user_path
 from .host import enter_host
 
 SHEET = Path("output/sample/samples.png")
@@ -126,6 +127,17 @@ def _add_configuration(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _number(least: int) -> Callable[[str], int]:
+    """Reads a whole number from `least` on that fits into 64 bits."""
+
+    def number(text: str) -> int:
+        if least <= (value := int(text)) < 2**63:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is too small or too large: the least is {least}")
+
+    return number
+
+
 def _add_overwrite(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
@@ -161,7 +173,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument(
         "--output", type=user_path, default=Path("output/compare"), help="folder for tables and figures"
     )
-    command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once, a thread each")
+    command.add_argument("--jobs", type=_number(1), default=os.cpu_count() or 1, help="processes at once, of a thread")
     command.add_argument("--task", action="append", choices=("noise", "style", "subject"), help="only this one")
     command.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     command.set_defaults(run=compare)
@@ -170,7 +182,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument(
         "--output", type=user_path, default=Path("output/reward-compare"), help="folder for table and plot"
     )
-    command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once, a thread each")
+    command.add_argument("--jobs", type=_number(1), default=os.cpu_count() or 1, help="processes at once, of a thread")
     command.add_argument("--quick", action="store_true", help="few prompts, to see that it works")
     command.set_defaults(run=reward_compare)
 
@@ -182,8 +194,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--output", type=user_path, help=f"the picture to write (default: {SHEET}, with a number where it exists)"
     )
     _add_overwrite(command, "the picture where it exists")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--steps", type=int, default=20)
+    command.add_argument("--seed", type=_number(-(2**62)), default=0)
+    command.add_argument("--steps", type=_number(1), default=20)
     command.set_defaults(run=sample)
 
     command = commands.add_parser("info", help="tell what a generator file says of itself")
@@ -211,18 +223,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def _about_files(error: OSError) -> str:
     """A sentence for a file that cannot be read or written, wherever that was noticed."""
     name = f"'{error.filename}'" if error.filename else "A file"
-    if error.errno == errno.ENOSPC:
+    if error.errno in NO_ROOM:
         return f"{name} does not fit on the disk: free some space, and give the same command again."
     return f"{name} cannot be read or written ({error.strerror or error}): mend that, or name another place."
 
 
 def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        # Not every terminal or file has the letters of every prompt and every name of a file.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = parse(sys.argv[1:])
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
     except MaskUNetError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever was reading has read enough, as `| head` does; what Python says at its end would fail, too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         print(_about_files(error), file=sys.stderr)
         return 2

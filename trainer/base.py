@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -168,6 +169,14 @@ def load_toy_base(weights: str = "") -> BaseModel:
     before, args.fp32_unet = args.fp32_unet, True
     try:
         patcher, clip, vae = load_toy_model(Path(weights) if weights else None)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not weights:
+            raise
+        reason = str(error).splitlines()[0]
+        raise BadBase(
+            f"The folder '{weights}' does not hold whole weights of the toy model ({reason}). Name one that `python -m "
+            "trainer toy` has filled."
+        ) from None
     finally:
         args.fp32_unet = before
     return _frozen(BaseModel(patcher, clip, vae))

@@ -1,9 +1,12 @@
 """Reads the configuration of a training run: a TOML file, checked as a whole before anything is loaded."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any, get_args, get_origin
+
+import torch
 
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.files.checkpoint import ARCHITECTURES
@@ -15,7 +18,7 @@ from .config import METHODS, OBJECTIVES, PRECISIONS, TOY, TOY_RESOLUTION, Config
 from .data.records import scan
 from .files import user_path
 from .host import REWARD, model_choice, model_file
-from .optimisers import UnknownOptimiser, find_optimiser
+from .optimisers import UnknownOptimiser, build_optimiser
 from .schedules import FALLS
 
 try:
@@ -54,7 +57,7 @@ _SHARE = (lambda v: 0 <= v <= 1, "must lie between 0 and 1")
 _ABOVE_0 = (lambda v: v > 0, "must be above 0")
 
 _RULES = {
-    "output": (lambda v: Path(v).name not in ("", "."), "must name a folder"),
+    "output": (lambda v: Path(v).name not in ("", ".", ".."), "must name a folder"),
     "method": _one_of(METHODS),
     "objective": _one_of(OBJECTIVES),
     "targets": _one_of(TARGETS),
@@ -106,6 +109,10 @@ _RULES = {
 }
 
 
+LARGEST = 2**63 - 1
+"""Whole number that torch takes as a seed or a count."""
+
+
 def _convert(value: Any, kind: Any) -> Any:
     """`value` as a field of type `kind` holds it; raises TypeError with what it should be."""
     if get_origin(kind) is tuple:
@@ -119,9 +126,13 @@ def _convert(value: Any, kind: Any) -> Any:
             return value
         if not all(type(item) in (int, float) for item in value.values()):
             raise TypeError("a table of numbers")
-        return {key: float(item) for key, item in value.items()}
+        return {key: _convert(item, float) for key, item in value.items()}
+    if type(value) is int and abs(value) > LARGEST:
+        raise TypeError(f"{kind.__name__}, not a number of more than 64 bits")
     if kind is float and type(value) is int:
         return float(value)
+    if type(value) is float and not math.isfinite(value):
+        raise TypeError(f"{kind.__name__} and finite, not {value}")
     if type(value) is not kind:
         raise TypeError(f"{kind.__name__}, not {type(value).__name__}")
     return value
@@ -210,7 +221,8 @@ def _contradicting_reward(config: Config) -> list[str]:
     if TOY in reward.models and not config.is_toy:
         problems.append(f'reward.models: "{TOY}" reads pictures of the toy model alone; name a file in models/reward')
     if reward.prompts and not Path(reward.prompts).is_file():
-        problems.append(f"reward.prompts: the file '{reward.prompts}' does not exist")
+        what = "is a folder" if Path(reward.prompts).is_dir() else "does not exist"
+        problems.append(f"reward.prompts: the file '{reward.prompts}' {what}; name a text file")
     if not config.is_toy and not reward.prompts and not data.path:
         problems.append("reward.prompts: is missing; name a text file with a prompt in each line")
     if reward.pictures * reward.passes % config.loop.batch:
@@ -262,7 +274,8 @@ def _contradictions(config: Config) -> list[str]:
     ]
     problems += _contradicting_reward(config)
     try:
-        find_optimiser(config.optimiser.name)
+        one = [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}]
+        build_optimiser(one, config.optimiser.name, config.optimiser.arguments)
     except UnknownOptimiser as error:
         problems.append(str(error))
     problems += _contradicting_architecture(config)

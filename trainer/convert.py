@@ -1,10 +1,8 @@
 """Converts the authors' two files, `mask_generators.pth` and `adapters.pth`, to one generator file."""
 
-import pickle
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from maskunet_core.errors import MaskUNetError
@@ -12,6 +10,8 @@ from maskunet_core.files import checkpoint
 from maskunet_core.masks.generator import key_of
 from maskunet_core.masks.reference import ReferenceGenerator
 from maskunet_core.models.structure import Block, Layer, Structure
+
+from .torch_files import Damaged, read_torch
 
 
 class BadReference(MaskUNetError):
@@ -25,11 +25,11 @@ _ADAPTER = re.compile(
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = torch.load(path, weights_only=True, map_location="cpu")
+        tensors = read_torch(path)
     except FileNotFoundError:
         raise BadReference(f"'{path}' does not exist.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise BadReference(f"'{path}' is not a file of tensors ({str(error).splitlines()[0]}).") from None
+    except Damaged as error:
+        raise BadReference(f"'{path}' is not a file of tensors ({error.reason}).") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise BadReference(f"'{path}' holds something other than a dictionary of tensors.")
     return {key: value.float() for key, value in tensors.items()}

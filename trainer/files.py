@@ -1,11 +1,18 @@
 """Files that are never half written, and none of a person's that is replaced without being asked."""
 
 import contextlib
+import errno
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from maskunet_core.errors import MaskUNetError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a full disk, and of a quota that is used up."""
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp")
 
 
 class Occupied(MaskUNetError):
@@ -21,12 +28,20 @@ def user_path(text: str) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes its place when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # No longer than the shortest name, so that what a file system takes as a name can be written, too.
+    temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `replacing` left where a process was killed. No other process may be writing into the folder."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def require_free(path: Path, overwrite: bool) -> None:

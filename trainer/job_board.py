@@ -40,7 +40,7 @@ def claim(output: Path, values: dict[str, Any]) -> None:
     """Write the scale into the folder. Raises OtherScale where the folder has another one."""
     path = output / "scale.json"
     if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != values:
+        if _read_json(path) != values:
             raise OtherScale(
                 f"'{output}' holds a comparison of another size (see scale.json). Delete it, or choose another folder "
                 "by --output."
@@ -56,9 +56,14 @@ def folder_of(output: Path, name: str) -> Path:
 
 def result_of(output: Path, name: str) -> dict[str, Any] | None:
     """What a finished job found, or None."""
+    return _read_json(folder_of(output, name) / "result.json")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is none, or where it is damaged."""
     try:
-        return json.loads((folder_of(output, name) / "result.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -55,9 +55,10 @@ class Log:
             path = self.folder / name
             rows: list[list[str]] = []
             if path.exists():
-                with path.open(newline="", encoding="utf-8") as file:
-                    # A killed process may leave half a line at the end.
-                    rows = [r for r in list(csv.reader(file))[1:] if len(r) == len(columns) and int(r[0]) <= step]
+                # A killed process may leave half a line at the end, and a machine that lost power zeros.
+                lines = path.read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines()
+                whole = [r for r in csv.reader(lines[1:]) if len(r) == len(columns) and r[0].isdecimal()]
+                rows = [r for r in whole if int(r[0]) <= step]
             with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([columns, *(rows if step else [])])
 

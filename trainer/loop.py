@@ -6,7 +6,6 @@ elsewhere some of torch's kernels sum in another order each time, and two runs d
 """
 
 import contextlib
-import errno
 import json
 import math
 import signal
@@ -27,14 +26,15 @@ from .base import BaseModel, load_for_training
 from .batches import Batch
 from .config import Config, to_toml_values
 from .cost import PeakMemory
-from .files import replacing
+from .files import NO_ROOM
 from .host import models_folder
 from .logs import Log
 from .methods import build_method
 from .objective import DiffusionObjective
 from .optimisers import build_optimiser
-from .run_folder import STATE, read_state, require_same, resume_command
+from .run_folder import STATE, other_version, read_state, require_same, resume_command
 from .schedules import learning_rate_factor
+from .torch_files import write_torch
 from .validate import told_gain
 
 
@@ -312,8 +312,8 @@ class Run:
             "data": self.digests,
             "objective": self.objective.state(),
         }
-        with _room_for(self.state_file, self.folder), replacing(self.state_file) as temporary:
-            torch.save(state, temporary)
+        with _room_for(self.state_file, self.folder):
+            write_torch(self.state_file, state)
 
     def load_state(self) -> None:
         """Go on from the saved state. Raises CannotResume where there is none, or one of another configuration; warns
@@ -326,6 +326,15 @@ class Run:
                 f"The data has changed since the run was stopped: {len(then - now):,} of its {len(then):,} pictures "
                 f"and captions are gone or changed, {len(now - then):,} are new. The run goes on with what is there."
             )
+        try:
+            self._restore(state)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise other_version(self.folder) from None
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Raises errors of many kinds where the state lacks something or holds something else."""
+        if _shapes(state["module"]) != _shapes(self.module.state_dict()):
+            raise ValueError
         self.module.load_state_dict(state["module"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
@@ -422,13 +431,17 @@ class Run:
             self.save_result()
 
 
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 @contextlib.contextmanager
 def _room_for(path: Path, folder: Path) -> Iterator[None]:
     """Raises DiskFull where `path`, of the run in `folder`, cannot be written for lack of space."""
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in NO_ROOM:
             raise
         raise DiskFull(
             f"No space left for '{path}'. Whatever was saved before is untouched: free some space, then go on with "

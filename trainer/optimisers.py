@@ -24,12 +24,15 @@ def find_optimiser(name: str) -> type[torch.optim.Optimizer]:
         return found
     module, _, attribute = name.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a package may raise anything while it is imported
         raise UnknownOptimiser(
             f"optimiser.name: '{name}' cannot be imported ({error}). Install the package that has it, or name a class "
             "of torch.optim."
         ) from None
+    if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
+        raise UnknownOptimiser(f"optimiser.name: '{name}' is no optimiser of torch. Name a class of torch.optim.")
+    return found
 
 
 def build_optimiser(groups: list[dict[str, Any]], name: str, arguments: dict[str, Any]) -> torch.optim.Optimizer:
@@ -42,5 +45,5 @@ def build_optimiser(groups: list[dict[str, Any]], name: str, arguments: dict[str
         if not arguments.get("fused"):
             raise
         return chosen(groups, **arguments | {"fused": False})
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UnknownOptimiser(f"optimiser.options: {name} does not take them ({error}).") from None

@@ -3,20 +3,18 @@
 import contextlib
 import json
 import os
-import pickle
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from maskunet_core.errors import MaskUNetError
 
 from .config import Config, to_toml_values
 from .config_file import parse_config
-from .files import replacing, require_folder
+from .files import remove_unfinished, replacing, require_folder
 from .job_board import alone
+from .torch_files import Damaged, read_torch
 
 CONFIG, STATE = "config.json", "state/last.pt"
 STARTED_IN = "started_in"
@@ -81,6 +79,8 @@ def occupied(folder: Path) -> Iterator[None]:
     require_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder, "trains", "`--set output=FOLDER`"):
+        for written in (folder, (folder / STATE).parent, folder / "samples"):
+            remove_unfinished(written)
         yield
 
 
@@ -109,12 +109,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The saved state, its tensors on the CPU. Raises CannotResume."""
     path = folder / STATE
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = read_torch(path)
     except FileNotFoundError:
         raise CannotResume(f"'{folder}' holds no saved state. {_ANEW}.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CannotResume(f"'{path}' is damaged ({reason}). {_ANEW}.") from None
+    except Damaged as error:
+        raise CannotResume(f"'{path}' is damaged ({error.reason}). {_ANEW}.") from None
     if not isinstance(state, dict) or "config" not in state:
         raise CannotResume(f"'{path}' is not the state of a run. {_ANEW}.")
     return state
@@ -136,14 +135,15 @@ def reopened(folder: Path) -> Iterator[Config]:
     if folder.is_file():
         raise CannotResume(f"'{folder}' is a file. Name the output folder of a run.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        # Editors of Windows put a byte order mark first.
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CannotResume(f"'{folder}' holds no run (no {CONFIG}). Name the output folder of a run.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CannotResume(f"'{path}' is damaged ({error}). Start the run anew by `python -m trainer train`.") from None
     if not isinstance(values, dict):
         raise CannotResume(f"'{path}' is not the configuration of a run. Name the output folder of a run.")
-    before, started_in = Path.cwd(), values.pop(STARTED_IN, ".")
+    before, started_in = Path.cwd(), str(values.pop(STARTED_IN, "."))
     # The run may have come from another machine.
     os.chdir(started_in if os.path.isdir(started_in) else before)
     try:
@@ -152,12 +152,17 @@ def reopened(folder: Path) -> Iterator[Config]:
         os.chdir(before)
 
 
+def other_version(folder: Path) -> CannotResume:
+    """For a state that holds something else than this version's."""
+    return CannotResume(f"The state in '{folder}' is of another version of the trainer. {_ANEW}.")
+
+
 def require_same(saved: str, config: Config, folder: Path) -> None:
     """saved: JSON of the configuration of a state. Raises CannotResume with all that differs."""
     try:
         then, now = _flat(json.loads(saved)), _flat(to_toml_values(config))
     except (ValueError, AttributeError, TypeError):
-        raise CannotResume(f"The state in '{folder}' is of another version of the trainer. {_ANEW}.") from None
+        raise other_version(folder) from None
     # A version that did not know a key yet did what its default does.
     then = _flat(to_toml_values(Config())) | then
     changed = [

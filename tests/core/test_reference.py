@@ -122,9 +122,10 @@ def test_files_that_are_no_reference_get_a_sentence(files, tmp_path):
     output = tmp_path / "out.safetensors"
     with pytest.raises(BadReference, match="does not exist"):
         convert(tmp_path / "none.pth", adapters, output, "SD 1.5")
-    (tmp_path / "text.pth").write_text("no tensors")
-    with pytest.raises(BadReference, match="is not a file of tensors"):
-        convert(tmp_path / "text.pth", adapters, output, "SD 1.5")
+    for content in ("no tensors", ""):
+        (tmp_path / "text.pth").write_text(content)
+        with pytest.raises(BadReference, match="is not a file of tensors"):
+            convert(tmp_path / "text.pth", adapters, output, "SD 1.5")
     with pytest.raises(BadReference, match=r"holds no key such as 1\.attentions_0"):
         convert(adapters, generators, output, "SD 1.5")
     torch.save({"1.proj_temb.weight": torch.zeros(4, 4)}, tmp_path / "partial.pth")

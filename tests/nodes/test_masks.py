@@ -166,7 +166,11 @@ def test_a_name_that_cannot_be_written_gets_a_sentence(save, tmp_path, prefix, s
 
 @pytest.mark.parametrize(
     ("number", "sentence"),
-    [(errno.ENOSPC, "No space left.* Free some space"), (errno.EROFS, "Read-only file.* Make the output folder writ")],
+    [
+        (errno.ENOSPC, "No space left.* Free some space"),
+        (errno.EDQUOT, "quota.* Free some of the space"),
+        (errno.EROFS, "Read-only file.* Make the output folder writ"),
+    ],
 )
 def test_a_folder_that_takes_no_file_gets_a_sentence(save, tmp_path, monkeypatch, number, sentence):
     def refuse(*_):

@@ -151,6 +151,13 @@ def test_a_file_that_is_no_checkpoint_gets_a_sentence(tmp_path):
         load_base(Base(str(path)))
 
 
+def test_a_folder_without_whole_toy_weights_gets_a_sentence(tmp_path):
+    for _ in range(2):
+        with pytest.raises(BadBase, match=r"does not hold whole weights of the toy model \(.*unet|header"):
+            load_toy_base(str(tmp_path))
+        (tmp_path / "unet.safetensors").write_text("no weights")
+
+
 def test_v_prediction_is_trained_on_v():
     import comfy.model_base
 

@@ -1,12 +1,16 @@
 """The trainer's commands as a user types them."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from maskunet_core.files import checkpoint
 from tests.builders import make_generator, trainer_command
 from trainer.__main__ import parse
+from trainer.host import PROJECT
 
 
 def test_evaluate_prints_its_table_and_writes_it_twice(tmp_path, toy_structure):
@@ -52,6 +56,37 @@ def test_sample_draws_prompts_without_and_with_a_generator(tmp_path, toy_structu
         # Each picture of 64 pixels is enlarged to 256, and has its prompt above it.
         assert image.width >= 2 * 256
         assert image.height >= 2 * (256 + 20)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pipe breaks in another way there")
+def test_what_the_output_cannot_take_stops_no_command(tmp_path, toy_structure):
+    """Letters that a terminal does not have, and a reader that has read enough."""
+    path = tmp_path / "größe.safetensors"
+    checkpoint.save(path, make_generator(toy_structure), "decoder attention", {})
+    result = trainer_command("info", str(path), env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert result.stdout.startswith(r"gr\xf6\xdfe.safetensors, ")
+    assert (result.returncode, result.stderr) == (0, "")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "trainer", "info", str(path)]
+    result = subprocess.run(command, cwd=PROJECT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compare", "--jobs", "0"),
+        ("reward-compare", "--jobs", "-1"),
+        ("sample", "g.safetensors", "--prompt", "x", "--steps", "0"),
+        ("sample", "g.safetensors", "--prompt", "x", "--seed", str(2**70)),
+    ],
+)
+def test_numbers_that_no_command_can_use_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        parse(list(arguments))
+    assert f"{arguments[-1]} is too small or too large" in capsys.readouterr().err
 
 
 def test_help_says_how_captions_are_read(capsys):

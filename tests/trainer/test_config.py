@@ -231,6 +231,27 @@ def test_what_windows_writes_is_read_or_told(tmp_path):
         load_config(str(path))
 
 
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("optimiser.lr=inf", "optimiser.lr: must be of type float and finite, not inf"),
+        ("validation.cfg=nan", "validation.cfg: must be of type float and finite, not nan"),
+        ("reward.models={toy = nan}", "reward.models: must be of type float and finite, not nan"),
+        ("seed=99999999999999999999", "seed: must be of type int, not a number of more than 64 bits"),
+        ("optimiser.lr=" + 400 * "9", "optimiser.lr: must be of type float, not a number of more than 64 bits"),
+        ("output=runs/..", "output: is 'runs/..', but must name a folder"),
+        ("optimiser.options={nothing = 1}", "optimiser.options: AdamW does not take them"),
+        ("optimiser.options={betas = [2.0, 3.0]}", "optimiser.options: AdamW does not take them"),
+        ("optimiser.name=os.system", "optimiser.name: 'os.system' is no optimiser of torch"),
+        ("optimiser.name=..", "optimiser.name: '..' cannot be imported"),
+    ],
+)
+def test_what_no_run_can_use_is_told_before_anything_is_loaded(assignment, sentence):
+    with pytest.raises(BadConfig) as caught:
+        load_config("toy", [assignment])
+    assert str(caught.value).startswith(sentence)
+
+
 def test_a_folder_of_a_presets_name_hides_no_preset(tmp_path, monkeypatch):
     (tmp_path / "toy").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -45,6 +45,16 @@ def started(file: Path) -> int:
     return int(file.read_text())
 
 
+def test_files_that_were_damaged_are_done_again_or_told(tmp_path):
+    job_board.write_result(tmp_path, "job", {"score": 1}, time.monotonic())
+    assert job_board.result_of(tmp_path, "job")["score"] == 1
+    (job_board.folder_of(tmp_path, "job") / "result.json").write_text("")
+    assert job_board.result_of(tmp_path, "job") is None
+    (tmp_path / "scale.json").write_text("{")
+    with pytest.raises(job_board.OtherScale, match=r"see scale\.json"):
+        job_board.claim(tmp_path, {"jobs": 1})
+
+
 def test_a_folder_has_one_runner_whose_jobs_end_with_it(runner, tmp_path):
     job = started(tmp_path / "pid")
     with pytest.raises(job_board.InUse, match="Another process does jobs"):

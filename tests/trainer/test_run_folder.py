@@ -195,18 +195,45 @@ def test_what_cannot_be_resumed_says_why_and_what_to_do(tmp_path, monkeypatch):
         torch.save(other, state)
         with pytest.raises(CannotResume, match=sentence):
             resume(run)
+    lacking = {name: value for name, value in whole.items() if name != "optimiser"}
+    foreign = whole | {"module": {name: value[..., :1] for name, value in whole["module"].items()}}
+    for other in (lacking, foreign):
+        torch.save(other, state)
+        with pytest.raises(CannotResume, match="is of another version of the trainer"):
+            resume(run)
     torch.save(whole, state)
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(CannotResume, match=r"last\.pt' is damaged \(.*\)\. Start the run anew .* --overwrite"):
-        resume(run)
+    # torch has an error of another kind for each of them.
+    for damaged in (state.read_bytes()[:1000], b"", b"\x80\x02h\x05."):
+        state.write_bytes(damaged)
+        with pytest.raises(CannotResume, match=r"last\.pt' is damaged \(.*\)\. Start the run anew .* --overwrite"):
+            resume(run)
     state.unlink()
     with pytest.raises(CannotResume, match=r"holds no saved state\. Start the run anew .* --overwrite"):
+        resume(run)
+    settings.write_text("[" * 100_000)
+    with pytest.raises(CannotResume, match=r"config\.json' is damaged"):
         resume(run)
     settings.write_text("[]")
     with pytest.raises(CannotResume, match="is not the configuration of a run"):
         resume(run)
     with pytest.raises(CannotResume, match=r"config\.json' is a file\. Name the output folder"):
         resume(settings)
+
+
+def test_what_editors_and_crashes_leave_stops_no_run(tmp_path, monkeypatch):
+    """A byte order mark, zeros where a machine lost power, and temporary files of processes that were killed."""
+    run = tmp_path / "run"
+    interrupted(config_of(run), monkeypatch)
+    settings, log = run / "config.json", run / "log.csv"
+    settings.write_text(settings.read_text(), encoding="utf-8-sig")
+    log.write_bytes(log.read_bytes() + b"x,1,1,1,1,1\r\n\xff" + bytes(9) + b"\r\n")
+    left = [run / ".0123abcd.tmp", run / "state" / ".4567cdef.tmp"]
+    for path in (*left, run / ".mine.tmp"):
+        path.touch()
+    resume(run)
+    assert [row.split(",")[0] for row in log.read_text().splitlines()] == ["step", "1", "2", "3", "4"]
+    assert not any(path.exists() for path in left)
+    assert (run / ".mine.tmp").exists()
 
 
 def test_data_that_changed_meanwhile_is_told(tmp_path, monkeypatch, pictures, caplog):

@@ -29,6 +29,7 @@ from ..files import replacing
 from ..host import cpu_has_bf16
 from ..schedules import learning_rate_factor
 from ..seeds import seeded
+from ..torch_files import read_torch, write_torch
 from .data import LatentSet, latent_set
 from .world import Scenes, render, sample_scenes
 
@@ -92,7 +93,7 @@ def fit(
     average = {k: v.clone() for k, v in modules.state_dict().items()} if ema else None
     start, losses, seconds = 0, [], 0.0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = read_torch(state_file)
         modules.load_state_dict(state["modules"])
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
@@ -114,10 +115,9 @@ def fit(
         if step % 20 == 0:
             bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}", refresh=False)
         if (step + 1) % 250 == 0 and step + 1 < steps:
-            with replacing(state_file) as temporary:
-                state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict(), "average": average}
-                state |= {"schedule": schedule.state_dict(), "step": step + 1, "losses": losses}
-                torch.save(state | {"seconds": seconds + time.monotonic() - began}, temporary)
+            state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict(), "average": average}
+            state |= {"schedule": schedule.state_dict(), "step": step + 1, "losses": losses}
+            write_torch(state_file, state | {"seconds": seconds + time.monotonic() - began})
     if average is not None:
         modules.load_state_dict(average)
     width = max(1, math.ceil(len(losses) / 50))
