@@ -74,8 +74,12 @@ def sample(arguments: argparse.Namespace) -> None:
 def info(arguments: argparse.Namespace) -> None:
     from maskunet_core.files.checkpoint import describe
 
+    from .embedding.word import word_summary
     from .summary import summary
 
+    if lines := word_summary(arguments.file):
+        print("\n".join(lines))
+        return
     description = describe(arguments.file)
     print("\n".join(summary(description)), end="\n\n")
     for name, value in description.items():
@@ -117,6 +121,13 @@ def reward_compare(arguments: argparse.Namespace) -> None:
     from .reward_compare.run import reward_compare
 
     reward_compare(arguments.output, Scale.quick() if arguments.quick else Scale(), arguments.jobs)
+
+
+def word_compare(arguments: argparse.Namespace) -> None:
+    enter_host(cpu=True)
+    from .embedding.study import Scale, word_compare
+
+    print(word_compare(arguments.output, Scale.quick() if arguments.quick else Scale()))
 
 
 def _add_configuration(command: argparse.ArgumentParser) -> None:
@@ -174,6 +185,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--quick", action="store_true", help="few prompts, to see that it works")
     command.set_defaults(run=reward_compare)
 
+    command = commands.add_parser("word-compare", help="what learned words gain, alone and with masks")
+    command.add_argument("--output", type=user_path, default=Path("output/word-compare"), help="folder for the table")
+    command.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
+    command.set_defaults(run=word_compare)
+
     command = commands.add_parser("sample", help="draw prompts without and with a generator")
     command.add_argument("generator", type=user_path, help="generator file")
     command.add_argument("--prompt", action="append", required=True, help="a prompt; may be given several times")
@@ -186,8 +202,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--steps", type=int, default=20)
     command.set_defaults(run=sample)
 
-    command = commands.add_parser("info", help="tell what a generator file says of itself")
-    command.add_argument("file", type=user_path, help="generator file")
+    command = commands.add_parser("info", help="tell what a file of a training says of itself")
+    command.add_argument("file", type=user_path, help="generator file, or a learned word")
     command.set_defaults(run=info)
 
     command = commands.add_parser("convert", help="convert the authors' .pth files to a generator file")

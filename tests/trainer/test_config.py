@@ -14,8 +14,8 @@ def problems_of(values) -> list[str]:
 
 def test_every_preset_is_valid_but_for_the_files_that_a_user_brings():
     names = {path.stem for path in PRESETS.glob("*.toml")}
-    assert names == {"toy", "sd15", "paper", "dreambooth"}
-    for name in names - {"toy"}:
+    assert names == {"toy", "toy_word", "toy_relation", "sd15", "paper", "dreambooth"}
+    for name in ("sd15", "paper", "dreambooth"):
         with pytest.raises(BadConfig) as caught:
             load_config(name)
         lines = str(caught.value).splitlines()
@@ -156,7 +156,8 @@ def test_all_problems_are_listed_at_once():
 
 def test_architecture_and_method_must_agree():
     assert problems_of({"method": "magic", "generator": {"architecture": "mlp"}}) == [
-        "method: is 'magic', but must be one of maskunet, static_mask, lora, full",
+        "method: is 'magic', but must be one of maskunet, static_mask, lora, full, embedding, embedding+maskunet, "
+        "embedding+static_mask, embedding+lora, embedding+full",
         "generator.architecture: is 'mlp', but must be one of low_rank, reference",
     ]
     assert problems_of({"generator": {"freed": True}}) == [
@@ -193,7 +194,8 @@ def test_a_configuration_survives_being_written_down():
 
 def test_a_file_that_is_missing_or_no_toml_gets_a_sentence(tmp_path):
     with pytest.raises(
-        BadConfig, match=r"does not exist. Name a TOML file or a preset \(dreambooth, paper, sd15, toy\)"
+        BadConfig,
+        match=r"does not exist. Name a TOML file or a preset \(dreambooth, paper, sd15, toy, toy_relation, toy_word\)",
     ):
         load_config("nothing")
     path = tmp_path / "run.toml"
