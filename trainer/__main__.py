@@ -131,7 +131,7 @@ def word_compare(arguments: argparse.Namespace) -> None:
 
 
 def _add_configuration(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", help="a TOML file, or the name of a preset (toy, sd15, dreambooth, paper)")
+    command.add_argument("config", help="a TOML file, or the name of a preset (toy, sd15, dreambooth, embedding, ...)")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, for instance loop.steps=500"
     )

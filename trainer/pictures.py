@@ -39,6 +39,14 @@ def _merged(base: Base) -> str:
     return "".join(f" {sha256(file.read_bytes())}*{s}" for file, s in sorted(lora_files(base).items()))
 
 
+def _embeddings(records: list[Record], base: Any) -> str:
+    """Names the vectors of the embeddings that captions name: their files may change."""
+    prompts = (record.caption for record in records if "embedding:" in record.caption)
+    chunks = (chunk for prompt in prompts for of_encoder in base.tokens(prompt).values() for chunk in of_encoder)
+    vectors = [token for chunk in chunks for token, _ in chunk if torch.is_tensor(token)]
+    return sha256(b"".join(v.float().numpy().tobytes() for v in vectors)) if vectors else ""
+
+
 def base_digest(base: Base) -> str:
     """Names everything that decides what the base draws: the files of its parts, and LoRAs."""
     if base.checkpoint == TOY:
@@ -120,7 +128,7 @@ def encoded(
     """
     settings = config.data
     encoders = encoders_digest(config.base)
-    text_key = encoders + _merged(config.base) if encode_text is None else "no text"
+    text_key = encoders + _merged(config.base) + _embeddings(records, base) if encode_text is None else "no text"
     return prepare(
         records,
         sizes=sizes,

@@ -14,7 +14,7 @@ def problems_of(values) -> list[str]:
 
 def test_every_preset_is_valid_but_for_the_files_that_a_user_brings():
     names = {path.stem for path in PRESETS.glob("*.toml")}
-    assert names == {"toy", "toy_word", "toy_relation", "sd15", "paper", "dreambooth"}
+    assert names == {"toy", "toy_word", "toy_relation", "sd15", "paper", "dreambooth", "embedding"}
     for name in ("sd15", "paper", "dreambooth"):
         with pytest.raises(BadConfig) as caught:
             load_config(name)
@@ -195,7 +195,7 @@ def test_a_configuration_survives_being_written_down():
 def test_a_file_that_is_missing_or_no_toml_gets_a_sentence(tmp_path):
     with pytest.raises(
         BadConfig,
-        match=r"does not exist. Name a TOML file or a preset \(dreambooth, paper, sd15, toy, toy_relation, toy_word\)",
+        match=r"does not exist. Name a TOML file or a preset \(dreambooth, embedding, paper, sd15, toy, toy_rel",
     ):
         load_config("nothing")
     path = tmp_path / "run.toml"

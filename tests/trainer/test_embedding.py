@@ -521,6 +521,27 @@ def test_the_presets_of_the_toy_are_whole():
         assert parse_config(to_toml_values(config)) == config
 
 
+def test_the_preset_for_ones_own_pictures_asks_what_they_are_near_to(tmp_path, monkeypatch):
+    with pytest.raises(BadConfig) as caught:
+        load_config("embedding")
+    asked = [line.split(":")[0] for line in str(caught.value).splitlines()]
+    assert asked == ["base.checkpoint", "embedding.start", "data.path"]
+    data = pictures_in(tmp_path / "data", "a.png")
+    config = load_config("embedding", ["base.checkpoint=toy", f"data.path={data}", "embedding.start=a"])
+    assert (config.learns_word, config.of_weights, config.mirrors) == (True, "", True)
+
+
+def test_captions_that_name_an_embedding_are_encoded_anew_where_its_file_changed(folder, base):
+    data, found = pictures_in(folder / "data", "a.png"), []
+    (data / "a.txt").write_text("a red embedding:x")
+    for value in (1.0, 2.0):
+        save_file({"x": torch.full((1, 128), value)}, folder / "x.safetensors")
+        config = parse_config({"data": {"path": str(data), "cache": str(folder / "cache")}})
+        row = torch.zeros(1, dtype=torch.long)
+        found.append(load_data(config, base).conditions(row, row.bool())["cross_attn"])
+    assert not torch.equal(*found)
+
+
 def test_the_toys_clip_finds_embeddings(folder):
     save_file({"x": torch.ones(1, 128)}, folder / "x.safetensors")
     _, clip, _ = load_toy_model()
