@@ -13,6 +13,7 @@ from .files import free_path, require_folder, require_free, user_path
 from .host import enter_host
 
 SHEET = Path("output/sample/samples.png")
+_MASKED_SIDES = "without masks left, with them right"
 CAPTIONS = (
     "Captions and prompts are read as ComfyUI reads prompts: (word) and (word:1.2) weigh a word, and embedding:NAME "
     "looks an embedding up. Write \\( and \\) for brackets that are meant as such: zoro \\(one piece\\). What exceeds "
@@ -64,11 +65,14 @@ def sample(arguments: argparse.Namespace) -> None:
     require_free(output, arguments.overwrite)
     enter_host()
     from .config import Base
-    from .samples import sample
+    from .embedding.word import training_of
+    from .samples import sample, sample_word
 
+    is_word = training_of(arguments.generator) is not None
+    draw, sides = (sample_word, "its start left, the word right") if is_word else (sample, _MASKED_SIDES)
     base = Base(checkpoint=str(user_path(arguments.base)))
-    path = sample(base, arguments.generator, arguments.prompt, output, arguments.seed, arguments.steps)
-    print(f"wrote {path}: without masks left, with them right")
+    path = draw(base, arguments.generator, arguments.prompt, output, arguments.seed, arguments.steps)
+    print(f"wrote {path}: {sides}")
 
 
 def info(arguments: argparse.Namespace) -> None:
@@ -190,8 +194,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     command.set_defaults(run=word_compare)
 
-    command = commands.add_parser("sample", help="draw prompts without and with a generator")
-    command.add_argument("generator", type=user_path, help="generator file")
+    command = commands.add_parser("sample", help="draw prompts without and with a generator or a learned word")
+    command.add_argument("generator", type=user_path, help="generator file, or a learned word: {} in prompts")
     command.add_argument("--prompt", action="append", required=True, help="a prompt; may be given several times")
     command.add_argument("--base", default="toy", help='a checkpoint file, or "toy" (default)')
     command.add_argument(

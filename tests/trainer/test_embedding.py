@@ -20,7 +20,7 @@ from trainer.config_file import BadConfig, load_config, parse_config
 from trainer.embedding.relation import Steering, importance, negative_ids, steering_loss
 from trainer.embedding.texts import LISTS, DescribedPictures, lines_of, scan_texts
 from trainer.embedding.toy import DIAGONAL, lesson, shows, text_of
-from trainer.embedding.word import BadText, LearnedWord, differentiable
+from trainer.embedding.word import BadText, LearnedWord, differentiable, word_of
 from trainer.loop import Run
 from trainer.seeds import seeded
 from trainer.toy.judge import read
@@ -240,6 +240,16 @@ def test_an_embedding_of_another_model_is_refused(base, folder):
         LearnedWord(base, "new", "embedding:wide")
 
 
+def test_a_words_file_of_another_model_is_refused(base, folder):
+    word = LearnedWord(base, "new", "star")
+    word.save(folder / "new.safetensors", {"config": {"embedding": {"start": "star"}}})
+    assert torch.equal(word_of(folder / "new.safetensors", base).vectors["clip_l"], word.vectors["clip_l"])
+    metadata = {"format": "embedding", "training": '{"config": {"embedding": {"start": "star"}}}'}
+    save_file({"wide": torch.zeros(1, 768)}, folder / "wide.safetensors", metadata)
+    with pytest.raises(UnfitEmbedding, match="takes 128"):
+        word_of(folder / "wide.safetensors", base)
+
+
 def test_what_a_word_begins_with(base, folder):
     word = LearnedWord(base, "new", "red star")
     table = base.clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight
@@ -433,6 +443,15 @@ def test_a_removed_word_is_learned_back(base, tmp_path):
     assert "mystar.safetensors: a learned word, vectors of 1 x 128 (mystar)" in told
     assert "embedding:mystar" in told
     assert "It helped: the held-out loss" in told
+    sheet = tmp_path / "sheet.png"
+    drawn = trainer_command("sample", str(run.result), "--prompt", "a red {}", "--steps", "4", "--output", str(sheet))
+    assert "its start left, the word right" in drawn.stdout, drawn.stderr
+    with Image.open(sheet) as image:
+        left, right = (
+            torch.tensor(list(image.crop(box).getdata())) for box in ((6, 60, 200, 250), (280, 60, 474, 250))
+        )
+    assert left.shape == right.shape
+    assert not torch.equal(left, right)
 
 
 @pytest.mark.parametrize("changes", [RELATION, {"method": "embedding+maskunet"}], ids=["relation", "with masks"])

@@ -114,8 +114,12 @@ class Judge:
         return shows(read(self.reader, pictures), self.captions, self.taught).float()
 
 
+class _StudyRun(Run):
+    tensorboard = False
+
+
 def _trained(config: Config, judge: Judge) -> Tensor:
-    run = Run(config, judge.base, load_data(config, judge.base), make_accelerator(config))
+    run = _StudyRun(config, judge.base, load_data(config, judge.base), make_accelerator(config))
     while run.step < config.loop.steps:
         run.train_step()
     return judge.of_run(run)

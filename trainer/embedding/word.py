@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.seam.shadow import Shadowed
 
-from ..base import BaseModel
+from ..base import BaseModel, UnfitEmbedding
 from ..files import replacing
 from ..summary import told_training
 
@@ -213,17 +213,37 @@ FORMAT = "embedding"
 """In the metadata of files: what they are."""
 
 
-def word_summary(path: Path) -> list[str] | None:
-    """What a file of `LearnedWord.save` is, in a few lines; None for another file."""
+def training_of(path: Path) -> dict[str, Any] | None:
+    """The record in a file of `LearnedWord.save`; None for another file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError):
         return None
-    if metadata.get("format") != FORMAT:
+    return json.loads(metadata["training"]) if metadata.get("format") == FORMAT else None
+
+
+def word_of(path: Path, base: BaseModel) -> LearnedWord:
+    """The word of a file for which `training_of` finds a record. Raises UnfitEmbedding for another base's."""
+    word = LearnedWord(base, path.stem, training_of(path)["config"]["embedding"]["start"])
+    tensors = load_file(path)
+    for key, start in word.start.items():
+        vectors = tensors[key] if key in tensors else next(iter(tensors.values()))
+        if vectors.shape[1] != start.shape[1]:
+            raise UnfitEmbedding(
+                f"'{path}' has vectors of {vectors.shape[1]} numbers where the text encoder of {base.name} takes "
+                f"{start.shape[1]}: it was made for another model. Name that by --base."
+            )
+        word.vectors[key] = nn.Parameter(vectors)
+    return word
+
+
+def word_summary(path: Path) -> list[str] | None:
+    """What a file of `LearnedWord.save` is, in a few lines; None for another file."""
+    training = training_of(path)
+    if training is None:
         return None
-    training = json.loads(metadata.get("training", "{}"))
+    shapes = {key: tuple(vectors.shape) for key, vectors in load_file(path).items()}
     sizes = " and ".join(f"{count} x {width} ({key})" for key, (count, width) in sorted(shapes.items()))
     near = "; ".join(", ".join(tokens) for tokens in training.get("nearest", []))
     return [
