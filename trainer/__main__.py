@@ -14,6 +14,7 @@ from .files import NO_ROOM, free_path, require_folder, require_free, user_path
 from .host import enter_host
 
 SHEET = Path("output/sample/samples.png")
+_MASKED_SIDES = "without masks left, with them right"
 CAPTIONS = (
     "Captions and prompts are read as ComfyUI reads prompts: (word) and (word:1.2) weigh a word, and embedding:NAME "
     "looks an embedding up. Write \\( and \\) for brackets that are meant as such: zoro \\(one piece\\). What exceeds "
@@ -65,18 +66,25 @@ def sample(arguments: argparse.Namespace) -> None:
     require_free(output, arguments.overwrite)
     enter_host()
     from .config import Base
-    from .samples import sample
+    from .embedding.word import training_of
+    from .samples import sample, sample_word
 
+    is_word = training_of(arguments.generator) is not None
+    draw, sides = (sample_word, "its start left, the word right") if is_word else (sample, _MASKED_SIDES)
     base = Base(checkpoint=str(user_path(arguments.base)))
-    path = sample(base, arguments.generator, arguments.prompt, output, arguments.seed, arguments.steps)
-    print(f"wrote {path}: without masks left, with them right")
+    path = draw(base, arguments.generator, arguments.prompt, output, arguments.seed, arguments.steps)
+    print(f"wrote {path}: {sides}")
 
 
 def info(arguments: argparse.Namespace) -> None:
     from maskunet_core.files.checkpoint import describe
 
+    from .embedding.word import word_summary
     from .summary import summary
 
+    if lines := word_summary(arguments.file):
+        print("\n".join(lines))
+        return
     description = describe(arguments.file)
     print("\n".join(summary(description)), end="\n\n")
     for name, value in description.items():
@@ -118,6 +126,13 @@ def reward_compare(arguments: argparse.Namespace) -> None:
     from .reward_compare.run import reward_compare
 
     reward_compare(arguments.output, Scale.quick() if arguments.quick else Scale(), arguments.jobs)
+
+
+def word_compare(arguments: argparse.Namespace) -> None:
+    enter_host(cpu=True)
+    from .embedding.study import Scale, word_compare
+
+    print(word_compare(arguments.output, Scale.quick() if arguments.quick else Scale()))
 
 
 def _add_configuration(command: argparse.ArgumentParser) -> None:
@@ -186,8 +201,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--quick", action="store_true", help="few prompts, to see that it works")
     command.set_defaults(run=reward_compare)
 
-    command = commands.add_parser("sample", help="draw prompts without and with a generator")
-    command.add_argument("generator", type=user_path, help="generator file")
+    command = commands.add_parser("word-compare", help="what learned words gain, alone and with masks")
+    command.add_argument("--output", type=user_path, default=Path("output/word-compare"), help="folder for the table")
+    command.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
+    command.set_defaults(run=word_compare)
+
+    command = commands.add_parser("sample", help="draw prompts without and with a generator or a learned word")
+    command.add_argument("generator", type=user_path, help="generator file, or a learned word: {} in prompts")
     command.add_argument("--prompt", action="append", required=True, help="a prompt; may be given several times")
     command.add_argument("--base", default="toy", help='a checkpoint file, or "toy" (default)')
     command.add_argument(
@@ -198,8 +218,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--steps", type=_number(1), default=20)
     command.set_defaults(run=sample)
 
-    command = commands.add_parser("info", help="tell what a generator file says of itself")
-    command.add_argument("file", type=user_path, help="generator file")
+    command = commands.add_parser("info", help="tell what a file of a training says of itself")
+    command.add_argument("file", type=user_path, help="generator file, or a learned word")
     command.set_defaults(run=info)
 
     command = commands.add_parser("convert", help="convert the authors' .pth files to a generator file")

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ class BadBase(MaskUNetError):
     """A base model that cannot be trained on; the message names the file and says what to do."""
 
 
+class UnfitEmbedding(MaskUNetError):
+    """A prompt names an embedding whose vectors have another width than the base's text encoder."""
+
+
 class OutOfMemory(MaskUNetError):
     """Something does not fit into the device's memory; the message says what, and what to do."""
 
@@ -56,12 +60,16 @@ def fitting(what: str, device: torch.device, advice: str) -> Iterator[None]:
 
 @dataclass
 class BaseModel:
-    """patcher, clip, vae: as the host's loaders give them. name: the checkpoint's, for messages and records."""
+    """patcher, clip, vae: as the host's loaders give them. name: the checkpoint's, for messages and records.
+
+    encodes_in_steps: whether training steps need the text encoder beside the U-Net.
+    """
 
     patcher: Any
     clip: Any
     vae: Any
     name: str = "toy"
+    encodes_in_steps: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -94,13 +102,29 @@ class BaseModel:
 
         A prompt is cut after the encoder's first chunk (75 tokens for CLIP).
         """
-        tokens = {key: chunks[:1] for key, chunks in self.clip.tokenize(text).items()}
+        tokens = {key: chunks[:1] for key, chunks in self.tokens(text).items()}
         context, pooled = self.clip.encode_from_tokens(tokens, return_pooled=True)
         conditions = {"cross_attn": context[0].float().cpu()}
         # SD 1.5's files hold no projection for it: what comes out there is whatever the memory held.
         if pooled is not None and self.model.adm_channels:
             conditions["pooled_output"] = pooled[0].float().cpu()
         return conditions
+
+    def tokens(self, text: str) -> dict[str, list[list[tuple[Any, float]]]]:
+        """A prompt as the host cuts it: for each text encoder chunks of (id or vector of an embedding, weight).
+
+        The host leaves out what does not fit with a line in its log: raises UnfitEmbedding.
+        """
+        found = self.clip.tokenize(text)
+        for letter, chunks in found.items():
+            width = getattr(getattr(self.clip.tokenizer, f"clip_{letter}", None), "embedding_size", None)
+            for token in (token for chunk in chunks for token, _ in chunk if torch.is_tensor(token)):
+                if width and token.shape[-1] != width:
+                    raise UnfitEmbedding(
+                        f"An embedding in '{text.strip()}' has vectors of {token.shape[-1]} numbers where the text "
+                        f"encoder of {self.name} takes {width}: it was made for another model. Name one for this model."
+                    )
+        return found
 
     def cuts(self, text: str) -> bool:
         """Whether `encode_text` leaves out the end of a prompt."""
@@ -189,13 +213,17 @@ def load_base(settings: Base, dtype: torch.dtype = torch.float32) -> BaseModel:
     """
     import comfy.sd
     import comfy.utils
+    import folder_paths
 
     if settings.checkpoint == TOY:
         return load_toy_base(settings.weights)
     path = checkpoint_file(settings)
     try:
         patcher, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
-            str(path), model_options={"dtype": dtype}, disable_dynamic=True
+            str(path),
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            model_options={"dtype": dtype},
+            disable_dynamic=True,
         )
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -310,52 +338,72 @@ def _frozen(base: BaseModel) -> BaseModel:
     return base
 
 
-def checkpointed_decoder(unet: nn.Module) -> Shadowed:
-    """The decoder's blocks keep their inputs alone for the backward pass and compute themselves anew in it."""
+def checkpointed(*parts: nn.Module) -> Shadowed:
+    """The blocks of parts of a U-Net keep their inputs alone for the backward pass, and compute anew in it."""
 
     def forward_of(module: nn.Module):
         compute = module.forward
         return lambda *args, **kwargs: checkpoint(compute, *args, use_reentrant=False, **kwargs)
 
-    blocks = [m for m in unet.output_blocks.modules() if type(m).__name__ in ("ResBlock", "BasicTransformerBlock")]
+    modules = (module for part in parts for module in part.modules())
+    blocks = [m for m in modules if type(m).__name__ in ("ResBlock", "BasicTransformerBlock")]
     return Shadowed((module, {"forward": forward_of(module)}) for module in blocks)
 
 
 def load_for_training(base: BaseModel) -> torch.device:
-    """Put the whole U-Net on its device, LoRAs merged, and everything else off it. Returns the device.
+    """Put the whole U-Net on its device, LoRAs merged, and everything else off it, but for a text encoder that training
+    steps need. Returns the device.
 
     Partial loads would hand layers buffers that are used again, and gradients would be wrong without a word: raises
     OutOfMemory where the host cannot load it as a whole.
     """
     import comfy.model_management as management
 
-    patcher, device = base.patcher, base.patcher.load_device
+    device = base.patcher.load_device
+    needed = [base.patcher, base.clip.patcher] if base.encodes_in_steps else [base.patcher]
+    what = f"The U-Net {'with the text encoder ' if base.encodes_in_steps else ''}of {base.name}"
     advice = "close other programs that use it, train in loop.precision bf16, or take a smaller base"
-    with fitting(f"The U-Net of {base.name}", device, advice):
-        management.load_models_gpu([patcher], force_full_load=True)
-        # Text encoder and autoencoder have done their work: the step needs what they hold.
-        management.free_memory(1e30, device, keep_loaded=[management.LoadedModel(patcher)])
-    if any(hasattr(module, "prev_comfy_cast_weights") for module in base.unet.modules()):
-        raise OutOfMemory(
-            f"The U-Net of {base.name} is on {device} only in part, and training needs it whole: {advice}."
-        )
+    with fitting(what, device, advice):
+        management.load_models_gpu(needed, force_full_load=True)
+        # The others have done their work: the step needs the room.
+        management.free_memory(1e30, device, keep_loaded=[management.LoadedModel(one) for one in needed])
+    lent = any(hasattr(module, "prev_comfy_cast_weights") for module in base.unet.modules())
+    # The host casts all weights of text encoders, wherever they are.
+    elsewhere = any(p.device.type != one.load_device.type for one in needed[1:] for p in one.model.parameters())
+    if lent or elsewhere:
+        raise OutOfMemory(f"{what} is on {device} only in part, and training needs it whole: {advice}.")
     return device
 
 
 @torch.no_grad()
 def sample_pictures(
-    base: BaseModel, patcher, texts: list[str], seed: int, steps: int, cfg: float, batch: int = 60, progress=None
+    base: BaseModel,
+    patcher,
+    texts: list[str],
+    seed: int,
+    steps: int,
+    cfg: float,
+    batch: int = 60,
+    progress=None,
+    encode: Callable[[list[str]], Tensor] | None = None,
 ) -> Tensor:
-    """Pictures `[N, 3, 64, 64]` in [0, 1] of toy prompts, by the host's DDIM sampler; noise n depends on seed and n."""
+    """Pictures `[N, 3, 64, 64]` in [0, 1] of toy prompts, by the host's DDIM sampler; noise n depends on seed and n.
+
+    encode: from prompts to their context [B, 16, 128], instead of the base's own.
+    """
     import comfy.sample
 
     noise = torch.cat([torch.randn(1, 4, 8, 8, generator=seeded(10, seed, n)) for n in range(len(texts))])
-    tokens = torch.tensor([vocabulary.encode_padded(text) for text in texts])
-    empty = base.encode_tokens(torch.tensor([vocabulary.encode_padded("")]))
+
+    def encode_words(texts: list[str]) -> Tensor:
+        return base.encode_tokens(torch.tensor([vocabulary.encode_padded(text) for text in texts]))
+
+    encode = encode or encode_words
+    empty = encode_words([""])
     pictures = []
     for start in range(0, len(texts), batch):
         part = noise[start : start + batch]
-        context = base.encode_tokens(tokens[start : start + batch])
+        context = encode(texts[start : start + batch])
         latents = comfy.sample.sample(
             patcher,
             part,

@@ -10,7 +10,10 @@ from maskunet_core.masks.generator import LowRankGenerator, LowRankSettings
 TOY = "toy"
 TOY_RESOLUTION = 64
 """Side of the pictures that the toy model draws, in pixels."""
-METHODS = ("maskunet", "static_mask", "lora", "full")
+OF_WEIGHTS = ("maskunet", "static_mask", "lora", "full")
+"""Methods that change the U-Net."""
+METHODS = (*OF_WEIGHTS, "embedding", *(f"embedding+{method}" for method in OF_WEIGHTS))
+KINDS = ("object", "style", "relation")
 OBJECTIVES = ("diffusion", "reward")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -130,6 +133,47 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Relation:
+    """What learning a relation takes besides (ReVersion, Huang et al., arXiv 2303.13495).
+
+    alpha: how much likelier late timesteps are than early ones, up to 1; 0 for all alike. weight: of the steering loss,
+    which draws the vectors to words that name relations and away from those of the texts; 0 for none. positives: such
+    words per picture; temperature: of their comparison. words: a text file with a word in each line, "" for a list of
+    English prepositions.
+    """
+
+    alpha: float = 0.5
+    weight: float = 0.01
+    positives: int = 4
+    temperature: float = 0.07
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What `method = "embedding"` learns: vectors that stand for a word in prompts (Textual Inversion, Gal et al.,
+    arXiv 2208.01618), alone or, as in "embedding+maskunet", together with another method.
+
+    kind: an `object`, a `style`, or a `relation` of two things. Pictures need no captions: texts with `{}` for the word
+    come from lists for objects and styles, or from the text file `texts`, a text in each line. A picture's own texts
+    come first: lines of NAME.txt beside it, or of the folder's `text.json` ({"NAME.jpg": ["a cat {} a stone"]}).
+    start: words whose vectors it begins with, or `embedding:NAME`. vectors: how many, 0 for as many as the start has
+    tokens. lr: of the vectors. generator: a file of MaskUNet Loader that acts while the word is learned and is not
+    trained itself. toy: for the toy model without a `data.path`, what is rendered: pictures of a word of its
+    vocabulary, which the captions then lack, or "diagonal", a relation that it has no word for.
+    """
+
+    kind: str = "object"
+    start: str = ""
+    vectors: int = 0
+    texts: str = ""
+    lr: float = 5e-3
+    generator: str = ""
+    toy: str = "star"
+    relation: Relation = field(default_factory=Relation)
+
+
+@dataclass(frozen=True)
 class Optimiser:
     """name: a class of torch.optim, or `package.Class` of an installed package; options: its further arguments.
 
@@ -218,6 +262,7 @@ class Config:
     reward: Reward = field(default_factory=Reward)
     generator: Generator = field(default_factory=Generator)
     lora: Lora = field(default_factory=Lora)
+    embedding: Embedding = field(default_factory=Embedding)
     optimiser: Optimiser = field(default_factory=Optimiser)
     loop: Loop = field(default_factory=Loop)
     validation: Validation = field(default_factory=Validation)
@@ -227,10 +272,32 @@ class Config:
         return self.base.checkpoint == TOY
 
     @property
+    def learns_word(self) -> bool:
+        return self.method.startswith("embedding")
+
+    @property
+    def of_weights(self) -> str:
+        """The method that changes the U-Net, or nothing."""
+        return self.method.removeprefix("embedding").removeprefix("+")
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether pictures are mirrored: relations and what the toy world renders have a left and a right."""
+        asymmetric = self.learns_word and (self.embedding.kind == "relation" or not self.data.path)
+        return self.data.flip and not asymmetric
+
+    @property
     def result(self) -> Path:
         """The file that the run makes."""
         folder = Path(self.output)
         return folder / f"{folder.name}.safetensors"
+
+    @property
+    def results(self) -> list[Path]:
+        """That file, and that of the method beside a learned word."""
+        beside = self.learns_word and self.of_weights
+        own = self.result
+        return [own, own.with_name(f"{own.stem}_{self.of_weights}{own.suffix}")] if beside else [own]
 
 
 def to_toml_values(config: Config) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from maskunet_core.masks.generator import BIASES, CODES, LowRankGenerator, LowRa
 from maskunet_core.masks.reference import ReferenceGenerator
 from maskunet_core.models.structure import TARGETS
 
-from .config import METHODS, OBJECTIVES, PRECISIONS, TOY, TOY_RESOLUTION, Config
-from .data.records import scan
+from .config import KINDS, METHODS, OBJECTIVES, PRECISIONS, TOY, TOY_RESOLUTION, Config
+from .embedding.toy import TAUGHT
 from .files import user_path
-from .host import REWARD, model_choice, model_file
+from .host import MASKUNET, REWARD, model_choice, model_file
 from .optimisers import UnknownOptimiser, build_optimiser
+from .pictures import scan_data
 from .schedules import FALLS
 
 try:
@@ -43,6 +44,9 @@ _PATHS = (
     "prior.folder",
     "reward.prompts",
     "reward.models",
+    "embedding.texts",
+    "embedding.generator",
+    "embedding.relation.words",
 )
 """Keys that hold a path, or paths with values."""
 
@@ -87,6 +91,13 @@ _RULES = {
     "generator.delta": (lambda v: 0 < v < 1, "must lie between 0 and 1"),
     "lora.rank": _AT_LEAST_1,
     "lora.alpha": _ABOVE_0,
+    "embedding.kind": _one_of(KINDS),
+    "embedding.vectors": _NOT_NEGATIVE,
+    "embedding.lr": _NOT_NEGATIVE,
+    "embedding.relation.alpha": _SHARE,
+    "embedding.relation.weight": _NOT_NEGATIVE,
+    "embedding.relation.positives": _AT_LEAST_1,
+    "embedding.relation.temperature": _ABOVE_0,
     "optimiser.lr": _NOT_NEGATIVE,
     "optimiser.lr_bias": _NOT_NEGATIVE,
     "optimiser.weight_decay": _NOT_NEGATIVE,
@@ -201,7 +212,7 @@ def _contradicting_architecture(config: Config) -> list[str]:
             f'generator.freed: only architecture = "{ReferenceGenerator.architecture}" has gradients to free; '
             f"{generator.architecture} has them from the first step"
         )
-    if config.method == "static_mask" and reference:
+    if config.of_weights == "static_mask" and reference:
         problems.append(
             f"method: static_mask is a {LowRankGenerator.architecture} generator of rank 0; with "
             f'generator.architecture = "{ReferenceGenerator.architecture}" the method is maskunet'
@@ -240,6 +251,39 @@ def _contradicting_reward(config: Config) -> list[str]:
     return problems
 
 
+def _contradicting_word(config: Config) -> list[str]:
+    settings, problems = config.embedding, []
+    if not config.learns_word:
+        return []
+    name = config.result.stem
+    if re.search(r"[\s<>\[\](),:]", name):
+        problems.append(
+            f"output: the word is written as embedding:{name}, in which ComfyUI would find no name; name a folder "
+            "without spaces, brackets, commas and colons"
+        )
+    if not settings.start.strip():
+        problems.append(
+            'embedding.start: is missing; name words near to what is learned, such as "dog", "painting" or "and" for '
+            "a relation"
+        )
+    for key, file in (("texts", settings.texts), ("relation.words", settings.relation.words)):
+        if file and not Path(file).is_file():
+            problems.append(f"embedding.{key}: the file '{file}' does not exist")
+    if settings.generator and model_file(MASKUNET, settings.generator) is None:
+        problems.append(f"embedding.generator: '{settings.generator}' does not exist; name a generator file")
+    if settings.generator and config.of_weights:
+        problems.append(
+            f'embedding.generator: acts on what method = "{config.method}" trains as well; use method = "embedding"'
+        )
+    if config.is_toy and not config.data.path and settings.toy not in TAUGHT:
+        problems.append(f"embedding.toy: is '{settings.toy}', but must be one of {', '.join(TAUGHT)}")
+    if config.objective == "reward":
+        problems.append('method: a word is learned from pictures, so objective must be "diffusion"')
+    if config.prior.prompt:
+        problems.append("prior.prompt: class pictures lack the word; leave them out where a word is learned")
+    return problems
+
+
 def _how_to_draw(reward: Any) -> list[tuple[str, str, list[str]]]:
     """(key, value, what the host has)."""
     import comfy.samplers
@@ -259,6 +303,7 @@ def _contradictions(config: Config) -> list[str]:
             f"base.checkpoint: '{base.checkpoint}' does not exist; {model_choice('checkpoints')}; name a file in it, "
             f'a path or "{TOY}"'
         )
+    problems += _contradicting_word(config)
     if not config.is_toy and not data.path and config.objective == "diffusion":
         problems.append("data.path: is missing; name a folder of pictures with captions, or a data set")
     if config.is_toy and base.lora:
@@ -266,7 +311,7 @@ def _contradictions(config: Config) -> list[str]:
     if base.weights and not Path(base.weights).is_dir():
         problems.append(f"base.weights: the folder '{base.weights}' does not exist")
     if data.path:
-        problems += [f"data.path: {sentence}" for sentence in scan(data.path, data.caption_column).problems]
+        problems += [f"data.path: {sentence}" for sentence in scan_data(config).problems]
     problems += [
         f"base.lora: '{file}' does not exist; {model_choice('loras')}; name a file in it, or a path"
         for file in base.lora
@@ -294,7 +339,7 @@ def _slow_biases(config: Config) -> list[str]:
     """Whether the static biases move too little for weights to be removed."""
     generator, optimiser = config.generator, config.optimiser
     low_rank = generator.architecture == LowRankGenerator.architecture
-    if config.method not in ("maskunet", "static_mask") or not low_rank or not optimiser.name.startswith("Adam"):
+    if config.of_weights not in ("maskunet", "static_mask") or not low_rank or not optimiser.name.startswith("Adam"):
         return []
     biases = 1 if generator.bias == "weight" else 2
     reach = biases * optimiser.lr_bias * config.loop.steps
@@ -304,7 +349,7 @@ def _slow_biases(config: Config) -> list[str]:
         f"optimiser.lr_bias of {optimiser.lr_bias:g} and {config.loop.steps} steps move the static part of a logit by"
     )
     sentence = f"{moves} about {reach:.2g}, but it starts at {generator.start:g}: "
-    if config.method == "static_mask" or not generator.rank:
+    if config.of_weights == "static_mask" or not generator.rank:
         return [f"{sentence}hardly a weight will be removed. Raise optimiser.lr_bias."]
     return [f"{sentence}weights will be removed by the low-rank part alone. Raise optimiser.lr_bias."]
 
@@ -318,7 +363,7 @@ def warnings(config: Config) -> list[str]:
             f"steps take some {(config.data.resolution / TOY_RESOLUTION) ** 2:,.0f} times as long. Set it to "
             f"{TOY_RESOLUTION}."
         )
-    if config.method == "maskunet" and config.generator.architecture == ReferenceGenerator.architecture:
+    if config.of_weights == "maskunet" and config.generator.architecture == ReferenceGenerator.architecture:
         unread = [
             f"generator.{f.name}"
             for f in dataclasses.fields(LowRankSettings)

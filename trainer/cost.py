@@ -82,8 +82,7 @@ def _pass(base: BaseModel, method: Any, accelerator: Any, device: torch.device, 
     stream = torch.Generator().manual_seed(0)
     channels = base.model.latent_format.latent_channels
     clean, noise = torch.randn(2, count, channels, size[1] // 8, size[0] // 8, generator=stream).to(device)
-    empty = base.encode_text("")
-    conditions = {key: value.expand(count, *value.shape).to(device) for key, value in empty.items()}
+    conditions = {key: value.to(device) for key, value in method.example(count).items()}
     timesteps = torch.linspace(100, 900, count).long().to(device)
     load_for_training(base)
     began = time.monotonic()

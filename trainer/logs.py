@@ -140,10 +140,12 @@ class Log:
         config, settings = run.config, run.config.validation
         size = TOY_RESOLUTION if config.is_toy else config.data.resolution
         options = {"size": size, "seed": config.seed, "steps": settings.sample_steps, "cfg": settings.cfg}
+        prompts = [run.method.prompt(prompt) for prompt in settings.prompts]
         if self._base_pictures is None:
-            self._base_pictures = draw_prompts(run.base, run.base.patcher, settings.prompts, **options)
-        with run.averaged(), run.method.sampling() as patched:
-            pictures = draw_prompts(run.base, patched, settings.prompts, **options)
+            with run.method.idle_sampling() as model:
+                self._base_pictures = draw_prompts(run.base, model, prompts, **options)
+        with run.averaged(), run.method.sampling() as model:
+            pictures = draw_prompts(run.base, model, prompts, **options)
         path = self.folder / "samples" / f"{run.step:06d}.png"
         with replacing(path) as temporary:
             names = "base", f"{config.method} after {run.step:,} steps"

@@ -119,12 +119,14 @@ class Run:
         self.config, self.base, self.accelerator = config, base, accelerator
         self.folder = folder or Path(config.output)
         self.result = self.folder / config.result.name
-        self.device = load_for_training(base)
+        load_for_training(base)
         held = held_out_count(config, len(data))
         training, held_out = data.split(held, config.seed)
         self.data, self.held_out = training, held_out
         self.digests = torch.tensor(data.digests, dtype=torch.int64)
         self.method = build_method(base, config)
+        # Again: a method may need the text encoder as well.
+        self.device = load_for_training(base)
         self.module = self.method.module.to(self.device)
         optimiser = build_optimiser(self.method.groups(), config.optimiser.name, config.optimiser.arguments)
         self.optimiser = accelerator.prepare_optimizer(optimiser, device_placement=False)
@@ -148,6 +150,10 @@ class Run:
             from .rewarded.objective import RewardObjective
 
             return RewardObjective(self, training)
+        if self.config.learns_word:
+            from .embedding.objective import EmbeddingObjective
+
+            return EmbeddingObjective(self, training)
         return DiffusionObjective(self, training, prior)
 
     # One step ---------------------------------------------------------------------------------------------------
@@ -381,8 +387,8 @@ class Run:
         why = " (no better validation for a while)" if stopped_early else ""
         self.accelerator.print(f"wrote {self.result} after {self.step} steps, {self.seconds:.0f} s{why}")
         self.accelerator.print(told_gain(self.best))
-        folder, use = self.method.destination
-        self.accelerator.print(f"Next: copy the file into {models_folder() / folder}, {use}.")
+        for file, (folder, use) in self.method.files(self.result).items():
+            self.accelerator.print(f"Next: copy {file.name} into {models_folder() / folder}, {use}.")
         return self.result
 
     def _steps(self, interrupted: list[int]) -> bool:

@@ -23,7 +23,7 @@ from maskunet_core.models.structure import Structure
 from maskunet_core.seam.attach import attach, structure_of
 from maskunet_core.seam.layers import masked, modules_of, replaced_linears
 
-from .base import BaseModel, checkpointed_decoder
+from .base import BaseModel, checkpointed
 from .config import Config
 from .files import replacing
 
@@ -80,10 +80,35 @@ class _Method:
         self.modules = modules_of(base.unet)
 
     def _checkpointing(self) -> contextlib.AbstractContextManager[None]:
-        return checkpointed_decoder(self.base.unet) if self.config.loop.checkpointing else contextlib.nullcontext()
+        return (
+            checkpointed(self.base.unet.output_blocks) if self.config.loop.checkpointing else contextlib.nullcontext()
+        )
 
     def observe(self, on: bool) -> None:
         """Collect statistics from now on, or stop; nothing to see in most methods."""
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[None]:
+        """The base is as it was before training, for one call of the U-Net: what `acting` is compared with."""
+        yield
+
+    @contextlib.contextmanager
+    def idle_sampling(self) -> Iterator[Any]:
+        """Yields a MODEL as it was before training: what `sampling` is compared with."""
+        yield self.base.patcher
+
+    def prompt(self, text: str) -> str:
+        """A prompt of the configuration as the host's prompts spell it."""
+        return text
+
+    def example(self, count: int) -> dict[str, Tensor]:
+        """The conditions of `count` samples of a training step, to measure what a step takes."""
+        empty = self.base.encode_text("")
+        return {key: value.expand(count, *value.shape) for key, value in empty.items()}
+
+    def files(self, result: Path) -> dict[Path, tuple[str, str]]:
+        """What `save` writes for the file of a run, and for each the folder of ComfyUI's models and its use."""
+        return {result: self.destination}
 
 
 def _new_generator(structure: Structure, unet: nn.Module, config: Config) -> LowRankGenerator | ReferenceGenerator:
@@ -233,9 +258,13 @@ class FullMethod(_LayerMethod):
         return found
 
 
-METHODS = {"maskunet": MaskMethod, "static_mask": MaskMethod, "lora": LoraMethod, "full": FullMethod}
+_METHODS = {"maskunet": MaskMethod, "static_mask": MaskMethod, "lora": LoraMethod, "full": FullMethod}
 
 
-def build_method(base: BaseModel, config: Config) -> MaskMethod | LoraMethod | FullMethod:
+def build_method(base: BaseModel, config: Config) -> Any:
     """The method of a configuration, its parameters seeded, on the CPU in fp32."""
-    return METHODS[config.method](base, config)
+    if config.learns_word:
+        from .embedding.method import EmbeddingMethod
+
+        return EmbeddingMethod(base, config)
+    return _METHODS[config.method](base, config)

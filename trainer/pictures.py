@@ -15,7 +15,7 @@ from maskunet_core.toy.model import WEIGHTS
 from .base import checkpoint_file, lora_files
 from .config import TOY, Base, Config
 from .data.buckets import Size, bucket_sizes, nearest_bucket
-from .data.cache import CachedData, prepare
+from .data.cache import CachedData, EncodeText, prepare
 from .data.decoding import BadPicture, Record, picture_size, read_bytes
 from .data.problems import NAMED
 from .data.records import Scan, scan
@@ -37,6 +37,14 @@ def _toy_digest(base: Base, *parts: str) -> str:
 def _merged(base: Base) -> str:
     """Names the LoRAs in the base."""
     return "".join(f" {sha256(file.read_bytes())}*{s}" for file, s in sorted(lora_files(base).items()))
+
+
+def _embeddings(records: list[Record], base: Any) -> str:
+    """Names the vectors of the embeddings that captions name: their files may change."""
+    prompts = (record.caption for record in records if "embedding:" in record.caption)
+    chunks = (chunk for prompt in prompts for of_encoder in base.tokens(prompt).values() for chunk in of_encoder)
+    vectors = [token for chunk in chunks for token, _ in chunk if torch.is_tensor(token)]
+    return sha256(b"".join(v.float().numpy().tobytes() for v in vectors)) if vectors else ""
 
 
 def base_digest(base: Base) -> str:
@@ -65,9 +73,18 @@ def encoders_digest(base: Base) -> str:
     return digest.hexdigest()
 
 
+def scan_data(config: Config) -> Scan:
+    """The pictures at `data.path` with their captions, or with texts about a word that is learned."""
+    if config.learns_word:
+        from .embedding.texts import scan_texts
+
+        return scan_texts(config)
+    return scan(config.data.path, config.data.caption_column)
+
+
 def read_data(config: Config) -> Scan:
-    """The pictures and captions at `data.path`. Raises BadData with all problems at once."""
-    found = scan(config.data.path, config.data.caption_column)
+    """Raises BadData with all problems at once."""
+    found = scan_data(config)
     found.require()
     return found
 
@@ -102,20 +119,23 @@ def cached_pictures(config: Config, base: Any) -> CachedData:
     return encoded(found.records, picture_sizes(config), config, base)
 
 
-def encoded(records: list[Record], sizes: list[Size], config: Config, base: Any) -> CachedData:
+def encoded(
+    records: list[Record], sizes: list[Size], config: Config, base: Any, encode_text: EncodeText | None = None
+) -> CachedData:
     """Records as latents of buckets of these sizes, and text embeddings; what is not in the cache yet is encoded.
 
-    base: a BaseModel. Raises BadData.
+    base: a BaseModel. encode_text: instead of the base's. Raises BadData.
     """
     settings = config.data
     encoders = encoders_digest(config.base)
+    text_key = encoders + _merged(config.base) + _embeddings(records, base) if encode_text is None else "no text"
     return prepare(
         records,
         sizes=sizes,
         encode_picture=base.encode_picture,
         picture_key=encoders,
-        encode_text=base.encode_text,
-        text_key=encoders + _merged(config.base),
+        encode_text=encode_text or base.encode_text,
+        text_key=text_key,
         folder=Path(settings.cache),
         flip=settings.flip,
         broken_limit=settings.broken_limit,

@@ -94,7 +94,7 @@ def _left(config: Config) -> list[Path]:
     """What an earlier run left, that of most worth first."""
     folder = Path(config.output)
     found = [path for pattern in _LEFT_BY_RUNS for path in sorted(folder.glob(pattern))]
-    return [config.result, *found] if config.result.exists() else found
+    return [*(path for path in config.results if path.exists()), *found]
 
 
 def _steps_made(folder: Path) -> int | None:

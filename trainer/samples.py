@@ -66,11 +66,29 @@ def sample(settings: Base, generator: Path, prompts: Sequence[str], output: Path
     base = load_base(settings)
     loaded.require_fit(structure_of(base.patcher, loaded.targets))
     patched = attach(base.patcher, GeneratorMasks(loaded.generator), 1.0, 0.0, 1.0)
-    size = TOY_RESOLUTION if settings.checkpoint == TOY else 512
-    pictures = [
-        draw_prompts(base, model, prompts, size=size, seed=seed, steps=steps, cfg=7.5)
-        for model in (base.patcher, patched)
-    ]
+    options = {"size": _side(settings), "seed": seed, "steps": steps, "cfg": 7.5}
+    pictures = [draw_prompts(base, model, prompts, **options) for model in (base.patcher, patched)]
     with replacing(output) as temporary:
         side_by_side(prompts, *pictures).save(temporary, format="PNG")
     return output
+
+
+def sample_word(settings: Base, file: Path, prompts: Sequence[str], output: Path, seed: int, steps: int) -> Path:
+    """Write a sheet of prompts with `{}` as what a learned word began with (left) and as the word."""
+    from .embedding.word import word_of
+
+    base = load_base(settings)
+    word = word_of(file, base)
+    options = {"size": _side(settings), "seed": seed, "steps": steps, "cfg": 7.5}
+    pictures = []
+    for vectors in (word.start, dict(word.vectors)):
+        with word.held_at(vectors), word.known():
+            pictures.append(draw_prompts(base, base.patcher, list(map(word.prompt, prompts)), **options))
+    with replacing(output) as temporary:
+        side_by_side(prompts, *pictures, ("its start", f"embedding:{word.name}")).save(temporary, format="PNG")
+    return output
+
+
+def _side(settings: Base) -> int:
+    """Of the pictures, in pixels."""
+    return TOY_RESOLUTION if settings.checkpoint == TOY else 512

@@ -11,7 +11,12 @@ def summary(description: dict[str, Any]) -> list[str]:
         f"{description['file']}: a mask generator ({description['architecture']}) for {description['base model']}.",
         f"It masks {description['targets']}.",
     ]
-    training = description["training"]
+    return lines + told_training(description["training"])
+
+
+def told_training(training: dict[str, Any]) -> list[str]:
+    """How a file was made. training: the record in its metadata."""
+    lines = []
     config, best = training.get("config"), training.get("validation")
     if isinstance(config, dict):
         data = config.get("data", {}).get("path") or "the toy world"

@@ -67,6 +67,10 @@ def load_data(config: Config, base: bases.BaseModel) -> Any:
         from .rewarded.prompts import load_prompts
 
         return load_prompts(config)
+    if config.learns_word:
+        from .embedding.texts import described_pictures
+
+        return described_pictures(config, base)
     if config.is_toy and not settings.path:
         from .toy.data import ToyData, latent_set
 
@@ -106,7 +110,7 @@ def check(config: Config) -> list[str]:
         data = f"{len(training):,} prompts, pictures of {size[0]}x{size[1]}; {len(held_out):,} more"
     else:
         pictures = config.data.pictures
-        if not config.is_toy or config.data.path:
+        if not config.is_toy or config.data.path or config.learns_word:
             from .pictures import picture_sizes, read_data
 
             found = read_data(config)
@@ -122,7 +126,8 @@ def check(config: Config) -> list[str]:
     base = load(config, accelerator)
     device = base.patcher.load_device
     with bases.fitting(f"A step of one picture of {size[0]}x{size[1]}", device, LESS_MEMORY):
-        cost = estimate(base, build_method(base, config), config, accelerator, size)
+        method = build_method(base, config)
+        cost = estimate(base, method, config, accelerator, size)
     if cost.too_many:
         told.append(
             f"Warning: {cost.too_many} pictures at once do not fit into the memory of {device} "
@@ -135,6 +140,10 @@ def check(config: Config) -> list[str]:
         f"Base: {base.name}. Data: {data} are held out for validation. "
         f"Method: {config.method}, {cost.parameters:,} parameters.",
         *prior,
+        *(
+            f"Writes {file}, for ComfyUI's models/{folder}."
+            for file, (folder, _) in method.files(config.result).items()
+        ),
         f"Estimated peak memory: {cost.peak / MB:,.0f} MB, on {device}.",
         f"Estimated time: {cost.seconds:.2f} s a step, {whole:.1f} h for {config.loop.steps:,} steps{without}.",
     ]

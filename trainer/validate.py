@@ -68,14 +68,15 @@ class Validator:
         run = self.run
         clean = self.held_out.latents(rows, None)
         noise = torch.randn(clean.shape, generator=stream)
-        conditions = self.held_out.conditions(rows, torch.zeros(len(rows), dtype=torch.bool))
-        moved = {key: value.to(run.device) for key, value in conditions.items()}
-        batch = (clean.to(run.device), moved, timesteps.to(run.device), noise.to(run.device))
-        with run.accelerator.autocast():
-            if not acting:
-                return run.base.diffusion_loss(*batch).float()
-            with run.method.acting(training=False):
-                return run.base.diffusion_loss(*batch).float()
+        with run.method.acting(training=False) if acting else run.method.idle():
+            conditions = {key: value.to(run.device) for key, value in self._conditions(rows, stream).items()}
+            with run.accelerator.autocast():
+                return run.base.diffusion_loss(
+                    clean.to(run.device), conditions, timesteps.to(run.device), noise.to(run.device)
+                ).float()
+
+    def _conditions(self, rows: Tensor, stream: torch.Generator) -> dict[str, Tensor]:
+        return self.held_out.conditions(rows, torch.zeros(len(rows), dtype=torch.bool))
 
     @property
     def _batch(self) -> int:

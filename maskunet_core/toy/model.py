@@ -98,6 +98,7 @@ def _load_clip(directory: Path | None):
     import comfy.sd
     import comfy.sd1_clip
     import comfy.supported_models_base
+    import folder_paths
 
     special_tokens = {"start": vocabulary.START, "end": vocabulary.END, "pad": vocabulary.END}
 
@@ -135,7 +136,8 @@ def _load_clip(directory: Path | None):
     tensors, _ = read_weights("text_encoder", directory)
     target = comfy.supported_models_base.ClipTarget(ClipTokenizer, Clip)
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    return comfy.sd.CLIP(target, parameters=parameters, state_dict=[tensors])
+    folders = folder_paths.get_folder_paths("embeddings")
+    return comfy.sd.CLIP(target, folders, parameters=parameters, state_dict=[tensors])
 
 
 def _load_vae(directory: Path | None):

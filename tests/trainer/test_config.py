@@ -25,15 +25,19 @@ def test_every_preset_is_valid_but_for_the_files_that_a_user_brings():
     brought = {
         "toy": [],
         "toy_reward": [],
+        "toy_word": [],
+        "toy_relation": [],
         "sd15": ["base.checkpoint", "data.path"],
         "paper": ["base.checkpoint", "data.path"],
         "dreambooth": ["base.checkpoint", "data.path"],
+        "embedding": ["base.checkpoint", "embedding.start", "data.path"],
         "sd15_reward": ["base.checkpoint", "reward.models", "reward.prompts"],
     }
     assert {path.stem for path in PRESETS.glob("*.toml")} == brought.keys()
     for name, files in brought.items():
         assert _missing(name) == files
         toys = ["base.checkpoint=toy", "data.path=", "reward.prompts=", "reward.models={toy = 1.0}"]
+        toys.append("embedding.start=ring")
         assert load_config(name, toys).targets == "decoder attention"
     assert load_config("toy").is_toy
 
@@ -168,7 +172,8 @@ def test_all_problems_are_listed_at_once():
 
 def test_architecture_and_method_must_agree():
     assert problems_of({"method": "magic", "generator": {"architecture": "mlp"}}) == [
-        "method: is 'magic', but must be one of maskunet, static_mask, lora, full",
+        "method: is 'magic', but must be one of maskunet, static_mask, lora, full, embedding, embedding+maskunet, "
+        "embedding+static_mask, embedding+lora, embedding+full",
         "generator.architecture: is 'mlp', but must be one of low_rank, reference",
     ]
     assert problems_of({"generator": {"freed": True}}) == [
@@ -205,7 +210,8 @@ def test_a_configuration_survives_being_written_down():
 
 def test_a_file_that_is_missing_or_no_toml_gets_a_sentence(tmp_path):
     with pytest.raises(
-        BadConfig, match=r"does not exist. Name a TOML file or a preset \(dreambooth, paper, sd15, sd15_reward, toy, toy_reward\)"
+        BadConfig,
+        match=r"does not exist. Name a TOML file or a preset \(dreambooth, embedding, paper, sd15, sd15_rew",
     ):
         load_config("nothing")
     path = tmp_path / "run.toml"
