@@ -39,11 +39,20 @@ class Word:
 
 @dataclass(frozen=True)
 class WordSet:
-    """Token positions of a noun and of each of its modifiers. text: as a person writes it, `red, small > apple`."""
+    """Token positions of a noun and of each of its modifiers. names: of the modifiers, then of the noun."""
 
     noun: tuple[int, ...]
     modifiers: tuple[tuple[int, ...], ...] = ()
-    text: str = ""
+    names: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """As a person writes it: `red, small > apple`."""
+        return " > ".join(filter(None, (", ".join(self.names[:-1]), *self.names[-1:])))
+
+    def words(self) -> list[tuple[str, tuple[int, ...]]]:
+        """(name, positions) of the modifiers and of the noun."""
+        return list(zip(self.names, (*self.modifiers, self.noun)))
 
     @cached_property
     def positions(self) -> frozenset[int]:
@@ -142,8 +151,7 @@ def read(clip: Any, text: str) -> PromptWords:
 def set_of(words: Sequence[Word]) -> WordSet:
     """The last of the words is the noun."""
     *modifiers, noun = words
-    text = f"{', '.join(word.text for word in modifiers)} > {noun.text}" if modifiers else noun.text
-    return WordSet(noun.positions, tuple(word.positions for word in modifiers), text)
+    return WordSet(noun.positions, tuple(word.positions for word in modifiers), tuple(word.text for word in words))
 
 
 def runs(words: Iterable[Word]) -> list[tuple[tuple[str, ...], list[Word]]]:
