@@ -74,6 +74,13 @@ THUMBNAILS = {
             ("another", "Save another prompt"),
         )
     ),
+    "attention_guidance": Thumbnail(
+        (
+            ("plain", "Save plainly"),
+            ("attention guidance", "Save with guidance"),
+            ("where the model sees the words", "Attention maps"),
+        )
+    ),
     "sd15_best_of_6": Thumbnail(_BEST, runs="reward_sampler", preset="fast"),
     "sd15_reward_sampler": Thumbnail(_SEARCH, runs="reward_sampler"),
     "sd15_random_masks": Thumbnail(_RANDOM, runs="random_masks"),
