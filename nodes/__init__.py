@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import folders
+from .attention import MaskUNetAttentionGuidance, MaskUNetAttentionMaps, MaskUNetPromptWords
 from .generator import MaskUNetApply, MaskUNetLoader
 from .inspect_masks import MaskUNetInspect
 from .masks import MaskUNetApplyMasks, MaskUNetLoadMasks, MaskUNetSaveMasks
@@ -32,6 +33,9 @@ class MaskUNetExtension(ComfyExtension):
             MaskUNetRecordMasks,
             MaskUNetMasksOfRun,
             MaskUNetInspect,
+            MaskUNetPromptWords,
+            MaskUNetAttentionGuidance,
+            MaskUNetAttentionMaps,
             MaskUNetToyModel,
         ]
 

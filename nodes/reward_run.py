@@ -221,11 +221,10 @@ class RewardRun:
                 "the model without MultiGPU Work Units, or use preset fast."
             )
         if self.settings.latent_lr and not self._trial().takes_up_changes():
-            masked = " with an inpainting mask" if "noise_mask" in self.latent else ""
             raise MaskUNetError(
-                f"latent_lr changes the noisy latent, but {self.sampling['sampler_name']}{masked} does not go on "
-                "from what was changed. Set latent_lr to 0, or choose a sampler that looks at each step once, such as "
-                "euler or dpmpp_2m" + (", without the mask." if masked else ".")
+                f"latent_lr changes the noisy latent, but {self.sampling['sampler_name']} does not go on from what was "
+                "changed. Set latent_lr to 0, or choose a sampler that looks at each step once, such as euler or "
+                "dpmpp_2m."
             )
 
     def run(self) -> SearchResult:

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 MaskUNetType = io.Custom("MASKUNET")
 RewardType = io.Custom("MASKUNET_REWARD")
 MasksType = io.Custom("MASKUNET_MASKS")
+WordsType = io.Custom("MASKUNET_WORDS")
 
 
 def strength_input() -> io.Input:

@@ -18,6 +18,7 @@ from ..models.structure import Structure
 from ..records.recorded import RecordedMasks, RecordedSource
 from ..seam.attach import Attachment, structure_of, with_attachment, with_masks
 from ..seam.gradients import LeanGraph, kept_weights
+from ..seam.latent import SamplerLatent, before_each_call
 from ..seam.state import CallState
 from .graph import (
     KEY,
@@ -84,6 +85,7 @@ class RewardSearch:
         self.peak = 0
         self._recompute, self._room = recompute, room
         self._masks: SearchedMasks | None = None
+        self._latent: SamplerLatent | None = None
         self._falls = 0
         self._began: float | None = None
 
@@ -94,13 +96,24 @@ class RewardSearch:
         clone = with_masks(model)
         clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, partial(loaded_with_room, self._room))
         clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, self._predict_noise)
+        if self.settings.latent_lr:
+            clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self._note_latents)
         return clone
 
     def close(self) -> None:
         """Let go of what lies on the device."""
-        self._masks = None
+        self._masks = self._latent = None
 
     # A call of the sampler --------------------------------------------------------------------------------------
+
+    def _note_latents(self, executor, *args: Any, **kwargs: Any) -> Tensor:
+        """SAMPLER_SAMPLE wrapper: the latents that the sampler holds are known before its model is asked about them."""
+
+        def note(latent: SamplerLatent) -> None:
+            self._latent = latent
+
+        with before_each_call(executor.class_obj, note):
+            return executor(*args, **kwargs)
 
     def _predict_noise(self, executor, x: Tensor, timestep: Tensor, model_options: dict, seed: int | None) -> Tensor:
         sigma = float(timestep.max())
@@ -124,7 +137,7 @@ class RewardSearch:
         return 0 < self.settings.seconds < time.monotonic() - self._began
 
     def _search(self, executor, x, timestep, model_options, seed, step: int, iterations: int) -> dict[str, Tensor]:
-        """The best masks of this step, packed; the latent is changed in place where it is searched, too."""
+        """The best masks of this step, packed; the sampler's latent is changed where it is searched, too."""
         import comfy.model_management
 
         guider = executor.class_obj
@@ -148,7 +161,8 @@ class RewardSearch:
             # Each look sees what the sampler's own call is going to see.
             state.restore()
             with LeanGraph():
-                return executor(x if shift is None else x + shift, timestep, graph.of_a_look(options), seed)
+                seen = x if shift is None else x + self._latent.seen_change(shift)
+                return executor(seen, timestep, graph.of_a_look(options), seed)
 
         def current() -> dict[str, Tensor]:
             found = {} if shift is None else {KEY: shift.detach().clone()}
@@ -189,7 +203,10 @@ class RewardSearch:
         self.peak = max(self.peak, meter.bytes)
         self._watch_for_falls(self.history[first:])
         if shift is not None:
-            x.add_(best.items.pop(KEY))
+            change = best.items.pop(KEY)
+            if self._latent.masked:
+                x.add_(self._latent.seen_change(change))
+            self._latent.value.add_(change)
         return best.items
 
     def _groups(self, x: Tensor, computing: torch.dtype) -> tuple[list[Group], Tensor | None]:

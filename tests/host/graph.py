@@ -17,6 +17,7 @@ TEMPLATES = {
     "generator_off_and_on": "MaskUNet 7 - generator off and on",
     "with_lora": "MaskUNet 8 - with a LoRA",
     "inspect": "MaskUNet 9 - inspect masks",
+    "attention_guidance": "MaskUNet 10 - attention guidance",
     "sd15_best_of_6": "MaskUNet SD 1.5 - best of 6",
     "sd15_reward_sampler": "MaskUNet SD 1.5 - reward sampler",
     "sd15_random_masks": "MaskUNet SD 1.5 - random masks",

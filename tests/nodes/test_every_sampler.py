@@ -337,47 +337,64 @@ def test_latents_are_changed_only_where_the_sampler_goes_on_from_them(run_of, sa
     run = run_of(sampler, steps=6)
     assert run._trial().takes_up_changes() is (sampler in ONE_LOOK)
     run.latent = run.latent | {"noise_mask": mask_of()}
-    assert run._trial().takes_up_changes() is (sampler == "lcm")
+    assert run._trial().takes_up_changes() is (sampler in ONE_LOOK)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("sampler", "goes_on"), [*((name, True) for name in sorted(ONE_LOOK)), ("uni_pc", False)])
-def test_what_is_written_into_the_latent_is_what_the_step_goes_on_from(scene, sampler, goes_on):
+def test_what_is_written_into_the_latent_is_what_the_step_goes_on_from(scene, sampler, goes_on, masked):
     """From a clean picture, of which the network says that it is clean, a step leads to that picture and own noise."""
     picture = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    latent_of_sampler = scene.extension("sampler_trial").before_each_call
+    latent = {"samples": torch.zeros(1, 4, 8, 8)} | ({"noise_mask": mask_of()} if masked else {})
 
     def latents(sign):
         given, model = [], scene.model.clone()
 
-        def written(executor, x, timestep, model_options, seed):
-            given.append(x.clone())
-            x.copy_(sign * picture)
-            for function in model_options.get("sampler_post_cfg_function", []):
-                function({"denoised": x.clone(), "uncond_denoised": x.clone()})
-            return x.clone()
+        def written(held):
+            given.append(held.value.clone())
+            held.value.copy_(sign * picture)
 
-        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "write", written)
-        drawn(scene, sampler, model=model, steps=5)
-        return torch.stack(given[1:])
+        def estimated(executor, x, timestep, model_options, seed):
+            clean = sign * picture
+            for function in model_options.get("sampler_post_cfg_function", []):
+                function({"denoised": clean, "uncond_denoised": clean})
+            return clean
+
+        def sampled(executor, *args, **kwargs):
+            with latent_of_sampler(executor.class_obj, written):
+                return executor(*args, **kwargs)
+
+        model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "write", sampled)
+        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "write", estimated)
+        drawn(scene, sampler, latent=latent, model=model, steps=5)
+        return torch.stack(given[1:])[..., 4:]
 
     changed = (latents(1) - latents(-1)) / 2
-    assert torch.allclose(changed, picture.expand_as(changed), atol=1e-3) is goes_on
+    assert torch.allclose(changed, picture[..., 4:].expand_as(changed), atol=1e-3) is goes_on
 
 
 @pytest.mark.parametrize("sampler", ["heun", "uni_pc", "dpm_adaptive", "sa_solver"])
-def test_other_samplers_are_refused_in_one_sentence(scene, sampler):
+@pytest.mark.parametrize("more", [{}, {"noise_mask": mask_of()}])
+def test_other_samplers_are_refused_in_one_sentence(scene, sampler, more):
+    latent = {"samples": torch.zeros(1, 4, 8, 8)} | more
     with pytest.raises(ValueError, match=rf"{sampler} does not go on from what was changed.*euler or dpmpp_2m\.$"):
-        scene.search(sampler_name=sampler, latent_lr=0.05, **NOTHING | {"iterations": 1})
+        scene.search(sampler_name=sampler, latent_image=latent, latent_lr=0.05, **NOTHING | {"iterations": 1})
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
-def test_the_samplers_that_are_named_take_up_changes_but_for_a_mask(scene, sampler):
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "ddim", "euler_ancestral"])
+def test_a_search_for_latents_changes_what_is_drawn_where_a_mask_lets_it(scene, sampler, masked):
     changes = NOTHING | {"iterations": 2, "start_percent": 0.6, "masks": False, "latent_lr": 0.05}
-    plain = scene.search(sampler_name=sampler, **NOTHING | {"candidates": 1})[0]["samples"]
-    found = scene.search(sampler_name=sampler, **changes)[0]
-    assert not torch.equal(found["samples"], plain)
-    latent = {"samples": torch.zeros(1, 4, 8, 8), "noise_mask": mask_of()}
-    with pytest.raises(ValueError, match=r"with an inpainting mask does not go on .* euler or dpmpp_2m, without the"):
-        scene.search(sampler_name=sampler, latent_image=latent, **changes)
+    kept = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latent = {"samples": kept} | ({"noise_mask": mask_of()} if masked else {})
+    plain = scene.search(latent_image=latent, sampler_name=sampler, **NOTHING | {"candidates": 1})[0]["samples"]
+    found, masks, *_ = scene.search(latent_image=latent, sampler_name=sampler, **changes)
+    differs = (found["samples"] - plain).abs()
+    assert float(differs[..., 4:].min()) > 0
+    if masked:
+        torch.testing.assert_close(found["samples"][..., :4], kept[..., :4])
+    assert masks.record["seeds_suffice"] is False
 
 
 # Unusual inputs ----------------------------------------------------------------------------------------------------
