@@ -78,15 +78,14 @@ def _of_file(path: Path) -> Prompts:
 
 
 def _different(lines: list[str], origin: str, what: str, remark: str | None = None) -> Prompts:
-    """What is left out is counted in the notes. remark: what a line begins with that is no prompt. Raises BadPrompts."""
+    """What is left out is counted in the notes. remark: how a line begins that is no prompt. Raises BadPrompts."""
     filled = [line.strip() for line in lines if line.strip()]
     texts = [line for line in filled if remark is None or not line.startswith(remark)]
     prompts = Prompts(dict.fromkeys(texts))
     if not prompts.texts:
         raise BadPrompts(f"'{origin}' holds no prompt: write one in each line of a text file.")
-    empty = 0 if remark else len(lines) - len(filled)
     counts = {
-        "are empty": empty,
+        "are empty": 0 if remark else len(lines) - len(filled),
         f"begin with {remark}": len(filled) - len(texts),
         "repeat another": len(texts) - len(prompts),
     }
