@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,7 +249,14 @@ def _about_files(error: OSError) -> str:
     return f"{name} cannot be read or written ({error.strerror or error}): mend that, or name another place."
 
 
+def _one_voice() -> None:
+    """TensorBoard writes in a thread, whose errors of the system the main thread gets, too: they are told there."""
+    before = threading.excepthook
+    threading.excepthook = lambda told: None if isinstance(told.exc_value, OSError) else before(told)
+
+
 def main() -> int:
+    _one_voice()
     for stream in (sys.stdout, sys.stderr):
         # Not every terminal or file has the letters of every prompt and every name of a file.
         if isinstance(stream, io.TextIOWrapper):

@@ -33,6 +33,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        # A write names no file, and nobody knows the temporary one.
+        if error.filename is None or Path(error.filename) == temporary:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

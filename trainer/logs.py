@@ -7,6 +7,7 @@ not finite.
 import csv
 import logging
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,12 @@ class Log:
         self._recent: list[float] = []
         self._troubled = 0
         self._base_pictures: torch.Tensor | None = None
-        self._board = _tensorboard(folder) if enabled and board else None
+        self._plots = enabled and board
+
+    @cached_property
+    def _board(self) -> Any:
+        """Opened at the first plot: a run that cannot save its first state leaves nothing behind."""
+        return _tensorboard(self.folder) if self._plots else None
 
     def truncate(self, step: int) -> None:
         """Drop what lies after `step`: a resumed run writes it again."""

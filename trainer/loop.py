@@ -449,7 +449,8 @@ def _room_for(path: Path, folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
+        saved = (folder / STATE).exists()
+        again = f"go on with `{resume_command(folder)}`" if saved else "give the same command again"
         raise DiskFull(
-            f"No space left for '{path}'. Whatever was saved before is untouched: free some space, then go on with "
-            f"`{resume_command(folder)}`."
+            f"No space left for '{path}'. Whatever was saved before is untouched: free some space, then {again}."
         ) from None

@@ -112,11 +112,16 @@ def cached_pictures(config: Config, base: Any) -> CachedData:
     found = read_data(config)
     for note in found.notes:
         tqdm.write(note)
-    cut = [record.name for record in found.records if base.cuts(record.caption)]
+    tell_cut([(record.name, record.caption) for record in found.records], "captions", base)
+    return encoded(found.records, picture_sizes(config), config, base)
+
+
+def tell_cut(texts: list[tuple[str, str]], what: str, base: Any) -> None:
+    """Counts texts whose end the text encoder leaves out. texts: (name, text); what: they are; base: a BaseModel."""
+    cut = [name for name, text in texts if base.cuts(text)]
     if cut:
         named = ", ".join(cut[:NAMED]) + (f" and {len(cut) - NAMED} more" if len(cut) > NAMED else "")
-        tqdm.write(f"Cut: {len(cut)} captions have more tokens than the text encoder takes at once, of {named}.")
-    return encoded(found.records, picture_sizes(config), config, base)
+        tqdm.write(f"Cut: {len(cut)} {what} have more tokens than the text encoder takes at once, of {named}.")
 
 
 def encoded(

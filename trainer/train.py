@@ -64,9 +64,11 @@ def load_data(config: Config, base: bases.BaseModel) -> Any:
     where rewards are trained on."""
     settings = config.data
     if config.objective == "reward":
-        from .rewarded.prompts import load_prompts
+        from .rewarded.prompts import load_prompts, tell
 
-        return load_prompts(config)
+        prompts = load_prompts(config)
+        tell(prompts, base)
+        return prompts
     if config.learns_word:
         from .embedding.texts import described_pictures
 
@@ -106,7 +108,9 @@ def check(config: Config) -> list[str]:
         from .rewarded.prompts import load_prompts
 
         size = (picture_side(config),) * 2
-        training, held_out = load_prompts(config).split(config.validation.pictures, config.seed)
+        prompts = load_prompts(config)
+        told += prompts.notes
+        training, held_out = prompts.split(config.validation.pictures, config.seed)
         data = f"{len(training):,} prompts, pictures of {size[0]}x{size[1]}; {len(held_out):,} more"
     else:
         pictures = config.data.pictures
@@ -125,6 +129,10 @@ def check(config: Config) -> list[str]:
         prior = [plan(config)]
     base = load(config, accelerator)
     device = base.patcher.load_device
+    if config.objective == "reward":
+        from .rewarded.scorer import Scorer
+
+        Scorer(config.reward.models, device)  # Says what is wrong with a file.
     with bases.fitting(f"A step of one picture of {size[0]}x{size[1]}", device, LESS_MEMORY):
         method = build_method(base, config)
         cost = estimate(base, method, config, accelerator, size)

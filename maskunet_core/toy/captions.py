@@ -59,6 +59,10 @@ class Caption:
         return zlib.crc32(str(self).encode()) % 5 == 0
 
 
+SHOWN = 200
+"""Letters of a prompt in a message."""
+
+
 def _phrase(size: str | None, colour: str, shape: str) -> Phrase:
     return Phrase(_COLOUR_NAMES.index(colour), SHAPES.index(shape), SIZES.index(size) if size else None)
 
@@ -69,9 +73,10 @@ def parse(prompt: str) -> Caption:
     Raises UnreadablePrompt where these words do not name one or two different objects.
     """
     found = _GRAMMAR.fullmatch(" ".join(word for word in known_words(prompt) if word != "a"))
+    shown = prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}..."
     if found is None:
         raise UnreadablePrompt(
-            f'The toy reward cannot read the prompt "{prompt}": name one object, or two joined by "and" or by '
+            f'The toy reward cannot read the prompt "{shown}": name one object, or two joined by "and" or by '
             f'{", ".join(RELATIONS)}, each as [{" or ".join(SIZES)}] colour shape, such as "a red circle left of a '
             f'small blue square" (colours: {", ".join(COLOURS)}; shapes: {", ".join(SHAPES)}). '
             "Other prompts need another reward: see MaskUNet Reward Loader."
@@ -82,7 +87,7 @@ def parse(prompt: str) -> Caption:
     phrases = (_phrase(*first), _phrase(*second))
     if phrases[0].pair == phrases[1].pair:
         raise UnreadablePrompt(
-            f'The toy reward cannot read the prompt "{prompt}": it names the same coloured shape twice, and the toy '
+            f'The toy reward cannot read the prompt "{shown}": it names the same coloured shape twice, and the toy '
             "world never holds two of a kind; change a colour or a shape."
         )
     return Caption(phrases, None if joint == "and" else RELATIONS.index(joint))

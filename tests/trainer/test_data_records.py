@@ -174,6 +174,32 @@ def test_linked_folders_are_walked_through_and_circles_end(tmp_path):
     assert names == ["a.png", "linked/b.png", "linked/deep/c.png"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links to folders need rights there")
+def test_links_that_lead_nowhere_are_counted(tmp_path):
+    write(tmp_path, {"a.png": RED, "a.txt": "red"})
+    for name in ("b.png", "b.txt", "folder"):
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    found = scan(tmp_path)
+    assert [record.name for record in found.records] == ["a.png"]
+    assert found.problems == []
+    assert found.notes == [
+        "Left out: 3 links that lead nowhere (b.png, b.txt, folder). Mend them where they are pictures or captions."
+    ]
+
+
+def test_texts_that_are_none_are_told(tmp_path):
+    """UTF-16 without its mark, halves of letters in JSON, JSON that nests without end."""
+    lines = [{"file_name": "b.png", "text": "red \ud800"}, "[" * 100_000]
+    write(tmp_path, {"a.png": RED, "a.txt": "red".encode("utf-16-le"), "b.png": RED, "metadata.jsonl": lines})
+    first, second, third = scan(tmp_path).problems
+    assert first == "Line 1 of 'metadata.jsonl' has no caption: it needs 'text' or 'caption' or 'TEXT' with a text."
+    assert second.startswith("Line 2 of 'metadata.jsonl' is not JSON: ")
+    assert third == "'a.txt' is not UTF-8 text: save it as UTF-8."
+    nested = {"a.png": RED, "a.json": "[" * 100_000}
+    found = scan(write_shard(tmp_path / "a.tar", nested))
+    assert found.problems[0].startswith("'a.tar/a.png' has no caption")
+
+
 def test_accents_may_be_spelled_in_two_ways(tmp_path):
     split, whole = (unicodedata.normalize(form, "café") for form in ("NFD", "NFC"))
     write(tmp_path / "beside", {f"{split}.png": RED, f"{whole}.txt": "red"})

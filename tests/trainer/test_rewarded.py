@@ -5,13 +5,15 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
+from maskunet_core.rewards.files import BadRewardFile
 from maskunet_core.toy.captions import parse
 from tests.builders import in_two_processes, trainer_command
 from trainer.base import load_toy_base
 from trainer.config_file import BadConfig, load_config, parse_config
 from trainer.loop import Run
-from trainer.rewarded.prompts import BadPrompts, Prompts, load_prompts
+from trainer.rewarded.prompts import BadPrompts, Prompts, load_prompts, tell
 from trainer.rewarded.toy import ToyJudgement, toy_prompts
 from trainer.train import check, load_data, make_accelerator, start
 
@@ -197,12 +199,55 @@ def test_the_best_state_is_that_of_the_highest_reward(make_run, monkeypatch):
 
 def test_prompts_come_from_a_file_or_captions(tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeffa cat\r\n\r\n# a remark\r\na dog\r\na cat\r\n".encode())
+    text = "\ufeffa red circle\r\n\r\n# a remark\r\na blue\u2028star\r\na red circle\r\n"
+    file.write_bytes(text.encode())
     config = parse_config(values(tmp_path))
-    assert load_prompts(config).texts == ["a cat", "a dog"]
-    file.write_text("# nothing\n")
-    with pytest.raises(BadPrompts, match="holds no prompt"):
+    prompts = load_prompts(config)
+    assert prompts.texts == ["a red circle", "a blue\u2028star"]
+    assert prompts.notes == [f"Left out of '{file}': 1 lines that begin with #, 1 lines that repeat another."]
+    for content, sentence in (
+        (b"# nothing\n", "holds no prompt"),
+        ("a red circle".encode("utf-16"), "is not UTF-8 text"),
+        ("a red circle".encode("utf-16-le"), "is not UTF-8 text"),
+        (b"a dog\na red circle\na cat", r'^2 of 3 prompts cannot be trained on, .* cannot read the prompt "a dog"'),
+        (b"dog " * 100, r'cannot read the prompt "(dog ){50}\.\.\."'),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(BadPrompts, match=sentence):
+            load_prompts(config)
+
+
+def test_captions_are_prompts_and_what_is_left_out_of_them_is_counted(base, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n, caption in enumerate(["a red circle", "a blue star " * 20, "", "a red circle"]):
+        Image.new("RGB", (64, 64)).save(pictures / f"{n}.png")
+        (pictures / f"{n}.txt").write_text(caption)
+    (pictures / "4.gif").touch()
+    changes = {"reward": {"prompts": "", "models": {"toy": 1.0}}, "data": {"path": str(pictures)}}
+    config = parse_config(values(tmp_path, **changes))
+    with pytest.raises(BadPrompts, match="1 of 2 prompts cannot be trained on"):
         load_prompts(config)
+    (pictures / "1.txt").write_text("what I saw " * 20 + "a blue star")
+    assert load_data(config, base).texts == ["a red circle", ("what I saw " * 20 + "a blue star")]
+    told = capsys.readouterr().out
+    assert "Left out: 1 pictures of kinds that are not read (4.gif)" in told
+    assert f"Left out of '{pictures}': 1 captions that are empty, 1 captions that repeat another." in told
+
+
+def test_prompts_that_are_cut_are_counted(base, capsys):
+    tell(Prompts(["a red circle left of a small blue square", "a red circle and " * 9]), base)
+    assert "Cut: 1 prompts have more tokens than the text encoder takes at once, of 'a red circle and" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_reward_that_cannot_be_read_is_told_by_check(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "reward.pt").write_text("no tensors")
+    config = parse_config(values(tmp_path, reward={"models": {str(tmp_path / "reward.pt"): 1.0}}))
+    with pytest.raises(BadRewardFile, match=r"'reward\.pt' is neither a safetensors file nor"):
+        check(config)
 
 
 def test_held_out_prompts_are_not_trained_on():

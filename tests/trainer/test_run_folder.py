@@ -6,6 +6,7 @@ import logging
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from maskunet_core.files import checkpoint
 from trainer import __main__ as command_line
 from trainer.config import Config
 from trainer.config_file import parse_config
-from trainer.files import Occupied
+from trainer.files import Occupied, replacing
 from trainer.job_board import InUse
 from trainer.logs import Log
 from trainer.loop import DiskFull, Run
@@ -269,6 +270,47 @@ def test_a_place_that_is_a_file_is_told(tmp_path, monkeypatch, pictures, capsys)
     told = capsys.readouterr().err
     assert "cannot be read or written" in told.splitlines()[-1]
     assert "Traceback" not in told
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_first_state_on_a_full_disk_leaves_nothing_in_the_way(tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(state, file):
+        with open("/dev/full", "wb") as disk:
+            save(state, disk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(DiskFull, match=r"No space left for .*last\.pt'.* then give the same command again"):
+            start(config_of(tmp_path / "run"))
+    assert start(config_of(tmp_path / "run")).exists()
+
+
+def test_a_file_that_cannot_be_written_is_named_and_the_longest_name_can_be(tmp_path):
+    path = tmp_path / ("n" * 255)
+    with pytest.raises(OSError, match="nnn") as caught, replacing(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(path)
+    with replacing(path) as temporary:
+        temporary.write_text("mine")
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_of_a_thread_that_the_main_one_gets_is_told_once(monkeypatch):
+    told = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    assert command(monkeypatch, "info", "nothing.safetensors") == 2
+
+    def fail(error):
+        raise error
+
+    for error in (OSError(), ValueError()):
+        thread = threading.Thread(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+    assert [of_thread.exc_type for of_thread in told] == [ValueError]
 
 
 def test_a_log_on_a_full_disk_is_told(tmp_path, monkeypatch):

@@ -64,15 +64,22 @@ def decode(record: Record) -> Image.Image:
 def decode_text(data: bytes) -> str | None:
     """Without the byte order mark that some editors put first; None where it is not UTF-8."""
     try:
-        return data.decode("utf-8-sig").strip()
+        text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         return None
+    # UTF-16 without its mark is valid UTF-8 in which every other letter is a zero.
+    return None if "\0" in text else text
 
 
 def caption_in(fields: Any, names: tuple[str, ...]) -> str | None:
     """The first text that a JSON object holds under one of the names, or None."""
     values = (fields.get(name) for name in names) if isinstance(fields, dict) else ()
-    return next((value.strip() for value in values if isinstance(value, str)), None)
+    return next((value.strip() for value in values if isinstance(value, str) and _is_unicode(value)), None)
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON may hold halves of letters, which no tokeniser takes."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 @contextlib.contextmanager

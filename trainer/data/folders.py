@@ -106,7 +106,7 @@ def _listed_captions(
 def _json_object(line: str, where: str, problems: Problems) -> dict | None:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.add("Lines that are not JSON", f"{where} is not JSON: {error}.")
         return None
     if not isinstance(fields, dict):

@@ -60,7 +60,7 @@ def _records(path: Path, caption_names: tuple[str, ...], problems: Problems) -> 
         return []
     if any((path / mark).is_file() for mark in ON_DISK):
         return disk_records(path, caption_names, problems)
-    files = _files_below(path) if path.is_dir() else {path.name: path}
+    files = _files_below(path, problems) if path.is_dir() else {path.name: path}
     files = _of_training(files, problems)
     pictures, shards, tables = (_ending(files, endings) for endings in (PICTURES, ("tar",), ("parquet",)))
     if path.is_file() and not shards and not tables:
@@ -80,20 +80,25 @@ def _records(path: Path, caption_names: tuple[str, ...], problems: Problems) -> 
     return folder_records(files, pictures, caption_names, problems)
 
 
-def _files_below(folder: Path) -> dict[str, Path]:
+def _files_below(folder: Path, problems: Problems) -> dict[str, Path]:
     """{path relative to the folder, with slashes: path}, sorted by code points; hidden files and folders left out."""
     found: dict[str, Path] = {}
+    dead = []
     for path in _walk(folder, frozenset()):
         name = path.relative_to(folder).as_posix()
+        if not path.exists():
+            dead.append(name)
+            continue
         # macOS spells accents as letters of their own, captions and other systems do not.
         composed = unicodedata.normalize("NFC", name)
         found[name if composed in found else composed] = path
+    problems.note("links that lead nowhere", dead, "Mend them where they are pictures or captions.")
     return {name: found[name] for name in sorted(found)}
 
 
 def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
-    """Files below a folder, also behind links to folders. above: real paths of the folders on the way, so that a link
-    to one of them ends there."""
+    """Files below a folder, also behind links to folders, and links that lead nowhere. above: real paths of the folders
+    on the way, so that a link to one of them ends there."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -102,7 +107,7 @@ def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
             continue
         if path.is_dir():
             yield from _walk(path, above | {real})
-        elif path.is_file():
+        elif path.is_file() or (path.is_symlink() and not path.exists()):
             yield path
 
 

@@ -82,7 +82,7 @@ def _caption(path: Path, members: dict[str, Span], caption_names: tuple[str, ...
     texts = {ending: decode_text(_read(path, members[ending])) for ending in ("txt", "json") if ending in members}
     try:
         field = caption_in(json.loads(texts.get("json") or "{}"), caption_names)
-    except ValueError:
+    except (ValueError, RecursionError):
         field = None
     found = (field, texts.get("txt")) if len(caption_names) == 1 else (texts.get("txt"), field)
     return next((caption for caption in found if caption is not None), None)
