@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.families.models import Tiny, load
+from tests.nodes.scene import Scene
 from tests.tiny_models import write_unet
 
 PROMPT = "a red circle and a small blue square"
@@ -100,6 +101,17 @@ def test_two_guidances_both_act(made):
     one, both = made.guided(), made.guided(made.guided(), "attend-and-excite")
     assert not torch.equal(made.draw(both), made.draw(one))
     assert not torch.equal(made.draw(both), made.draw(made.guided(method="attend-and-excite")))
+
+
+def test_a_search_for_masks_begins_each_step_where_guidance_has_moved_the_latent(made, extension):
+    scene = Scene(extension, "toy")
+    inputs = {"positive": made.positive, "negative": made.negative, "prompt": PROMPT, "iterations": 1}
+    plain, masks, *_ = scene.search(model=made.model, **inputs)
+    found, guided_masks, *_ = scene.search(model=made.guided(), **inputs)
+    assert torch.isfinite(found["samples"]).all()
+    assert not torch.equal(found["samples"], plain["samples"])
+    assert masks.steps.keys() == guided_masks.steps.keys()
+    assert torch.equal(made.draw(), made.draw(made.model))
 
 
 @pytest.mark.parametrize("setting", [{"step": 0.0}, {"share": 0.0}])

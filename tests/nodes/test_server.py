@@ -38,6 +38,9 @@ NODES = (
     "MaskUNetRewardLoader",
     "MaskUNetRewardCombine",
     "MaskUNetRewardScore",
+    "MaskUNetPromptWords",
+    "MaskUNetAttentionGuidance",
+    "MaskUNetAttentionMaps",
 )
 
 
