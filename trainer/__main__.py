@@ -9,6 +9,7 @@ from pathlib import Path
 
 from maskunet_core.errors import MaskUNetError
 
+from .benchmark.command import add_benchmark
 from .files import free_path, require_folder, require_free, user_path
 from .host import enter_host
 
@@ -173,6 +174,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once, a thread each")
     command.add_argument("--quick", action="store_true", help="few prompts, to see that it works")
     command.set_defaults(run=reward_compare)
+
+    add_benchmark(commands)
 
     command = commands.add_parser("sample", help="draw prompts without and with a generator")
     command.add_argument("generator", type=user_path, help="generator file")

@@ -11,8 +11,8 @@ from .files import user_path
 
 PROJECT = Path(__file__).resolve().parent.parent
 PINNED_HOST = PROJECT / ".host" / "ComfyUI"
-REWARD = "reward"
-"""ComfyUI's folder of models for rewards, as the nodes name it."""
+REWARD, JUDGES, GENERATORS, MASKS = "reward", "judges", "maskunet", "maskunet_masks"
+"""The project's own folders in ComfyUI's folder of models; but for the judges' the nodes name them so, too."""
 NAMED = 10
 """Files named in a message; further ones are counted."""
 
@@ -80,7 +80,8 @@ def enter_host(cpu: bool = False) -> Path:
     add_extra_folders(folder)
     import folder_paths
 
-    folder_paths.add_model_folder_path(REWARD, str(models_folder() / REWARD))
+    for kind in (REWARD, JUDGES, GENERATORS, MASKS):
+        folder_paths.add_model_folder_path(kind, str(models_folder() / kind))
     return folder
 
 
