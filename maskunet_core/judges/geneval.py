@@ -17,7 +17,6 @@ from .clip import embedded
 from .mask2former import Detections
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 _SURE, _SURE_IN_COUNTING, _MOST = 0.3, 0.9, 16
 """Scores that a detection must exceed, and how many of a class are kept."""
 _MARGIN = 0.1

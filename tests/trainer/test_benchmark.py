@@ -198,7 +198,8 @@ def test_three_parts_that_are_merged_are_the_run(whole, tmp_path, monkeypatch):
 
 
 def test_parts_of_different_runs_are_not_merged(whole, tmp_path):
-    other = do(tmp_path, parse_methods([]), seed=1, images=1)
+    other, made = RunFolder(tmp_path), plan(seed=1)
+    other.claim(made.settings(), made.prompts)
     with pytest.raises(BadRun, match="different runs"):
         command.merge(parse(["benchmark", "merge", str(whole.path), str(other.path)]))
 

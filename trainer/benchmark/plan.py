@@ -1,6 +1,7 @@
 """All suites, and what is asked of one."""
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Plan:
     smoke: bool = False
     side: int = 0
 
-    @property
+    @cached_property
     def prompts(self) -> list[Prompt]:
         """Raises BadSuite where their list is missing."""
         prompts = self.suite.prompts(self.data)
@@ -73,7 +74,7 @@ class Plan:
         tasks = dict.fromkeys(prompt.task for prompt in prompts)
         return [one for task in tasks for one in [prompt for prompt in prompts if prompt.task == task][:SMOKE]]
 
-    @property
+    @cached_property
     def units(self) -> list[Unit]:
         return units_of(len(self.prompts), self.images or self.suite.images, self.batch or self.suite.batch)
 

@@ -18,6 +18,7 @@ from ..toy.judge import fully_right, read
 from .suites import PictureJudge, Prompt
 
 
+@cache
 def prompts(_: Path | None) -> list[Prompt]:
     return [Prompt(str(caption), caption.kind) for caption in held_out_prompts(200, TABLE)]
 
