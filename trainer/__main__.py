@@ -11,6 +11,7 @@ from pathlib import Path
 
 from maskunet_core.errors import MaskUNetError
 
+from .benchmark.command import add_benchmark
 from .files import NO_ROOM, free_path, require_folder, require_free, user_path
 from .host import enter_host
 
@@ -201,6 +202,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--jobs", type=_number(1), default=os.cpu_count() or 1, help="processes at once, of a thread")
     command.add_argument("--quick", action="store_true", help="few prompts, to see that it works")
     command.set_defaults(run=reward_compare)
+
+    add_benchmark(commands)
 
     command = commands.add_parser("word-compare", help="what learned words gain, alone and with masks")
     command.add_argument("--output", type=user_path, default=Path("output/word-compare"), help="folder for the table")

@@ -235,7 +235,7 @@ def load_base(settings: Base, dtype: torch.dtype = torch.float32) -> BaseModel:
         if found is None:
             raise BadBase(f"'{settings.checkpoint}' holds no {part}. Name a full checkpoint file in base.checkpoint.")
     for file, strength in lora_files(settings).items():
-        patcher, clip = _merged(patcher, clip, file, strength)
+        patcher, clip = with_lora(patcher, clip, file, strength)
     return _frozen(BaseModel(patcher, clip, vae, path.name))
 
 
@@ -263,7 +263,7 @@ def lora_files(settings: Base) -> dict[Path, float]:
     return found
 
 
-def _merged(patcher: Any, clip: Any, file: Path, strength: float) -> tuple[Any, Any]:
+def with_lora(patcher: Any, clip: Any, file: Path, strength: float) -> tuple[Any, Any]:
     """The two with a LoRA. Raises BadBase where none of its tensors fits them; warns where some do not."""
     import comfy.sd
     import comfy.utils
@@ -272,14 +272,14 @@ def _merged(patcher: Any, clip: Any, file: Path, strength: float) -> tuple[Any, 
         lora = comfy.utils.load_torch_file(str(file), safe_load=True)
     except Exception as error:  # the host raises errors of every kind over damaged files
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadBase(f"'{file}' in base.lora cannot be read ({reason[0]}). Copy or download it again.") from None
+        raise BadBase(f"The LoRA '{file}' cannot be read ({reason[0]}). Copy or download it again.") from None
     with _unmatched() as lost:
         merged = comfy.sd.load_lora_for_models(patcher, clip, lora, strength, strength)
     pairs = ((patcher, merged[0]), (clip.patcher, merged[1].patcher))
     if all(_patches(before) == _patches(after) for before, after in pairs):
         raise BadBase(
             f"None of the {len(lora):,} tensors of '{file}' fits the base: it is no LoRA, or one of another model. "
-            "Name another file in base.lora, or none."
+            "Name another file, or none."
         )
     if lost:
         logging.getLogger(__name__).warning(

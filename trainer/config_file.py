@@ -17,7 +17,7 @@ from maskunet_core.models.structure import TARGETS
 from .config import KINDS, METHODS, OBJECTIVES, PRECISIONS, TOY, TOY_RESOLUTION, Config
 from .embedding.toy import TAUGHT
 from .files import user_path
-from .host import MASKUNET, REWARD, model_choice, model_file
+from .host import GENERATORS, REWARD, model_choice, model_file
 from .optimisers import UnknownOptimiser, build_optimiser
 from .pictures import scan_data
 from .schedules import FALLS
@@ -269,7 +269,7 @@ def _contradicting_word(config: Config) -> list[str]:
     for key, file in (("texts", settings.texts), ("relation.words", settings.relation.words)):
         if file and not Path(file).is_file():
             problems.append(f"embedding.{key}: the file '{file}' does not exist")
-    if settings.generator and model_file(MASKUNET, settings.generator) is None:
+    if settings.generator and model_file(GENERATORS, settings.generator) is None:
         problems.append(f"embedding.generator: '{settings.generator}' does not exist; name a generator file")
     if settings.generator and config.of_weights:
         problems.append(

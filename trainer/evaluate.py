@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from maskunet_core.files import checkpoint
+from maskunet_core.judges.frechet import Gaussian, frechet_distance
 from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.seam.attach import attach, structure_of
 from maskunet_core.seam.layers import masked, modules_of
@@ -23,7 +24,7 @@ from .base import BaseModel, load_toy_base, sample_pictures
 from .seeds import seeded
 from .tables import write_table
 from .toy.data import LatentSet, latent_set
-from .toy.judge import frechet_distance, fully_right, read
+from .toy.judge import fully_right, read
 from .toy.world import Caption, render, sample_captioned
 from .validate import stratified_timesteps
 
@@ -98,7 +99,7 @@ def judge_pictures(pictures: Tensor, prompts: list[Caption], real: Tensor, judge
     reading = read(judge, pictures)
     accuracy = accuracy_by_kind(reading, prompts)
     scores: dict[str, Any] = {kind: f"{mean:.3f} ± {error:.3f}" for kind, (mean, error) in accuracy.items()}
-    scores["frechet"] = round(frechet_distance(reading.features, read(judge, real).features), 3)
+    scores["frechet"] = round(frechet_distance(reading.features, Gaussian.of(read(judge, real).features)), 3)
     return scores
 
 

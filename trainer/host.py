@@ -11,8 +11,8 @@ from .files import user_path
 
 PROJECT = Path(__file__).resolve().parent.parent
 PINNED_HOST = PROJECT / ".host" / "ComfyUI"
-REWARD, MASKUNET = "reward", "maskunet"
-"""ComfyUI's folders of models for rewards and for mask generators, as the nodes name them."""
+REWARD, JUDGES, GENERATORS, MASKS = "reward", "judges", "maskunet", "maskunet_masks"
+"""The project's own folders in ComfyUI's folder of models; but for the judges' the nodes name them so, too."""
 NAMED = 10
 """Files named in a message; further ones are counted."""
 
@@ -80,7 +80,7 @@ def enter_host(cpu: bool = False) -> Path:
     add_extra_folders(folder)
     import folder_paths
 
-    for kind in (REWARD, MASKUNET):
+    for kind in (REWARD, JUDGES, GENERATORS, MASKS):
         folder_paths.add_model_folder_path(kind, str(models_folder() / kind))
     return folder
 

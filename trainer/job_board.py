@@ -36,14 +36,22 @@ class InUse(MaskUNetError):
     """Another process does jobs in the folder."""
 
 
-def claim(output: Path, values: dict[str, Any]) -> None:
-    """Write the scale into the folder. Raises OtherScale where the folder has another one."""
-    path = output / "scale.json"
+def claim(
+    output: Path, values: dict[str, Any], name: str = "scale.json", what: str = "a comparison of another size"
+) -> None:
+    """Write what the folder is for into its file `name`. Raises OtherScale where the file says otherwise.
+
+    what: the folder then holds.
+    """
+    path = output / name
     if path.exists():
-        if _read_json(path) != values:
+        before = _read_json(path)
+        if before != json.loads(json.dumps(values)):
+            before = before or {}
+            differing = sorted(key for key in before.keys() | values.keys() if before.get(key) != values.get(key))
             raise OtherScale(
-                f"'{output}' holds a comparison of another size (see scale.json). Delete it, or choose another folder "
-                "by --output."
+                f"'{output}' holds {what} (see {name}: {', '.join(differing)}). Delete it, or choose another folder by "
+                "--output."
             )
         return
     with replacing(path) as temporary:

@@ -24,7 +24,8 @@ from .data.store import sha256
 U_NET = "model.diffusion_model."
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return hashlib.sha256(content).hexdigest()
 
@@ -51,7 +52,7 @@ def base_digest(base: Base) -> str:
     """Names everything that decides what the base draws: the files of its parts, and LoRAs."""
     if base.checkpoint == TOY:
         return _toy_digest(base, "autoencoder", "text_encoder", "unet")
-    return _file_digest(checkpoint_file(base)) + _merged(base)
+    return file_digest(checkpoint_file(base)) + _merged(base)
 
 
 def encoders_digest(base: Base) -> str:
@@ -63,7 +64,7 @@ def encoders_digest(base: Base) -> str:
         return _toy_digest(base, "autoencoder", "text_encoder")
     path = checkpoint_file(base)
     if path.suffix != ".safetensors":
-        return _file_digest(path)
+        return file_digest(path)
     digest = hashlib.sha256()
     with safe_open(path, framework="pt") as file:
         for name in sorted(name for name in file.keys() if not name.startswith(U_NET)):  # noqa: SIM118 - no mapping

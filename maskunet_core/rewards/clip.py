@@ -51,7 +51,7 @@ class ClipReward(Reward):
         scale = _exponential(float(tensors["logit_scale"])) if scaled else 1.0
         return cls(name, image, fill(text, tensors, torch.float32), scale)
 
-    def _feature(self, prompt: str) -> Tensor:
+    def feature(self, prompt: str) -> Tensor:
         """The prompt's embedding `[E]` of length 1. The newest are kept; a cache of functools would hold `self`, too,
         in a cycle that frees no memory until the collector runs."""
         if prompt not in self._features:
@@ -63,7 +63,7 @@ class ClipReward(Reward):
         return self._features[prompt]
 
     def bind(self, prompt: str) -> BoundReward:
-        feature = self._feature(prompt)
+        feature = self.feature(prompt)
 
         def score(pictures: Tensor) -> Tensor:
             nonlocal feature

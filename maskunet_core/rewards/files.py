@@ -45,7 +45,7 @@ def load(
     """
     published = read_tensors(path)
     tensors = to_openclip(published)
-    with _naming(path):
+    with naming(path):
         if "blip.visual_encoder.cls_token" in tensors:
             return ImageReward.from_tensors(path.stem, tensors, dtype, checkpointing=checkpointing)
         if _is_aesthetic(tensors):
@@ -69,7 +69,7 @@ def load(
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """What is wrong with tensors becomes a sentence about the file that they came from."""
     try:
         yield
@@ -203,7 +203,7 @@ def _load_tower(
     """The first tower among `others` that fits the head and is OpenAI's. Raises BadRewardFile."""
     refused = ""
     for other in _towers(head, others):
-        with _naming(other):
+        with naming(other):
             tensors = to_openclip(read_tensors(other))
             try:
                 layout = layout_of(tensors, read_description(other))

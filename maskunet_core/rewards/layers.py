@@ -20,10 +20,16 @@ class BadTensors(MaskUNetError):
         super().__init__(f"{what}: {mend}")
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Multi-head attention of `[B, N, width]` queries over `[B, M, width]` keys and values."""
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False, seen: Tensor | None = None
+) -> Tensor:
+    """Multi-head attention of `[B, N, width]` queries over `[B, M, width]` keys and values.
+
+    seen: `[B, 1, N, M]` bool, which keys a query looks at.
+    """
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2).flatten(2)
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=causal)
+    return found.transpose(1, 2).flatten(2)
 
 
 def heads_of(width: int) -> int:

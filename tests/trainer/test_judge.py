@@ -1,10 +1,11 @@
 import pytest
 import torch
 
+from maskunet_core.judges.frechet import Gaussian, frechet_distance
 from maskunet_core.toy.model import load_autoencoder, load_reader
 from maskunet_core.toy.readers import Reading
 from maskunet_core.toy.vocabulary import PAIRS
-from trainer.toy.judge import frechet_distance, fully_right, read
+from trainer.toy.judge import fully_right, read
 from trainer.toy.world import Caption, Phrase, render, sample_captioned
 
 
@@ -47,8 +48,8 @@ def test_frechet_distance_is_that_of_gaussians():
     torch.manual_seed(0)
     a = torch.randn(50_000, 3)
     b = a * torch.tensor([2.0, 1.0, 1.0]) + torch.tensor([0.0, 3.0, 0.0])
-    assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-6)
-    assert frechet_distance(a, b) == pytest.approx(9.0 + 1.0, rel=0.02)
+    assert frechet_distance(a, Gaussian.of(a)) == pytest.approx(0.0, abs=1e-6)
+    assert frechet_distance(a, Gaussian.of(b)) == pytest.approx(9.0 + 1.0, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["reader_a", "reader_b"])

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskunet_core.judges.frechet import Gaussian, frechet_distance
 from maskunet_core.toy.vocabulary import COLOURS
 
 from ..base import BaseModel, sample_pictures
@@ -13,7 +14,7 @@ from ..evaluate import KINDS, Protocol, accuracy_by_kind, held_out_losses, held_
 from ..files import replacing
 from ..sheets import to_image
 from ..toy.data import LatentSet
-from ..toy.judge import frechet_distance, fully_right, read
+from ..toy.judge import fully_right, read
 from ..toy.world import Caption, Phrase
 from .data import Sets
 from .plan import Scale
@@ -80,12 +81,12 @@ def picture_scores(
     pictures = draw([str(prompt) for prompt in prompts])
     reading = read(judge, pictures)
     scores = {kind: mean for kind, (mean, _) in accuracy_by_kind(reading, prompts).items()}
-    scores["frechet_old"] = frechet_distance(reading.features, sets.real_old)
+    scores["frechet_old"] = frechet_distance(reading.features, Gaussian.of(sets.real_old))
     scores["diversity"] = diversity(reading.features)
     distinct = len(prompts) // 2 // len(KINDS)
     shown = [pictures[kind * distinct :][:SHOWN] for kind in range(len(KINDS))]
     if world == "style":
-        scores["frechet_new"] = frechet_distance(reading.features, sets.real_new)
+        scores["frechet_new"] = frechet_distance(reading.features, Gaussian.of(sets.real_new))
         scores["style"] = shows_style(pictures).float().mean().item()
         scores["style_strength"] = style_strength(pictures).mean().item()
     if world == "subject":
@@ -93,7 +94,7 @@ def picture_scores(
         shown.append(alone[:SHOWN])
         beside = [text for text in sets["test_new"].captions if text.split().count("a") == 2]
         features = read(judge, torch.cat([alone, draw(beside[: scale.prompts])])).features
-        scores["frechet_new"] = frechet_distance(features, sets.real_new)
+        scores["frechet_new"] = frechet_distance(features, Gaussian.of(sets.real_new))
         scores["subject"] = shows_subject(alone).float().mean().item()
         scores["subject_diversity"] = diversity(features[: len(alone)])
         stars = star_prompts()

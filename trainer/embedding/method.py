@@ -15,7 +15,7 @@ from maskunet_core.seam.layers import masked, modules_of
 
 from ..base import BaseModel, checkpointed, load_for_training
 from ..config import Config
-from ..host import MASKUNET, model_file
+from ..host import GENERATORS, model_file
 from ..methods import build_method
 from .word import MARK, LearnedWord
 
@@ -122,6 +122,6 @@ def _generator(base: BaseModel, file: str) -> GeneratorMasks | None:
     """The masks of a trained generator. Raises MaskUNetError for a file that is none, or does not fit."""
     if not file:
         return None
-    loaded = checkpoint.load(model_file(MASKUNET, file) or Path(file))
+    loaded = checkpoint.load(model_file(GENERATORS, file) or Path(file))
     loaded.require_fit(structure_of(base.patcher, loaded.targets))
     return GeneratorMasks(loaded.generator.to(base.patcher.load_device))

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from maskunet_core.judges.frechet import Gaussian, frechet_distance
+
 from ..files import replacing
 from ..host import enter_host
 from ..job_board import folder_of, result_of, write_result
 from ..toy.held_out import TABLE, held_out_prompts
-from ..toy.judge import frechet_distance
 from .costs import Operations
 from .plan import DIFFICULTY, METHODS, STUDENT, STUDENT_METHODS, Job, Scale, make_plan
 from .rivals import drawn_plainly
@@ -46,8 +47,8 @@ def measure(stage: Stage, job: Job, scale: Scale, folder: Path) -> dict[str, Any
         save_file({"features": features, "pictures": shown}, temporary)
     real_features, real_patches = stage.real()
     return {
-        "frechet": frechet_distance(features, real_features),
-        "frechet_patches": frechet_distance(torch.cat([v.patches for v in verdicts]), real_patches),
+        "frechet": frechet_distance(features, Gaussian.of(real_features)),
+        "frechet_patches": frechet_distance(torch.cat([v.patches for v in verdicts]), Gaussian.of(real_patches)),
         "right": [bool(v) for verdict in verdicts for v in verdict.right],
         "right_by_reward": [bool(v) for verdict in verdicts for v in verdict.right_by_reward],
         "reward": [round(float(v), 4) for verdict in verdicts for v in verdict.reward],

@@ -22,9 +22,8 @@ from maskunet_core.toy.readers import Reading
 
 from ..base import BaseModel, load_toy_base
 from ..seeds import seeded
-from ..toy.held_out import KINDS
+from ..toy.held_out import real_pictures
 from ..toy.judge import fully_right, read
-from ..toy.world import render, sample_captioned
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,5 @@ class Stage:
     @torch.no_grad()
     def real(self, count: int = 1000) -> tuple[Tensor, Tensor]:
         """The judge's features and the patches of rendered pictures of the same kinds."""
-        stream = seeded(73)
-        scenes, captions = sample_captioned(2 * count, stream, held_out=True)
-        rows = [n for n, caption in enumerate(captions) if caption.kind in KINDS][:count]
-        pictures = render(scenes[torch.tensor(rows)], stream)
+        pictures = real_pictures(count)
         return read(self.referee, pictures).features, patches_of(self._encode(pictures))

@@ -37,13 +37,3 @@ def fully_right(reading: Reading, captions: list[Caption]) -> Tensor:
             ok = _holds(caption.relation, first, second)
         right.append(ok)
     return torch.tensor(right)
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Frechet distance between two sets of features `[N, F]`, taken as Gaussians."""
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)

@@ -1,0 +1,102 @@
+"""The judges' published files, recognised by the tensors they hold."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rewards.clip import ClipReward, to_openclip
+from ..rewards.clip_layout import layout_of, picture_side, read_description
+from ..rewards.files import BadRewardFile, naming, read_shapes, read_tensors
+from ..rewards.layers import BadTensors
+from .inception import Inception
+from .mask2former import Mask2Former, to_mmdet2
+
+
+@dataclass(frozen=True)
+class JudgeFile:
+    """name, address, size: of the published file. holds: whether tensors, on the meta device, are those of one.
+
+    read: the model, from its file, on the CPU in fp32.
+    """
+
+    name: str
+    address: str
+    size: str
+    holds: Callable[[Mapping[str, Tensor]], bool]
+    read: Callable[[Path], Any]
+
+    def find(self, files: Iterable[Path]) -> Path | None:
+        """The first of the files that is one."""
+        return next(filter(self._is_in, files), None)
+
+    def _is_in(self, path: Path) -> bool:
+        try:
+            return self.holds(read_shapes(path))
+        except BadRewardFile:
+            return False
+
+    def load(self, path: Path) -> Any:
+        """Raises MaskUNetError for a damaged file."""
+        with torch.inference_mode(False), naming(path):
+            return self.read(path)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.size}, {self.address}), to models/judges"
+
+
+def _read_detector(path: Path) -> Mask2Former:
+    return Mask2Former.from_tensors(to_mmdet2(read_tensors(path)))
+
+
+def _read_inception(path: Path) -> Inception:
+    return Inception.from_tensors(read_tensors(path))
+
+
+def _read_clip(path: Path) -> ClipReward:
+    tensors = to_openclip(read_tensors(path))
+    layout = layout_of(tensors, read_description(path))
+    if not layout.quick:
+        raise BadTensors("is no CLIP of OpenAI's: it works without quick GELU", "put OpenAI's file there.")
+    return ClipReward.from_tensors(path.stem, tensors, torch.float32, scaled=False, layout=layout)
+
+
+def _holds_clip(width: int, patch: int) -> Callable[[Mapping[str, Tensor]], bool]:
+    """With both towers, for pictures of 224x224."""
+
+    def holds(tensors: Mapping[str, Tensor]) -> bool:
+        tensors = to_openclip(tensors)
+        names = ("visual.conv1.weight", "visual.positional_embedding", "token_embedding.weight", "visual.proj")
+        if not all(name in tensors and tensors[name].ndim in (2, 4) for name in names):
+            return False
+        shape = tensors["visual.conv1.weight"].shape
+        return (shape[0], shape[-1], picture_side(tensors)) == (width, patch, 224)
+
+    return holds
+
+
+def _clip(model: str, size: str, width: int, patch: int) -> JudgeFile:
+    address = f"https://huggingface.co/openai/{model}"
+    return JudgeFile(f"model.safetensors of openai/{model}", address, size, _holds_clip(width, patch), _read_clip)
+
+
+DETECTOR = JudgeFile(
+    "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
+    "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco",
+    "275 MB",
+    lambda tensors: {"panoptic_head.query_feat.weight", "panoptic_head.cls_embed.weight"} <= tensors.keys(),
+    _read_detector,
+)
+INCEPTION = JudgeFile(
+    "pt_inception-2015-12-05-6726825d.pth",
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights",
+    "96 MB",
+    lambda tensors: {"Mixed_7c.branch_pool.conv.weight", "Conv2d_1a_3x3.bn.weight"} <= tensors.keys(),
+    _read_inception,
+)
+CLIP_L = _clip("clip-vit-large-patch14", "1.71 GB", 1024, 14)
+CLIP_B16 = _clip("clip-vit-base-patch16", "0.6 GB", 768, 16)
+CLIP_B32 = _clip("clip-vit-base-patch32", "0.6 GB", 768, 32)

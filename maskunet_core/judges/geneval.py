@@ -1,0 +1,143 @@
+"""GenEval's rules (arXiv 2310.11513): whether the objects that a detector found are those that a prompt names.
+
+No picture is looked at here, but for the colours of objects.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..rewards.clip import ClipReward
+from .clip import embedded
+from .mask2former import Detections
+
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+_SURE, _SURE_IN_COUNTING, _MOST = 0.3, 0.9, 16
+"""Scores that a detection must exceed, and how many of a class are kept."""
+_MARGIN = 0.1
+"""Of the sum of two objects' sides: nearer to each other they have no relation."""
+_GREY = (153, 153, 153)
+
+
+@dataclass(frozen=True)
+class Found:
+    """box: x0, y0, x1, y1, y downward. mask: `[H, W]` bool, None where colours are not asked for."""
+
+    box: tuple[float, float, float, float]
+    score: float
+    mask: Tensor | None = None
+
+
+ColoursOf = Callable[[str, Sequence[Found]], list[str]]
+"""The colour of each object, from the name of their class."""
+
+
+def by_class(detections: Detections, names: Sequence[str]) -> dict[str, list[Found]]:
+    found: dict[str, list[Found]] = {}
+    rows = zip(detections.classes.tolist(), detections.boxes.tolist(), detections.scores.tolist(), detections.masks)
+    for label, box, score, mask in rows:
+        found.setdefault(names[label], []).append(Found(tuple(box), score, mask))
+    return found
+
+
+def kept(found: Mapping[str, Sequence[Found]], task: str) -> dict[str, list[Found]]:
+    """Those that are sure enough for a task, the surest first; overlapping ones as well."""
+    least = _SURE_IN_COUNTING if task == "counting" else _SURE
+    chosen = {
+        name: sorted((one for one in objects if one.score > least), key=lambda one: -one.score)[:_MOST]
+        for name, objects in found.items()
+    }
+    return {name: objects for name, objects in chosen.items() if objects}
+
+
+def relations(first: Sequence[float], second: Sequence[float]) -> list[str]:
+    """Where the first box lies, as seen from the second: none, one or two of left of, right of, above and below."""
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = first, second
+    dx, dy = (ax0 + ax1 - bx0 - bx1) / 2, (ay0 + ay1 - by0 - by1) / 2
+    distance = (dx**2 + dy**2) ** 0.5
+    if not distance:
+        return []
+    across = max(abs(dx) - _MARGIN * (ax1 - ax0 + bx1 - bx0), 0) / distance
+    down = max(abs(dy) - _MARGIN * (ay1 - ay0 + by1 - by0), 0) / distance
+    found = ["left of" if dx < 0 else "right of"] if across > 0.5 else []
+    return found + (["above" if dy < 0 else "below"] if down > 0.5 else [])
+
+
+def judge(objects: Mapping[str, Sequence[Found]], facts: Mapping[str, Any], colours_of: ColoursOf) -> list[str]:
+    """What is wrong, in the benchmark's own words; nothing where the picture is right. objects: of `kept`."""
+    wrong: list[str] = []
+    groups: list[Sequence[Found] | None] = []
+    for wanted in facts.get("include", ()):
+        name, count = wanted["class"], wanted["count"]
+        group = objects.get(name, ())[:count]
+        if len(group) < count:
+            reason = f"expected {name}>={count}, found {len(group)}"
+        else:
+            reason = _wrong_colour(wanted, group, colours_of) or _wrong_place(wanted, group, groups)
+        wrong += [reason] if reason else []
+        groups.append(None if reason else group)
+    for wanted in facts.get("exclude", ()):
+        name, count = wanted["class"], wanted["count"]
+        if len(objects.get(name, ())) >= count:
+            wrong.append(f"expected {name}<{count}, found {len(objects[name])}")
+    return wrong
+
+
+def _wrong_colour(wanted: Mapping[str, Any], group: Sequence[Found], colours_of: ColoursOf) -> str:
+    if "color" not in wanted:
+        return ""
+    colour, name, count = wanted["color"], wanted["class"], wanted["count"]
+    seen = colours_of(name, group)
+    if seen.count(colour) >= count:
+        return ""
+    others = ", ".join(f"{seen.count(one)} {one}" for one in COLOURS if one in seen)
+    return f"expected {colour} {name}>={count}, found {seen.count(colour)} {colour}; and {others}"
+
+
+def _wrong_place(wanted: Mapping[str, Any], group: Sequence[Found], groups: Sequence[Sequence[Found] | None]) -> str:
+    """Every one of the group must stand so to every one of an earlier group."""
+    if "position" not in wanted:
+        return ""
+    relation, number = wanted["position"]
+    if groups[number] is None:
+        return f"no target for {wanted['class']} to be {relation}"
+    for one in group:
+        for target in groups[number]:
+            seen = relations(one.box, target.box)
+            if relation not in seen:
+                return f"expected {wanted['class']} {relation} target, found {' and '.join(seen)} target"
+    return ""
+
+
+class Colours:
+    """Tells objects' colours by CLIP (the benchmark's is OpenAI's ViT-L/14): their crops on grey against sentences."""
+
+    def __init__(self, clip: ClipReward):
+        self.clip = clip
+
+    def sentences(self, name: str) -> Tensor:
+        """`[10, E]`: of each colour the mean of three sentences about a class, of length 1."""
+        templates = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+        texts = [[template.format(colour, name) for template in templates] for colour in COLOURS]
+        means = torch.stack([torch.stack([self.clip.feature(text) for text in of_one]).mean(0) for of_one in texts])
+        return F.normalize(means, dim=-1)
+
+    def crop(self, picture: Image.Image, found: Found) -> Image.Image:
+        """The object's box, grey where its mask is not."""
+        mask = Image.fromarray(found.mask.numpy())
+        alone = Image.composite(picture, Image.new("RGB", picture.size, _GREY), mask)
+        return alone.crop(tuple(float(side) for side in found.box))
+
+    def of(self, picture: Image.Image) -> ColoursOf:
+        """For the objects of one picture."""
+
+        def colours(name: str, group: Sequence[Found]) -> list[str]:
+            seen = embedded(self.clip, [self.crop(picture, one) for one in group])
+            return [COLOURS[row] for row in (seen @ self.sentences(name).T).argmax(1).tolist()]
+
+        return colours

@@ -1,0 +1,117 @@
+"""GenEval's detector, rules and colours, held against its own code and mmdetection's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from maskunet_core.judges import geneval
+from maskunet_core.judges.clip import embedded
+from maskunet_core.judges.geneval import Colours, Found
+from maskunet_core.judges.mask2former import Detections, Mask2Former, prepare, to_mmdet2
+from maskunet_core.judges.pictures import levels
+from maskunet_core.rewards.clip import ClipReward
+from maskunet_core.rewards.clip_layout import ClipLayout
+from tests.judge_weights import blobs, scaled, weights
+
+FOLDER = Path(__file__).with_name("judges")
+
+
+def golden(name: str):
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+DETECTOR, RULES, COLOUR = (golden(name) for name in ("mask2former", "geneval", "geneval_colour"))
+
+
+def detector_weights(seed: int) -> dict[str, torch.Tensor]:
+    found = scaled(weights(DETECTOR["layout"], seed), {"query_feat": 3, ".mask_feature.": 0.1})
+    calmer = ("out_proj.weight", "ffns.0.layers.1.weight")
+    names = [name for name in found if "transformer_decoder" in name and name.endswith(calmer)]
+    return scaled(found, dict.fromkeys(names, 0.4))
+
+
+def rows_of(found: Detections) -> torch.Tensor:
+    """Class, box and score, in an order that ties do not change."""
+    rows = torch.cat([found.classes[:, None].float(), found.boxes, found.scores[:, None]], 1)
+    return in_order(rows)
+
+
+def in_order(rows: torch.Tensor) -> torch.Tensor:
+    return torch.stack(sorted(rows, key=lambda row: (float(row[0]), round(-float(row[5]), 4), float(row[1]))))
+
+
+@pytest.mark.parametrize("case", DETECTOR["cases"], ids=lambda case: case["key"])
+def test_detections_are_mmdetections(case):
+    expected = load_file(FOLDER / "mask2former.safetensors")
+    model = Mask2Former.from_tensors(detector_weights(case["weights_seed"]))
+    picture = levels(blobs(*case["picture"]))
+    pixels, _ = prepare(picture)
+    assert list(pixels.shape) == case["net_input"]
+    classes, masks = (x[0] for x in model(pixels))
+    for found, name in ((classes, "class_logits"), (masks[:, ::8, ::8], "mask_logits_every_8th")):
+        of_case = expected[f"{case['key']}.{name}"]
+        assert float((found - of_case).abs().max() / of_case.abs().max()) < 1e-5, name
+    found, detections = rows_of(model.detect(picture, kept=20)), in_order(expected[f"{case['key']}.detections"])
+    assert torch.equal(found[:, :5], detections[:, :5])
+    torch.testing.assert_close(found[:, 5], detections[:, 5], rtol=0, atol=1e-5)
+
+
+def test_files_of_mmdetection_3_are_read_too():
+    tensors = detector_weights(6)
+    names = {
+        name: name.replace("encoder.layers.0.attentions.0.", "encoder.layers.0.self_attn.")
+        .replace("decoder.layers.0.attentions.0.", "decoder.layers.0.cross_attn.")
+        .replace("decoder.layers.0.attentions.1.", "decoder.layers.0.self_attn.")
+        .replace("layers.0.ffns.0.", "layers.0.ffn.")
+        for name in tensors
+    }
+    newer = {names[name]: value for name, value in tensors.items()}
+    assert newer.keys() != tensors.keys()
+    assert to_mmdet2(newer).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("case", RULES["cases"], ids=lambda case: case["name"])
+def test_pictures_are_right_or_wrong_for_genevals_reasons(case):
+    found: dict[str, list[Found]] = {}
+    for name, *box, score in case["detections"]:
+        found.setdefault(name, []).append(Found(tuple(box), score))
+    objects = geneval.kept(found, case["metadata"]["tag"])
+    assert {name: len(group) for name, group in objects.items()} == case["expected"]["kept"]
+    colours = case["colors"] or {}
+    wrong = geneval.judge(objects, case["metadata"], lambda name, group: colours[name][: len(group)])
+    assert "\n".join(wrong) == case["expected"]["reason"]
+    assert (not wrong) == case["expected"]["correct"]
+
+
+def test_relations_of_boxes_are_genevals():
+    for first, second, expected, _ in RULES["relations"]:
+        assert set(geneval.relations(first, second)) == set(expected), (first, second)
+
+
+@pytest.fixture(scope="module")
+def colours() -> Colours:
+    tensors = scaled(weights(COLOUR["layout"], 21), {"positional_embedding": 0.3, "class_embedding": 0.3})
+    layout = ClipLayout(quick=True, image_heads=2, text_heads=2)
+    return Colours(ClipReward.from_tensors("clip", tensors, torch.float32, scaled=False, layout=layout))
+
+
+def ellipse(box: list[float], height: int, width: int) -> torch.Tensor:
+    x0, y0, x1, y1 = box
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    return ((2 * x - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y - y0 - y1) / (y1 - y0)) ** 2 <= 1
+
+
+@pytest.mark.parametrize("case", COLOUR["cases"], ids=lambda case: case["classname"])
+def test_colours_are_genevals(case, colours):
+    expected = load_file(FOLDER / "geneval_colour.safetensors")
+    height, width, _ = COLOUR["picture"]
+    picture, name = blobs(*COLOUR["picture"]), case["classname"]
+    found = [Found(tuple(box), 1.0, ellipse(box, height, width)) for box in COLOUR["boxes"]]
+    sentences = colours.sentences(name)
+    torch.testing.assert_close(sentences, expected["classifier." + name.replace(" ", "_")], rtol=0, atol=1e-5)
+    seen = embedded(colours.clip, [colours.crop(picture, one) for one in found])
+    torch.testing.assert_close(seen, expected["image_features"], rtol=0, atol=1e-5)
+    assert colours.of(picture)(name, found) == case["colors"]

@@ -1,0 +1,313 @@
+"""Benchmarks: methods by name, runs that go on and are put together, and how sure their numbers are."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskunet_core.files import checkpoint, mask_file
+from maskunet_core.rewards.toy import ToyReward
+from tests.builders import make_generator
+from tests.recording import random_masks
+from trainer.__main__ import parse
+from trainer.base import load_toy_base
+from trainer.benchmark import command, statistics
+from trainer.benchmark import plan as plans
+from trainer.benchmark.drawing import Drawer, plain_text
+from trainer.benchmark.folder import BadRun, RunFolder, Share, Unit, units_of
+from trainer.benchmark.methods import BadMethod, Method, Part, parse_method, parse_methods
+from trainer.benchmark.plan import Plan
+from trainer.benchmark.report import Verdicts, compare, differences
+from trainer.benchmark.run import draw, judge
+from trainer.config import Config
+from trainer.job_board import InUse, OtherScale
+from trainer.methods import FullMethod, LoraMethod
+from trainer.reward_compare.stage import Sampling
+
+PROMPTS, IMAGES, BATCH = 5, 2, 2
+WHOLE = Share()
+TOY = plans.SUITES["toy"]
+TINY = replace(TOY, prompts=lambda data: TOY.prompts(data)[:PROMPTS], sampling=Sampling(steps=3), images=IMAGES)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, toy_structure) -> Path:
+    """A generator, masks, a LoRA and a full fine-tune for the toy model, which all do something."""
+    folder = tmp_path_factory.mktemp("methods")
+    checkpoint.save(folder / "g.safetensors", make_generator(toy_structure, lively=True), "decoder attention", {})
+    mask_file.save(folder / "m.safetensors", random_masks(toy_structure, keep=0.8))
+    for name, kind in (("lora", LoraMethod), ("full", FullMethod)):
+        method = kind(load_toy_base(), Config(method=name))
+        torch.manual_seed(1)
+        for parameter in method.module.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        method.save(folder / f"{name}.safetensors", {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def methods(files) -> list[Method]:
+    generator = f"generator:{files / 'g.safetensors'}"
+    return parse_methods([generator, f"{generator}@0", f"lora:{files / 'lora.safetensors'}+search:fast"])
+
+
+def plan(**options) -> Plan:
+    return Plan(TINY, None, "toy", batch=BATCH, **options)
+
+
+def do(folder: Path, methods: list[Method], share: Share = WHOLE, **options) -> RunFolder:
+    run, made = RunFolder(folder), plan(**options)
+    run.claim(made.settings(), made.prompts)
+    with run.working(share):
+        draw(made, methods, ["toy"], run, share)
+        judge(run, TINY.judges(None), share.of(made.units))
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, methods) -> RunFolder:
+    return do(tmp_path_factory.mktemp("run"), methods)
+
+
+def content(run: RunFolder) -> dict[str, bytes]:
+    files = [path for path in run.path.glob("methods/**/*") if path.is_file()]
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in files}
+
+
+def verdicts(run: RunFolder) -> dict[str, Verdicts]:
+    return {method.name: Verdicts.of(run, method) for method in run.methods()}
+
+
+def test_methods_are_read_from_their_names():
+    assert parse_method("base") == Method()
+    assert parse_method("generator:a+b.safetensors@0.5+search:fast") == Method(
+        (Part("generator", "a+b.safetensors", 0.5),), "fast"
+    )
+    both = parse_method("lora:x/y.safetensors@-1+masks:z.safetensors")
+    assert str(both) == "lora:y.safetensors@-1+masks:z.safetensors"
+    assert parse_methods(["search:fast", "base"]) == [Method(), Method(preset="fast")]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("something", "unknown: write base, generator:FILE"),
+        ("search:slow", "choose among paper, reference, fast"),
+        ("search:fast+search:paper", "several searches"),
+        ("generator:no_such.safetensors", "'no_such.safetensors' does not exist"),
+    ],
+)
+def test_a_method_that_cannot_be_had_is_refused(text, told):
+    with pytest.raises(BadMethod, match=told):
+        parse_method(text).on(load_toy_base())
+
+
+def test_two_files_of_one_name_are_refused():
+    with pytest.raises(BadMethod, match="rename one"):
+        parse_methods(["lora:a/x.safetensors", "lora:b/x.safetensors"])
+
+
+def test_every_kind_of_part_changes_the_picture_and_a_strength_of_0_does_not(files):
+    options = {"sampling": Sampling(steps=3), "side": 64, "seed": 0}
+    prompts = [prompt.text for prompt in TINY.prompts(None)[:2]]
+
+    def pictures(name: str) -> torch.Tensor:
+        return Drawer.of(parse_method(name), load_toy_base(), None, **options).pictures([(0, 0), (1, 0)], prompts)
+
+    plain = pictures("base")
+    assert plain.shape == (2, 64, 64, 3)
+    for kind, file in (("generator", "g"), ("masks", "m"), ("lora", "lora"), ("full", "full")):
+        name = f"{kind}:{files / file}.safetensors"
+        assert not torch.equal(pictures(name), plain), kind
+        assert torch.equal(pictures(f"{name}@0"), plain), kind
+
+
+def test_a_search_needs_a_reward_and_finds_pictures_that_it_likes_better():
+    options = {"sampling": Sampling(steps=6), "side": 64, "seed": 0}
+    prompts = [prompt.text for prompt in TINY.prompts(None)[:3]]
+    pairs = [(n, 0) for n in range(3)]
+    searching = parse_method("search:fast")
+    with pytest.raises(BadMethod, match="--reward"):
+        Drawer.of(searching, load_toy_base(), None, **options)
+    reward, base = ToyReward(), load_toy_base()
+    drawn = [Drawer.of(m, base, reward, **options).pictures(pairs, prompts) for m in (Method(), searching)]
+    plain, found = (
+        torch.cat([reward.bind(p)(x[None].movedim(-1, 1)) for p, x in zip(prompts, pictures)]) for pictures in drawn
+    )
+    assert (found > plain).any()
+    assert found.mean() > plain.mean() + 1
+
+
+def test_brackets_in_a_prompt_weigh_no_word():
+    clip = load_toy_base().clip
+    weights = [
+        {round(float(weight), 3) for _, weight in next(iter(clip.tokenize(text).values()))[0]}
+        for text in ("a (red) circle", plain_text("a (red) circle"))
+    ]
+    assert weights == [{1.0, 1.1}, {1.0}]
+
+
+def test_fewer_images_are_the_beginning_of_more():
+    assert units_of(5, 1, 2) == units_of(5, 3, 2)[:3]
+    assert units_of(5, 2, 2)[3] == Unit(3, ((0, 1), (1, 1)))
+    assert sorted(pair for unit in units_of(5, 2, 2) for pair in unit.pairs) == [
+        (p, i) for p in range(5) for i in (0, 1)
+    ]
+
+
+def test_methods_share_prompts_and_noises_and_a_method_that_does_nothing_differs_by_nothing(whole):
+    found = verdicts(whole)
+    assert next(iter(found)) == "base"
+    assert sorted(found) == [
+        "base",
+        "generator:g.safetensors",
+        "generator:g.safetensors@0",
+        "lora:lora.safetensors+search:fast",
+    ]
+    (right, frechet) = differences(found["generator:g.safetensors@0"], found["base"])
+    assert right["all"] == "+0.000 ± 0.000"
+    assert frechet["all"] == "+0.000 ± 0.000"
+    assert "cannot be told apart" in right["told"]
+
+
+def test_a_run_that_was_killed_between_any_two_files_ends_with_the_same_bits(whole, methods, tmp_path):
+    killed = RunFolder(tmp_path / "run")
+    shutil.copytree(whole.path, killed.path)
+    files = sorted([*killed.path.glob("methods/*/pictures/*/samples/*"), *killed.path.glob("methods/*/judged/*/0*")])
+    for path in files[1::3]:
+        path.unlink()
+    assert content(killed) != content(whole)
+    do(killed.path, methods)
+    assert content(killed) == content(whole)
+
+
+def test_three_parts_that_are_merged_are_the_run(whole, tmp_path, monkeypatch):
+    methods = parse_methods([])
+    do(tmp_path / "1", methods, Share.parse("1/3"))
+    do(tmp_path / "2", methods, Share.parse("2/3"))
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    do(tmp_path / "3", methods, Share.parse(""))
+    arguments = parse(["benchmark", "merge", *(str(tmp_path / part) for part in "123")])
+    arguments.run(arguments)
+    merged = content(RunFolder(tmp_path / "1"))
+    assert merged == {name: data for name, data in content(whole).items() if name.startswith("methods/base/")}
+
+
+def test_parts_of_different_runs_are_not_merged(whole, tmp_path):
+    other, made = RunFolder(tmp_path), plan(seed=1)
+    other.claim(made.settings(), made.prompts)
+    with pytest.raises(BadRun, match="different runs"):
+        command.merge(parse(["benchmark", "merge", str(whole.path), str(other.path)]))
+
+
+@pytest.mark.parametrize("share", ["1/1", "1/3"])
+def test_a_second_run_on_the_same_pictures_is_refused(whole, share):
+    with whole.working(Share()), pytest.raises(InUse, match="Another process"), whole.working(Share.parse(share)):
+        pass
+    with whole.working(Share.parse("1/2")), whole.working(Share.parse("2/2")):
+        pass
+
+
+def test_a_run_with_other_settings_is_refused_and_told(whole):
+    with pytest.raises(OtherScale, match=r"run\.json: seed"):
+        do(whole.path, parse_methods([]), seed=1)
+
+
+def test_another_file_of_the_same_name_is_refused(whole, files, tmp_path):
+    shutil.copyfile(files / "m.safetensors", tmp_path / "g.safetensors")
+    with pytest.raises(OtherScale, match=r"another method of this name .*files"):
+        do(whole.path, parse_methods([f"generator:{tmp_path / 'g.safetensors'}"]))
+
+
+def test_pictures_laid_out_as_others_do_are_judged_as_they_were(whole, tmp_path, monkeypatch):
+    monkeypatch.setitem(plans.SUITES, "toy", replace(TINY, batch=BATCH))
+    other = tmp_path / "theirs"
+    for line in (
+        ["export", str(whole.path), str(other), "--layout", "geneval"],
+        ["score", str(other), "toy", "--layout", "geneval", "--output", str(tmp_path / "run")],
+    ):
+        arguments = parse(["benchmark", *line])
+        arguments.run(arguments)
+    facts = json.loads((other / "00001" / "metadata.jsonl").read_text())
+    assert facts["prompt"] == whole.prompts[1].text
+    mine, theirs = verdicts(whole)["base"], verdicts(RunFolder(tmp_path / "run"))["theirs"]
+    assert torch.equal(mine.scores["reader", "right"], theirs.scores["reader", "right"])
+    told = compare(RunFolder(tmp_path / "run"), whole, ["theirs", "base"])
+    assert "+0.000 ± 0.000" in told
+    with pytest.raises(BadRun, match="There is no 'base'"):
+        compare(RunFolder(tmp_path / "run"), whole, ["base", "base"])
+
+
+def test_the_report_says_what_its_numbers_are_of(whole, capsys):
+    arguments = parse(["benchmark", "report", str(whole.path)])
+    arguments.run(arguments)
+    table = json.loads((whole.path / "table.json").read_text())
+    right = table["rows"][0]
+    assert (right["method"], right["measure"]) == ("base", "right")
+    assert (right["prompts"], right["pictures"]) == (PROMPTS, PROMPTS * IMAGES)
+    assert table["settings"]["signatures"][0] == "toy|v1|base|toy|p5|n10|seed0|ddim/normal/3/5.0|reader"
+    assert "cannot be told apart at this size" in capsys.readouterr().out
+
+
+def test_check_tells_time_and_disk_and_keeps_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = parse(["benchmark", "check", "toy", "--smoke"])
+    arguments.run(arguments)
+    told = capsys.readouterr().out
+    assert "8 prompts, 8 pictures by each of 1 methods" in told
+    assert "base: " in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_commands_name_all_suites():
+    assert set(command.SUITE_NAMES) == plans.SUITES.keys()
+
+
+# Statistics --------------------------------------------------------------------------------------------------
+
+
+def test_the_unit_is_the_prompt():
+    """Ten equal pictures of a prompt are as sure as one."""
+    values = torch.tensor([[0.0], [1.0], [1.0], [0.0], [1.0]])
+    once, ten = (statistics.estimate(statistics.of_prompts(x)) for x in (values, values.repeat(1, 10)))
+    assert (once.mean, once.error) == pytest.approx((0.6, 0.24495), abs=1e-5)
+    assert ten == once
+    assert once.interval == pytest.approx((-0.08, 1.28), abs=1e-2)
+
+
+def test_a_prompt_that_was_not_judged_is_left_out():
+    values = torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan], [0.0, 1.0]])
+    assert statistics.estimate(statistics.of_prompts(values)) == statistics.Estimate(0.75, 0.25, 2)
+
+
+def test_tasks_count_alike_whatever_their_sizes():
+    values = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    tasks = [torch.tensor([True, True, True, False]), torch.tensor([False, False, False, True])]
+    assert statistics.mean_of_tasks(values, tasks).mean == 0.5
+
+
+def test_the_permutation_test_is_exact_where_all_flips_can_be_counted():
+    differences = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    p = statistics.chance(differences, [torch.ones(4, dtype=torch.bool)])
+    assert p == pytest.approx(2 / 16, abs=0.01)
+
+
+def test_the_permutation_test_finds_as_many_differences_by_chance_as_it_says():
+    stream = torch.Generator().manual_seed(0)
+    every = [torch.ones(30, dtype=torch.bool)]
+    found = [statistics.chance(torch.randn(30, generator=stream), every) < 0.05 for _ in range(200)]
+    assert 0.01 < sum(found) / len(found) < 0.1
+
+
+def test_several_questions_at_once_are_answered_more_carefully():
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_a_difference_is_told_in_words():
+    surely, hardly = statistics.Estimate(0.3, 0.05, 100), statistics.Estimate(0.05, 0.05, 100)
+    assert statistics.in_words(surely, 0.001) == "higher"
+    assert statistics.in_words(hardly, 0.3) == "cannot be told apart at this size (shown would be 0.140)"

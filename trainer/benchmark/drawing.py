@@ -1,0 +1,159 @@
+"""Draws pictures of prompts by a method, through the host's samplers. The noise of a picture depends on the run's seed,
+its prompt and its number alone, so that all methods begin from the same."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskunet_core.rewards.files import load, others_in_host
+from maskunet_core.rewards.reward import BoundReward, CombinedReward, Reward, value_and_gradient
+from maskunet_core.rewards.toy import ToyReward
+from maskunet_core.search.decoder import latent_decoder
+from maskunet_core.search.judge import Judge
+from maskunet_core.search.run import search_images
+from maskunet_core.search.sampling import loaded_with_room
+from maskunet_core.search.settings import SMALL_SIDE, SearchSettings
+
+from ..base import BaseModel
+from ..config import TOY
+from ..host import REWARD, model_choice, model_file
+from ..pictures import file_digest
+from ..reward_compare.stage import Sampling
+from ..rewarded.drawing import stacked
+from ..seeds import seeded
+from .methods import BadMethod, Method
+
+_KEY = "maskunet_benchmark"
+Pair = tuple[int, int]
+"""A picture: the index of its prompt, and its number among the prompt's pictures."""
+
+
+def plain_text(prompt: str) -> str:
+    """A prompt whose brackets are meant as such: the host reads them as weights of words."""
+    return re.sub(r"([()])", r"\\\1", prompt)
+
+
+def reward_files(names: Sequence[str]) -> dict[str, Path | None]:
+    """Where the rewards lie, by name; None for the toy's, which needs no file. Raises BadMethod."""
+    found = {name: None if name == TOY else model_file(REWARD, name) for name in names}
+    for name, path in found.items():
+        if name != TOY and path is None:
+            raise BadMethod(
+                f"The reward '{name}' does not exist; {model_choice(REWARD)}. Name a file in it, or a path."
+            )
+    return found
+
+
+def reward_digests(files: dict[str, Path | None]) -> dict[str, str]:
+    return {name: TOY if path is None else file_digest(path) for name, path in files.items()}
+
+
+def load_rewards(files: dict[str, Path | None]) -> Reward:
+    """The sum of the rewards."""
+    loaded = [ToyReward() if path is None else load(path, others_in_host(path)) for path in files.values()]
+    return CombinedReward([(1.0, reward) for reward in loaded])
+
+
+class EachItsOwn(BoundReward):
+    """A reward of a batch, each picture for its own prompt."""
+
+    def __init__(self, bound: Sequence[BoundReward]):
+        self.name, self._bound = bound[0].name, bound
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.cat([bound(image) for bound, image in zip(self._bound, images.split(1))])
+
+
+@dataclass
+class Drawer:
+    """base: with the method's parts. search, reward: None for the plain sampler. side: of the pictures, in pixels."""
+
+    base: BaseModel
+    sampling: Sampling
+    side: int
+    seed: int
+    search: SearchSettings | None = None
+    reward: Reward | None = None
+
+    @classmethod
+    def of(cls, method: Method, base: BaseModel, reward: Reward | None, **options: Any) -> "Drawer":
+        """options: the other fields. Raises BadMethod where a search has no reward to follow."""
+        if method.search is not None and reward is None:
+            raise BadMethod(f"The method '{method}' searches: name the reward that it follows by --reward.")
+        return cls(method.on(base), search=method.search, reward=reward, **options)
+
+    def noise(self, pairs: Sequence[Pair], candidate: int = 0) -> Tensor:
+        """`[N, C, h, w]`: starting noises; a plain sampler's are those of candidate 0."""
+        shape = (1, self.base.model.latent_format.latent_channels, self.side // 8, self.side // 8)
+        streams = [seeded(80, self.seed, prompt, number, candidate) for prompt, number in pairs]
+        return torch.cat([torch.randn(shape, generator=stream) for stream in streams])
+
+    @torch.no_grad()
+    def pictures(self, pairs: Sequence[Pair], prompts: Sequence[str]) -> Tensor:
+        """`[N, H, W, 3]` in [0, 1], on the CPU; prompts: of the pairs."""
+        positive = self._conditioning(prompts)
+        latents = (
+            self._sampled(self.base.patcher, self.noise(pairs), positive)
+            if self.search is None
+            else self._searched(pairs, prompts, positive)
+        )
+        return self._decoded(latents).movedim(1, -1).clamp(0, 1).float().cpu()
+
+    def _conditioning(self, prompts: Sequence[str]) -> list:
+        conditions = stacked([self.base.encode_text(plain_text(prompt)) for prompt in prompts])
+        return [[conditions.pop("cross_attn"), conditions]]
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """`[N, 3, H, W]`, one at a time: a decoder takes more memory than a U-Net."""
+        return torch.cat([self.base.vae.decode(latent) for latent in latents.split(1)]).movedim(-1, 1)[:, :3]
+
+    def _sampled(self, model: Any, noise: Tensor, positive: list, **options: Any) -> Tensor:
+        """Latents by the host's sampler, without a negative prompt."""
+        import comfy.sample
+
+        how, negative = self.sampling, self._conditioning([""] * len(noise))
+        plan = (how.steps, how.cfg, how.sampler, how.scheduler, positive, negative, torch.zeros_like(noise))
+        return comfy.sample.sample(model, noise, *plan, disable_pbar=True, seed=self.seed, **options)
+
+    def _searched(self, pairs: Sequence[Pair], prompts: Sequence[str], positive: list) -> Tensor:
+        """Latents by the reward sampler."""
+        from comfy.patcher_extension import WrappersMP
+
+        bound = EachItsOwn([self.reward.bind(prompt) for prompt in prompts])
+        # The decoder is loaded beside the U-Net, and the rewards lie where the pictures come.
+        model, vae = self.base.patcher.clone(), self.base.vae
+        model.set_additional_models(_KEY, [vae.patcher])
+        model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, _KEY, partial(loaded_with_room, 0))
+        for module in self.reward.modules():
+            module.to(model.load_device)
+        decode = latent_decoder(vae, model.get_model_object("latent_format"))
+        small = SMALL_SIDE if self.search.small_decode else 0
+        judge = Judge(decode, partial(value_and_gradient, bound), small, vae.spacial_compression_decode())
+
+        def peek(noise: Tensor, number: int, steps: int) -> Tensor:
+            estimates: list[Tensor] = []
+
+            def keep(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+                estimates[:] = [x0]
+
+            self._sampled(model, noise, positive, last_step=steps, callback=keep)
+            return estimates[0]
+
+        found = search_images(
+            model=model,
+            sample=lambda masked, noise, number: self._sampled(masked, noise, positive),
+            peek=peek,
+            noise=lambda number: self.noise(pairs, number),
+            settings=self.search,
+            judge=judge,
+            score=lambda latents: bound(self._decoded(latents)).detach().cpu(),
+            steps=self.sampling.steps,
+            seed=self.seed,
+        )
+        return found.latents

@@ -1,0 +1,77 @@
+"""Files that a user brings: prompt lists, known by their digests, and judges, found by their content."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskunet_core.errors import MaskUNetError
+from maskunet_core.judges.files import JudgeFile
+
+from ..data.store import sha256
+from ..host import JUDGES, REWARD
+from ..pictures import file_digest
+
+
+class BadSuite(MaskUNetError):
+    """Files of a suite are missing or are no such files; the message names them."""
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """versions: what is published, by its SHA-256."""
+
+    name: str
+    address: str
+    versions: Mapping[str, str]
+
+    def read(self, folder: Path | None) -> str:
+        """Its content. Raises BadSuite."""
+        if not self.is_in(folder):
+            where = f"'{folder}'" if folder else "a folder, and name that by --data"
+            raise BadSuite(
+                f"The list '{self.name}' is missing: put it into {where}. It is published at {self.address}."
+            )
+        try:
+            return (folder / self.name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise BadSuite(f"'{folder / self.name}' is no text: download it again from {self.address}.") from None
+
+    def is_in(self, folder: Path | None) -> bool:
+        return folder is not None and (folder / self.name).is_file()
+
+    def version(self, folder: Path) -> str:
+        digest = sha256((folder / self.name).read_bytes())
+        return self.versions.get(digest, f"{'not published, ' if self.versions else ''}SHA-256 {digest}")
+
+    def __str__(self) -> str:
+        digests = "".join(f"; {version}: SHA-256 {digest}" for digest, version in self.versions.items())
+        return f"{self.name} ({self.address}{digests}), to the folder --data"
+
+
+def _in_host() -> Iterator[Path]:
+    """Where judges may lie."""
+    import folder_paths
+
+    for folder in (JUDGES, REWARD, "clip_vision"):
+        for name in folder_paths.get_filename_list(folder):
+            found = folder_paths.get_full_path(folder, name)
+            if found is not None:
+                yield Path(found)
+
+
+def find(judge: JudgeFile) -> Path | None:
+    return judge.find(_in_host())
+
+
+def loaded(judge: JudgeFile) -> tuple[Any, str]:
+    """The model on the host's device, and its file's digest. Raises BadSuite where there is none."""
+    import comfy.model_management
+
+    path = find(judge)
+    if path is None:
+        raise BadSuite(f"A judge is missing: {judge}.")
+    model = judge.load(path)
+    for module in model.modules():
+        module.to(comfy.model_management.get_torch_device())
+    return model, file_digest(path)

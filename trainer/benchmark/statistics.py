@@ -1,0 +1,87 @@
+"""What a number is sure to. The unit is the prompt: pictures of one prompt are no independent draws."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..seeds import seeded
+
+LEVEL = 0.05
+"""A difference is told where chance alone would give one so large less often."""
+_FLIPS = 10_000
+_SHOWN = 1.96 + 0.84
+"""Standard errors of the smallest difference that is found four times in five."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `count` prompts, with its standard error."""
+
+    mean: float
+    error: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.error:.3f}" if self.count > 1 else f"{self.mean:.3f}"
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %, by Student's t."""
+        from scipy.stats import t
+
+        reach = float(t.ppf(1 - LEVEL / 2, max(1, self.count - 1))) * self.error
+        return self.mean - reach, self.mean + reach
+
+    @property
+    def smallest_shown(self) -> float:
+        """The smallest difference that a comparison with this error finds four times in five."""
+        return _SHOWN * self.error
+
+
+def of_prompts(values: Tensor) -> Tensor:
+    """`[P]` means over the pictures of each prompt, of `[P, I]` with NaN where a picture was not judged."""
+    return values.nanmean(1)
+
+
+def estimate(values: Tensor) -> Estimate:
+    """Of one number per prompt `[P]`; those that are NaN are left out."""
+    values = values[values.isfinite()].double()
+    error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return Estimate(float(values.mean()), error, len(values))
+
+
+def mean_of_tasks(values: Tensor, tasks: list[Tensor]) -> Estimate:
+    """The mean of the tasks' means, whatever their sizes; tasks: rows of each, `[P]` bool."""
+    found = [estimate(values[rows]) for rows in tasks]
+    error = sum(one.error**2 for one in found) ** 0.5 / len(found)
+    return Estimate(sum(one.mean for one in found) / len(found), error, sum(one.count for one in found))
+
+
+def chance(differences: Tensor, tasks: list[Tensor]) -> float:
+    """p of a paired permutation test, two-sided: how often flipping the signs of the prompts' differences `[P]` at
+    random gives a mean of the tasks' means at least as far from 0."""
+    known = differences.isfinite()
+    # Each prompt counts by its task's size, as in the mean of the tasks' means.
+    weights = sum((rows & known) / (rows & known).sum().clamp_min(1) for rows in tasks).double()
+    terms = (weights * differences.double())[known]
+    signs = torch.randint(0, 2, (_FLIPS, len(terms)), generator=seeded(81), dtype=torch.int8).double() * 2 - 1
+    as_far = (signs @ terms).abs() >= terms.sum().abs() * (1 - 1e-12)
+    return float((as_far.sum() + 1) / (_FLIPS + 1))
+
+
+def holm(chances: list[float]) -> list[float]:
+    """The same for several questions at once (Holm, 1979)."""
+    order = sorted(range(len(chances)), key=chances.__getitem__)
+    found, worst = [0.0] * len(chances), 0.0
+    for place, index in enumerate(order):
+        worst = max(worst, min(1.0, (len(chances) - place) * chances[index]))
+        found[index] = worst
+    return found
+
+
+def in_words(difference: Estimate, p: float) -> str:
+    """Whether a difference is one."""
+    if p >= LEVEL:
+        return f"cannot be told apart at this size (shown would be {difference.smallest_shown:.3f})"
+    return "higher" if difference.mean > 0 else "lower"

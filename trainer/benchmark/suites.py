@@ -1,0 +1,73 @@
+"""What a suite is: prompts, how they are drawn, and who judges the pictures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL.Image import Image
+from torch import Tensor
+
+from maskunet_core.judges.files import JudgeFile
+from maskunet_core.judges.frechet import Gaussian
+
+from ..reward_compare.stage import Sampling
+from .files import PromptList, find
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """task: the table's column. facts: what a judge has to know besides the text."""
+
+    text: str
+    task: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class PictureJudge(Protocol):
+    """name: of its folder. record: what decides its scores, such as digests of its files. real: of the features of real
+    pictures, which those of drawn ones (column `features`) are held against, or None.
+    """
+
+    name: str
+    record: dict[str, Any]
+
+    @property
+    def real(self) -> Gaussian | None: ...
+
+    def __call__(self, pictures: Sequence[Image], prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """A row for each picture. Columns of single numbers are scores."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """prompts, judges: of the user's folder of prompt lists, None where a suite needs none; they raise BadSuite.
+
+    images: pictures of a prompt. side: in pixels. batch: prompts drawn together. lists, weights: files that are needed;
+    optional: those that are used where they are there. version: counts changes of what a number means.
+    """
+
+    name: str
+    prompts: Callable[[Path | None], list[Prompt]]
+    judges: Callable[[Path | None], list[PictureJudge]]
+    images: int
+    sampling: Sampling
+    side: int
+    batch: int
+    lists: tuple[PromptList, ...] = ()
+    weights: tuple[JudgeFile, ...] = ()
+    optional: tuple[JudgeFile, ...] = ()
+    version: int = 1
+
+    def missing(self, data: Path | None) -> list[str]:
+        """A line for each file that is not there."""
+        files = [one for one in self.lists if not one.is_in(data)] + [one for one in self.weights if find(one) is None]
+        return [str(file) for file in files]
+
+    def unused(self) -> list[str]:
+        """A line for each file that would be used if it were there."""
+        return [str(one) for one in self.optional if find(one) is None]
+
+    def versions(self, data: Path | None) -> dict[str, str]:
+        """Which version of each list is there."""
+        return {one.name: one.version(data) for one in self.lists}
