@@ -201,7 +201,7 @@ class _GuidedRun:
         import comfy.model_management
 
         guider = self._guider
-        positive = guider.conds["positive"]
+        positive = guider.conds.get("positive") or []
         if self._reader is None:
             on_cpu = comfy.model_management.is_device_cpu(guider.model_patcher.load_device)
             self._reader = MapReader(guider.inner_model, lent=not on_cpu or has_hooks([positive]))

@@ -44,9 +44,11 @@ def excite_loss(maps: Tensor, subjects: Sequence[Sequence[int]], compared: Seque
 def distances(maps: Tensor) -> Tensor:
     """`[N, T, T]`: symmetric Kullback-Leibler divergences between the tokens' maps, each of which is made to sum to 1.
 
-    Computed in float64, where sums may be taken apart. A map that is zero somewhere is far from others, not infinitely.
+    In float64, where sums may be taken apart, if the device has it. A map that is zero somewhere is far from others,
+    not infinitely.
     """
-    share = maps.flatten(1, 2).double().movedim(2, 1)
+    precise = torch.float32 if maps.device.type == "mps" else torch.float64
+    share = maps.flatten(1, 2).to(precise).movedim(2, 1)
     share = share / share.sum(2, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
     smallest = torch.finfo(torch.float32).eps
     logarithm = share.clamp(smallest, 1 - smallest).log()

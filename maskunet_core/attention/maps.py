@@ -16,7 +16,8 @@ from ..errors import MaskUNetError
 from ..models.families import family_of
 from ..models.families.unet import UNET, execution_order
 from ..models.structure import family_name
-from ..seam.attach import with_options
+from ..records.recorded import RecordedSource
+from ..seam.attach import OPTION, with_options
 from ..seam.attention import with_differentiable_attention
 from ..seam.gradients import kept_weights, on_a_copy
 from ..seam.run import RUN
@@ -125,6 +126,8 @@ class MapReader:
         wrappers = options.get("wrappers", {})
         around = wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
         more = {"wrappers": wrappers | {WrappersMP.DIFFUSION_MODEL: around | {KEY: [call]}}}
+        if OPTION in options:
+            more[OPTION] = tuple(each for each in options[OPTION] if not _is_found_by_search(each.source))
         if RUN in options:
             # What is computed here does not count among the sampler's own calls.
             more[RUN] = options[RUN].fork()
@@ -132,6 +135,11 @@ class MapReader:
             self._model, [positive], x, sigma, with_options(model_options, with_differentiable_attention(more))
         )
         return read.maps(self.layers, len(x), *x.shape[-2:])
+
+
+def _is_found_by_search(source: Any) -> bool:
+    """Masks that a search found after the latent had been moved: a replay moves it without them, too."""
+    return isinstance(source, RecordedSource) and "reward" in source.masks.record
 
 
 def attention_of(q: Tensor, k: Tensor, heads: int) -> Tensor:
