@@ -110,7 +110,7 @@ def test_a_lora_that_does_not_fit_is_refused_and_one_that_fits_in_part_is_told(t
     )
     assert "lora key not loaded" not in caplog.text
     (tmp_path / "broken.safetensors").write_text("x")
-    with pytest.raises(BadBase, match=r"broken\.safetensors' in base\.lora cannot be read"):
+    with pytest.raises(BadBase, match=r"The LoRA '.*broken\.safetensors' cannot be read"):
         load_base(Base(str(tiny), lora={str(tmp_path / "broken.safetensors"): 1.0}))
 
 
