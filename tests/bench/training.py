@@ -55,15 +55,17 @@ SETTINGS = {LORA: {"method": "lora"}, AUTHORS: {"generator": {"architecture": "r
 
 @dataclass
 class _Method:
-    """A method to train. acting: context manager around a call and its backward pass."""
+    """A method to train. acting: context manager around a call and its backward pass; example: conditions of a batch."""
 
     module: torch.nn.Module
     acting: Any
+    example: Any
 
 
 def _build(name: str, base: BaseModel) -> _Method:
     method = build_method(base, parse_config(SETTINGS.get(name, {})))
-    return _Method(method.module, partial(_acting, base, _Kept(method.source)) if name == KEPT else method.acting)
+    acting = partial(_acting, base, _Kept(method.source)) if name == KEPT else method.acting
+    return _Method(method.module, acting, method.example)
 
 
 @dataclass
