@@ -40,7 +40,8 @@ class Transformer(Family):
 
     stacks: lists of blocks, in the order of execution. tokens: name and place of the argument of a block that holds the
     picture's tokens [B, ..., C]. width: attribute of the model that tells C. idle: endings of layers whose results the
-    last block does not use. prelude: lists of blocks that prepare the tokens, before all of the stacks.
+    last block does not use. prelude: lists of blocks that prepare the tokens, before all of the stacks. patch:
+    attribute of the model that tells the side of a token in cells, or its sides.
     """
 
     marks: tuple[str, ...]
@@ -54,6 +55,7 @@ class Transformer(Family):
     lacks: tuple[str, ...] = ()
     wrapper: str = "DIFFUSION_MODEL"
     prelude: tuple[str, ...] = ()
+    patch: str = "patch_size"
 
     def embedding(self, diffusion_model: nn.Module) -> int:
         return EMBEDDING
@@ -65,6 +67,10 @@ class Transformer(Family):
     def channels(self, diffusion_model: nn.Module) -> int:
         """Of the tokens that run through the blocks."""
         return attrgetter(self.width)(diffusion_model)
+
+    def cells_per_token(self, diffusion_model: nn.Module) -> int:
+        sides = attrgetter(self.patch)(diffusion_model)
+        return sides**2 if isinstance(sides, int) else math.prod(sides)
 
     def stages(self, diffusion_model: nn.Module) -> Iterator[Stage]:
         """Each block is one. The last third of them takes the place of a U-Net's decoder."""
