@@ -22,7 +22,7 @@ from ..maskunet_core.seam.attention import attention_notice
 from ..maskunet_core.search.decoder import is_plain, latent_decoder, pictures_by_host
 from ..maskunet_core.search.graph import KEY
 from ..maskunet_core.search.judge import Judge
-from ..maskunet_core.search.memory import bytes_of_masks, room_for
+from ..maskunet_core.search.memory import bytes_of_blocks, bytes_of_masks, room_for
 from ..maskunet_core.search.run import SearchResult, search_images, structure_for
 from ..maskunet_core.search.sampling import loaded_with_room
 from ..maskunet_core.search.settings import SMALL_SIDE, SearchSettings
@@ -234,8 +234,12 @@ class RewardRun:
             _log_once(attention_notice(self.model.load_device))
             decoded = self.judge.decoded_size(*self.samples.shape[-2:])
             structure = structure_for(self.model, self.targets, updates=True)
-            masks = bytes_of_masks(structure, self.settings, self.model.model.get_dtype_inference())
-            room = room_for(masks, self.gradient_vae, len(self.samples), decoded)
+            computing = self.model.model.get_dtype_inference()
+            masks = bytes_of_masks(structure, self.settings, computing)
+            cells = self.samples.shape[2:].numel()
+            blocks = bytes_of_blocks(self.model.model.diffusion_model, structure, cells, computing)
+            branches = 1 if self.settings.branches == "positive" or self.sampling["cfg"] == 1.0 else 2
+            room = room_for(masks, branches * blocks, self.gradient_vae, len(self.samples), decoded)
         found = search_images(
             model=self.model,
             sample=self._sample,

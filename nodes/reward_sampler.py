@@ -40,7 +40,12 @@ class MaskUNetRewardSampler(io.ComfyNode):
                 "sampler",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="SD 1.5, SD 2.x, SDXL or the MaskUNet Toy Model, with any LoRAs."),
+                io.Model.Input(
+                    "model",
+                    tooltip="SD 1.5, SD 2.x, SDXL or the MaskUNet Toy Model, with any LoRAs. Masks are also searched "
+                    "for on transformers (Z-Image, Flux, Krea 2, Qwen-Image, ...), which nobody has tried with "
+                    "published weights yet.",
+                ),
                 seed_input("Seed of the starting noise, as in KSampler. Candidates use the seeds after it."),
                 io.Int.Input("steps", default=15, min=1, max=10000, step=1, tooltip="Steps of the sampler."),
                 io.Float.Input(

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.models.families import family_of
+from maskunet_core.models.families.unet import UNET
 from maskunet_core.seam.attention import with_differentiable_attention
 from maskunet_core.seam.shadow import Shadowed
 from maskunet_core.toy import vocabulary
@@ -314,8 +315,7 @@ def _unmatched() -> Iterator[list[str]]:
 
 def require_trainable(base: BaseModel) -> None:
     """Raises BadBase where it is no U-Net, or one that takes more than a noisy picture, a timestep and a prompt."""
-    family = family_of(base.unet)
-    if family is None or not family.searchable:
+    if family_of(base.unet) is not UNET:
         raise BadBase(
             f"{base.name} is no U-Net, and masks are trained for U-Nets alone. Name a checkpoint of SD 1.5, SD 2.x or "
             "SDXL in base.checkpoint."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from .fused import takes_no_gradient, with_gradient
 from .shadow import Shadowed
 
 _MASKED = ("comfy_cast_weights", "comfy_force_cast_weights", "forward_comfy_cast_weights")
@@ -47,24 +48,35 @@ def recomputed(layers: Iterable[nn.Module]) -> Shadowed:
     return Shadowed((layer, {"forward": partial(_recomputed, layer, layer.forward)}) for layer in layers)
 
 
-def _recomputed(layer: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
+def run_again(layer: nn.Module) -> Callable[[], contextlib.AbstractContextManager]:
+    """Gives contexts in which a layer runs as it does now, in a backward pass: with the masks that act on it now."""
     masked = [part for part in layer.modules() if _MASKED[-1] in part.__dict__]
     masks = Shadowed([(part, {name: part.__dict__[name] for name in _MASKED}) for part in masked])
-    # The host writes into its options from block to block.
-    args = tuple(dict(argument) if type(argument) is dict else argument for argument in args)
-
-    def compute(*args: Any) -> Tensor:
-        with kept_weights([layer]):
-            return forward(*args, **kwargs)
 
     @contextlib.contextmanager
     def once_more() -> Iterator[None]:
         with masks, LeanGraph():
             yield
 
+    return once_more
+
+
+def of_this_call(argument: Any) -> Any:
+    """What a layer was given, as it was then: the host writes into its options from block to block."""
+    return dict(argument) if type(argument) is dict else argument
+
+
+def _recomputed(layer: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    once_more = run_again(layer)
+
+    def compute(*args: Any) -> Tensor:
+        with kept_weights([layer]):
+            return forward(*args, **kwargs)
+
     contexts = lambda: (contextlib.nullcontext(), once_more())  # noqa: E731
+    args = tuple(map(of_this_call, args))
     return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
@@ -86,7 +98,8 @@ class LeanGraph(TorchFunctionMode):
 
     A convolution whose weights take no gradient needs its input for nothing but its shape. What lies between a group
     norm and its SiLU is made anew from the norm's input. So a residual block keeps two feature maps instead of six.
-    Tensors of the inference mode that nodes run in, which autograd refuses, are replaced by ordinary ones.
+    Tensors of the inference mode that nodes run in, which autograd refuses, are replaced by ordinary ones. Fused
+    operations of the host, which have no gradients, get those of what they stand for.
     """
 
     def __init__(self):
@@ -102,6 +115,8 @@ class LeanGraph(TorchFunctionMode):
                 return _SiluOfNorm.apply(args[0].detach(), *self._normed[2])
             args = tuple(map(_ordinary, args))
             kwargs = {name: _ordinary(value) for name, value in kwargs.items()}
+            if takes_no_gradient(function, (*args, *kwargs.values())):
+                return with_gradient(function, args, kwargs)
         result = function(*args, **kwargs)
         if function is F.group_norm and isinstance(result, Tensor) and result.requires_grad:
             terms = _group_norm(*args, **kwargs)

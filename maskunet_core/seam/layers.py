@@ -6,6 +6,7 @@ into it, and after the block nothing is left on the model.
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -70,16 +71,45 @@ def _masked(name: str, call: Call, masks: _Masks, observe: Observer | None) -> L
 def _partly_masked(name: str, call: Call, parts: Sequence[tuple[Layer, _Masks]], observe: Observer | None) -> Linear:
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         found = [(layer, _acting(layer.name, layer.part_of(weight), masks, observe)) for layer, masks in parts]
-        acting = [(layer, masks) for layer, masks in found if masks]
-        if acting:
-            weight = _with_masked_parts(weight, acting)
+        given = [(layer, [m for m in masks if isinstance(m[0], Tensor)]) for layer, masks in found]
+        learned = [(layer, m) for layer, masks in found for m in masks if not isinstance(m[0], Tensor)]
+        if any(masks for _, masks in given):
+            weight = _with_masked_parts(weight, given)
+        if learned:
+            return _with_learned_parts(x, weight, bias, learned, call.tokens, name)
         return masked_linear(x, weight, bias, (), call.tokens, name)
 
     return linear
 
 
+def _with_learned_parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    learned: Sequence[tuple[Layer, tuple[Mask, float]]],
+    tokens: int,
+    name: str,
+) -> Tensor:
+    """The product piece by piece: parts in which masks are learned, and what lies between them.
+
+    They are all rows of the weight, or all columns of it.
+    """
+    by_rows = learned[0][0].rows is not None
+    spans = {layer.rows if by_rows else layer.columns: mask for layer, mask in learned}
+    ends = sorted({0, weight.shape[-2 if by_rows else -1], *(end for span in spans for end in span)})
+    products = []
+    for span in itertools.pairwise(ends):
+        piece, masks = slice(*span), [spans[span]] if span in spans else ()
+        if by_rows:
+            terms = x, weight[..., piece, :], None if bias is None else bias[piece]
+        else:
+            terms = x[..., piece], weight[..., piece], None if products else bias
+        products.append(masked_linear(*terms, masks, tokens, name))
+    return torch.cat(products, -1) if by_rows else sum(products)
+
+
 def _with_masked_parts(weight: Tensor, parts: Sequence[tuple[Layer, Sequence[tuple[Tensor, float]]]]) -> Tensor:
-    """A copy of a weight [out, in] with masks on parts of it, or one for each sample. Masks are given, not learned.
+    """A copy of a weight [out, in] with given masks on parts of it, or one for each sample.
 
     The product is that of the whole weight, whose rounding a product of parts would not have.
     """

@@ -1,7 +1,9 @@
-"""The blocks of a U-Net that come before all masks run once and serve many calls with the same input."""
+"""The blocks of a model that come before all masks run once and serve many calls with the same input."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +15,15 @@ _MOST_KEPT = 16
 """Inputs whose features are kept: more come from nodes that cut the picture into many parts."""
 
 
-class Prefix:
-    """Features of the first blocks of ComfyUI's UNetModel, by what they were computed from.
+class Prefix(ABC):
+    """Features of the first blocks of a model, by what they were computed from.
 
     Meant for one step of a sampler. What acts between the blocks (ControlNet's residuals) still acts in every call.
     """
 
-    def __init__(self, blocks: Sequence[nn.Sequential]):
+    def __init__(self, blocks: Sequence[nn.Module]):
         self.blocks = blocks
-        self._known: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._known: list[tuple[list[Tensor], list[Any]]] = []
 
     @contextlib.contextmanager
     def serving(self, *inputs: Any) -> Iterator[None]:
@@ -32,25 +34,41 @@ class Prefix:
             with self._serve(features):
                 yield
             return
-        features = [torch.empty(0)] * len(self.blocks)
+        features = [None] * len(self.blocks)
         with self._record(features):
             yield
         if len(self._known) < _MOST_KEPT:
             self._known.append((tensors, features))
 
+    @abstractmethod
+    def _record(self, features: list[Any]) -> Shadowed:
+        """Inside the block the blocks compute, and their features are put into the list."""
+
+    @abstractmethod
+    def _serve(self, features: list[Any]) -> Shadowed:
+        """Inside the block the blocks give these features without computing."""
+
+
+def _recording(layer: nn.Module, keep: Callable[[Any], None]) -> tuple[nn.Module, dict[str, Any]]:
+    compute = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        result = compute(*args, **kwargs)
+        keep(result)
+        return result
+
+    return layer, {"forward": forward}
+
+
+class UNetPrefix(Prefix):
+    """Of ComfyUI's UNetModel, whose decoder takes the features of each block. blocks: `nn.Sequential`."""
+
     def _record(self, features: list[Tensor]) -> Shadowed:
-        def forward_of(layer: nn.Module, index: int):
-            compute = layer.forward
+        def keep(index: int, result: Tensor) -> None:
+            # The host adds ControlNet's residuals in place: both sides keep a tensor of their own.
+            features[index] = result.detach().clone()
 
-            def forward(*args: Any, **kwargs: Any) -> Tensor:
-                result = compute(*args, **kwargs)
-                # The host adds ControlNet's residuals in place: both sides keep a tensor of their own.
-                features[index] = result.detach().clone()
-                return result
-
-            return forward
-
-        return Shadowed((block[-1], {"forward": forward_of(block[-1], n)}) for n, block in enumerate(self.blocks))
+        return Shadowed(_recording(block[-1], partial(keep, n)) for n, block in enumerate(self.blocks))
 
     def _serve(self, features: list[Tensor]) -> Shadowed:
         shadows = []
@@ -58,6 +76,43 @@ class Prefix:
             shadows += [(layer, {"forward": _unchanged}) for layer in list(block)[:-1]]
             shadows.append((block[-1], {"forward": lambda *_, result=result, **__: result.clone()}))
         return Shadowed(shadows)
+
+
+class TransformerPrefix(Prefix):
+    """Of a transformer. The last block's results serve all others, of which the shapes alone are kept.
+
+    blocks: in the order of execution, also those that prepare the tokens.
+    """
+
+    def _record(self, features: list[Any]) -> Shadowed:
+        def keep(index: int, result: Any) -> None:
+            last = index == len(self.blocks) - 1
+            features[index] = _each(result, _own_copy if last else _blank)
+
+        return Shadowed(_recording(block, partial(keep, n)) for n, block in enumerate(self.blocks))
+
+    def _serve(self, features: list[Any]) -> Shadowed:
+        # The host may write into what it gets.
+        return Shadowed(
+            (block, {"forward": lambda *_, result=result, **__: _each(result, torch.clone)})
+            for block, result in zip(self.blocks, features)
+        )
+
+
+def _each(result: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A block's result with its tensors changed; some blocks give several, or None in one's place."""
+    if isinstance(result, tuple):
+        return tuple(_each(part, change) for part in result)
+    return change(result) if isinstance(result, Tensor) else result
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _blank(tensor: Tensor) -> Tensor:
+    """Zeros of its shape, which take no memory."""
+    return tensor.new_zeros(()).expand(tensor.shape)
 
 
 def _unchanged(x: Tensor, *_: Any, **__: Any) -> Tensor:

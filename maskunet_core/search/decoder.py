@@ -22,8 +22,8 @@ _WITHOUT_GRADIENTS = ("TAEHV",)
 def latent_decoder(vae: Any, latent_format: Any) -> Callable[[Tensor], Tensor]:
     """Latents of the diffusion model to pictures `[N, 3, H, W]` in about [0, 1], differentiable, not clamped.
 
-    vae: the host's VAE, KL or TAESD, loaded as the host likes. The host's own `decode` may unload other models, tiles,
-    and clamps. Raises UnusableDecoder.
+    Of a clip the first frame is seen. vae: the host's VAE, KL, TAESD or Wan's, loaded as the host likes. The host's own
+    `decode` may unload other models, tiles, and clamps. Raises UnusableDecoder.
     """
     from comfy.model_management import is_device_cpu
 
@@ -43,10 +43,17 @@ def latent_decoder(vae: Any, latent_format: Any) -> Callable[[Tensor], Tensor]:
         inputs = latent_format.process_out(latents).to(device, dtype)
         lent = torch.is_grad_enabled() and not is_device_cpu(vae.patcher.load_device)
         with kept_weights([network]) if lent else contextlib.nullcontext():
-            pictures = network.decode(inputs)
+            pictures = network.decode(_as_taken(inputs, vae))
+        if pictures.ndim == 5:
+            pictures = pictures[:, :, 0]
         return (pictures[:, :3].to(latents) + 1.0) / 2.0
 
     return decode
+
+
+def _as_taken(latents: Tensor, vae: Any) -> Tensor:
+    """Of the dimensions that the VAE's network takes."""
+    return latents[:, :, 0] if latents.ndim == 5 and vae.latent_dim == 2 else latents
 
 
 def pictures_by_host(vae: Any, latent_format: Any) -> Callable[[Tensor], Tensor]:
@@ -65,5 +72,5 @@ def pictures_by_host(vae: Any, latent_format: Any) -> Callable[[Tensor], Tensor]
 
 
 def is_plain(vae: Any, latent_format: Any) -> bool:
-    """Whether latents are `[N, C, h, w]` with 8 pixels a cell, which `latent_decoder` is made for."""
+    """Whether latents are `[N, C, h, w]` with 8 pixels a cell: `latent_decoder` is then the cheaper way."""
     return latent_format.latent_dimensions == vae.latent_dim == 2 and vae.spacial_compression_decode() == 8

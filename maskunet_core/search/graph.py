@@ -1,58 +1,51 @@
 """How the search calls the diffusion model: with gradients, and without computing twice what no update changes."""
 
 import contextlib
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..masks.call import POSITIVE
-from ..models.families.unet import execution_order
+from ..models.families.transformer import Transformer
+from ..models.families.unet import UNET, execution_order
 from ..models.structure import Structure
 from ..seam.attach import OPTION, options_of, with_options
 from ..seam.attention import with_differentiable_attention
-from ..seam.gradients import (
-    kept_weights,
-    on_a_copy,
-    recomputed,
-)
-from ..seam.prefix import Prefix, same
+from ..seam.blocks import recomputed_blocks
+from ..seam.gradients import kept_weights, on_a_copy, recomputed
+from ..seam.prefix import Prefix, TransformerPrefix, UNetPrefix, same
 from ..seam.run import RUN
 from ..seam.shadow import Shadowed
 
 KEY = "maskunet_search"
 """Of the search's wrappers, and of the additional models on the MODEL."""
+_OWN = {OPTION, KEY}
 
 
-class StepGraph:
+class StepGraph(ABC):
     """The calls of one step, in which the latent and the conditioning stay as they are.
 
-    structure: what is masked. fixed: whether the latent is the same in all calls; where it is searched for, gradients
-    flow through the whole U-Net. recompute: layers keep their inputs alone for the backward pass and run again in it;
-    otherwise their activations are kept. lent: weights may be others by then, so layers compute with copies.
+    prefix: blocks that run once. recompute: what runs again in the backward pass keeps its inputs alone; otherwise
+    activations are kept. lent: weights may be others by then, so layers compute with copies. writes_in_place: whether
+    the model itself writes into what autograd keeps.
     """
 
-    def __init__(self, unet: nn.Module, structure: Structure, fixed: bool, recompute: bool, lent: bool):
-        order = execution_order(unet)
-        masked = [n for n, (name, _) in enumerate(order) if any(x.startswith(f"{name}.") for x in structure.layers)]
-        decoder = len(unet.input_blocks) + (unet.middle_block is not None)
-        first = min(masked[0] if masked else len(order), decoder) if fixed else 0
-        blocks = [block for _, block in order]
-        self._prefix = Prefix(blocks[:first])
-        self._encoder = blocks[first:decoder]
-        self._layers = [layer for block in blocks[first:] for layer in block]
-        self._layers.append(unet.out)
-        self._recompute, self._lent = recompute, lent
+    writes_in_place = False
+
+    def __init__(self, kind: str, prefix: Prefix, recompute: bool, lent: bool):
+        self._kind, self._prefix, self._recompute, self._lent = kind, prefix, recompute, lent
 
     def options(self, model_options: dict[str, Any]) -> dict[str, Any]:
         """The options of a call of the sampler, for calls of the search."""
         from comfy.patcher_extension import WrappersMP
 
+        kind = getattr(WrappersMP, self._kind)
         options = model_options["transformer_options"]
         wrappers = options.get("wrappers", {})
-        of_calls = wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
-        more = {"wrappers": wrappers | {WrappersMP.DIFFUSION_MODEL: of_calls | {KEY: [self._call]}}}
+        more = {"wrappers": wrappers | {kind: wrappers.get(kind, {}) | {KEY: [self._call]}}}
         return with_options(model_options, with_differentiable_attention(more))
 
     @staticmethod
@@ -62,20 +55,96 @@ class StepGraph:
         return model_options if run is None else with_options(model_options, {RUN: run.fork()})
 
     def _call(self, executor, *args: Any, **kwargs: Any) -> Tensor:
-        """DIFFUSION_MODEL wrapper."""
+        """Wrapper of the family's kind."""
         options = options_of(args, kwargs)
+        alone = not acts_in_blocks(options)
         with contextlib.ExitStack() as stack:
-            if self._prefix.blocks and not acts_in_blocks(options):
+            if self._prefix.blocks and alone:
                 inputs = [a for a in (*args, *kwargs.values()) if a is not options]
                 stack.enter_context(self._prefix.serving(*inputs))
             if torch.is_grad_enabled():
-                if self._recompute and not acts_in_blocks(options):
-                    stack.enter_context(recomputed(self._layers))
-                elif self._lent:
-                    stack.enter_context(kept_weights(self._layers))
-                # What is run again keeps its inputs: those that the host writes into have to be copied before.
-                stack.enter_context(on_a_copy(self._encoder))
+                stack.enter_context(self._with_gradients(self._recompute and alone))
             return executor(*args, **kwargs)
+
+    @abstractmethod
+    def _with_gradients(self, recompute: bool) -> contextlib.AbstractContextManager:
+        """Around a call through which gradients flow."""
+
+
+class UNetGraph(StepGraph):
+    """Through ComfyUI's UNetModel.
+
+    structure: what is masked. fixed: whether the latent is the same in all calls; where it is searched for, gradients
+    flow through the whole model.
+    """
+
+    def __init__(self, unet: nn.Module, structure: Structure, fixed: bool, recompute: bool, lent: bool):
+        order = execution_order(unet)
+        decoder = len(unet.input_blocks) + (unet.middle_block is not None)
+        first = min(first_masked([name for name, _ in order], structure), decoder) if fixed else 0
+        blocks = [block for _, block in order]
+        super().__init__(UNET.wrapper, UNetPrefix(blocks[:first]), recompute, lent)
+        self._encoder = blocks[first:decoder]
+        self._layers = [layer for block in blocks[first:] for layer in block]
+        self._layers.append(unet.out)
+
+    @contextlib.contextmanager
+    def _with_gradients(self, recompute: bool) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if recompute:
+                stack.enter_context(recomputed(self._layers))
+            elif self._lent:
+                stack.enter_context(kept_weights(self._layers))
+            # What is run again keeps its inputs: those that the host writes into have to be copied before.
+            stack.enter_context(on_a_copy(self._encoder))
+            yield
+
+
+class TransformerGraph(StepGraph):
+    """Through a transformer, whose blocks keep their inputs alone where they run again.
+
+    learned: what is searched for, by the names of the layers. Others as in UNetGraph.
+    """
+
+    writes_in_place = True
+
+    def __init__(
+        self,
+        family: Transformer,
+        model: nn.Module,
+        structure: Structure,
+        learned: Mapping[str, Tensor],
+        fixed: bool,
+        recompute: bool,
+        lent: bool,
+    ):
+        names = family.blocks(model)
+        first = first_masked(names, structure) if fixed else 0
+        blocks = [model.get_submodule(name) for name in names]
+        before = [block for stack in family.prelude for block in model.get_submodule(stack)] + blocks[:first]
+        super().__init__(family.wrapper, TransformerPrefix(before if first else ()), recompute, lent)
+        leaves = [[leaf for layer, leaf in learned.items() if layer.startswith(f"{name}.")] for name in names]
+        self._blocks = list(zip(blocks, leaves))[first:]
+        self._width = family.channels(model)
+        inside = {module for block in blocks for module in block.modules()}
+        self._others = [m for m in model.modules() if m not in inside and next(m.children(), None) is None]
+
+    @contextlib.contextmanager
+    def _with_gradients(self, recompute: bool) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if recompute:
+                stack.enter_context(recomputed_blocks(self._blocks, self._width))
+            elif self._lent:
+                stack.enter_context(kept_weights(block for block, _ in self._blocks))
+            if self._lent:
+                stack.enter_context(kept_weights(self._others))
+            yield
+
+
+def first_masked(blocks: Sequence[str], structure: Structure) -> int:
+    """The number of the first block in which something is masked, of all blocks where nothing is."""
+    masked = (n for n, name in enumerate(blocks) if any(layer.startswith(f"{name}.") for layer in structure.layers))
+    return next(masked, len(blocks))
 
 
 def acts_in_blocks(options: dict[str, Any]) -> bool:
@@ -84,7 +153,7 @@ def acts_in_blocks(options: dict[str, Any]) -> bool:
     from comfy.patcher_extension import WrappersMP
 
     wrappers = options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
-    foreign = [key for key, found in wrappers.items() if found and key not in (OPTION, KEY)]
+    foreign = [key for key, found in wrappers.items() if found and key not in _OWN]
     return bool(foreign or any(options.get("patches", {}).values()) or any(options.get("patches_replace", {}).values()))
 
 
@@ -95,7 +164,10 @@ def joins_branches(model_options: dict[str, Any], conditions: Iterable[Any]) -> 
     options = model_options.get("transformer_options", {})
     wrappers = options.get("wrappers", {})
     around = [
-        kind for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL) if any(wrappers.get(kind, {}).values())
+        key
+        for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
+        for key, found in wrappers.get(kind, {}).items()
+        if found and key not in _OWN
     ]
     others = {"model_function_wrapper", "context_handler", "multigpu_clones"} & model_options.keys()
     return bool(around or others or acts_in_blocks(options) or has_hooks(conditions))
@@ -152,15 +224,18 @@ _AROUND_THE_MODEL = {
 """What other nodes put into the options of a MODEL to act between its network and the estimate."""
 
 
-def mutable(model_options: dict[str, Any]) -> contextlib.AbstractContextManager:
-    """Around forward and backward pass: where other nodes act, they may write into what autograd keeps."""
+def mutable(graph: StepGraph, model_options: dict[str, Any]) -> contextlib.AbstractContextManager:
+    """Around forward and backward pass: other nodes, where they act, may write into what autograd keeps, as some models
+    do themselves."""
     from comfy.patcher_extension import WrappersMP
 
     options = model_options["transformer_options"]
     kinds = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
-    wrapped = {key for kind in kinds for key in options.get("wrappers", {}).get(kind, {})} - {KEY}
+    wrapped = {key for kind in kinds for key in options.get("wrappers", {}).get(kind, {})} - _OWN
     foreign = acts_in_blocks(options) or wrapped or _AROUND_THE_MODEL & model_options.keys()
-    return torch.autograd.graph.allow_mutation_on_saved_tensors() if foreign else contextlib.nullcontext()
+    if not (foreign or graph.writes_in_place):
+        return contextlib.nullcontext()
+    return torch.autograd.graph.allow_mutation_on_saved_tensors()
 
 
 def controls_of(conditions: Iterable[Any]) -> list[Any]:

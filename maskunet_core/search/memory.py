@@ -3,12 +3,20 @@
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..models.families import family_of
+from ..models.families.transformer import Transformer
 from ..models.structure import Structure
+from .graph import first_masked
 from .settings import SearchSettings
 
 _DECODER_GRAPH = 2
 """What a decoder's backward pass keeps, in units of what the host plans for decoding the same latents."""
+_BLOCK_GRAPH = 32
+"""What the backward pass of a transformer's block keeps, in units of its tokens; 17 to 30 in the families here."""
+_TEXT_TOKENS = 512
+"""As many as text encoders of today give."""
 
 
 def dtype_of_logits(settings: SearchSettings, computing: torch.dtype) -> torch.dtype:
@@ -30,14 +38,32 @@ def bytes_of_masks(structure: Structure, settings: SearchSettings, computing: to
     return structure.masked_weights * (dtype.itemsize * (1 + moments) + slope) + structure.masked_weights // 4
 
 
-def room_for(masks: int, vae: Any, images: int, decoded: tuple[int, int]) -> int:
+def bytes_of_blocks(diffusion_model: nn.Module, structure: Structure, cells: int, computing: torch.dtype) -> int:
+    """Of one sample in a transformer: what its blocks keep, and what one that runs again in the backward pass takes.
+
+    cells: of its latent. Of a U-Net none: beside its decoder's that is small.
+    """
+    family = family_of(diffusion_model)
+    if not isinstance(family, Transformer):
+        return 0
+    names = family.blocks(diffusion_model)
+    again = names[first_masked(names, structure) :]
+    tokens = cells // family.cells_per_token(diffusion_model) + _TEXT_TOKENS
+    streams = tokens * family.channels(diffusion_model) * computing.itemsize
+    blocks = (diffusion_model.get_submodule(name) for name in again)
+    weights = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+    return (len(again) + _BLOCK_GRAPH) * streams + weights * computing.itemsize
+
+
+def room_for(masks: int, blocks: int, vae: Any, images: int, decoded: tuple[int, int]) -> int:
     """Bytes that the host should leave free.
 
-    masks: `bytes_of_masks`. vae: that gradients flow through; decoded: its latents' height and width in cells. The
-    diffusion model's own graph is small beside them: its layers run again in the backward pass.
+    masks: `bytes_of_masks`. blocks: `bytes_of_blocks`, of an image in all branches that are masked. vae: that gradients
+    flow through; decoded: its latents' height and width in cells.
     """
-    decoding = vae.memory_used_decode((images, vae.latent_channels, *decoded), vae.vae_dtype)
-    return images * masks + int(_DECODER_GRAPH * decoding)
+    frames = (1,) if vae.latent_dim == 3 else ()
+    decoding = vae.memory_used_decode((images, vae.latent_channels, *frames, *decoded), vae.vae_dtype)
+    return images * (masks + blocks) + int(_DECODER_GRAPH * decoding)
 
 
 class PeakMeter:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.families import family_of
 from ..models.structure import NothingToMask, Structure, family_name
 from ..records.recorded import RecordedMasks
 from ..seam.attach import structure_of
@@ -48,14 +47,6 @@ def structure_for(model: Any, targets: str, updates: bool) -> Structure:
 
     Raises NothingToMask.
     """
-    family = family_of(model.model.diffusion_model)
-    if family is not None and not family.searchable:
-        if updates:
-            raise NothingToMask(
-                f"Masks are searched for on U-Nets alone (SD 1.5, SD 2.x, SDXL), and the connected model is "
-                f"{family_name(model.model)}. {_CANDIDATES_ALONE}"
-            )
-        return Structure(family_name(model.model), 0, ())
     try:
         return structure_of(model, targets)
     except NothingToMask as reason:

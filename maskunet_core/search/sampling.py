@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import MaskUNetError
+from ..models.families import family_of
+from ..models.families.transformer import Transformer
 from ..models.structure import Structure
 from ..records.recorded import RecordedMasks, RecordedSource
 from ..seam.attach import Attachment, structure_of, with_attachment, with_masks
@@ -24,6 +26,8 @@ from .graph import (
     KEY,
     FixedBranches,
     StepGraph,
+    TransformerGraph,
+    UNetGraph,
     computed_once,
     controls_of,
     has_hooks,
@@ -53,11 +57,11 @@ class RewardSearch:
     batch of `images`. structure: of what may be masked, by default that of `targets`. watch: scores `[N]` of estimates
     by a reward that is never optimised; the run goes on without updates once it has fallen at two steps in a row at
     which the optimised one rose, if `stop_by_watch`. report: called with each look (an Evaluation and the estimate);
-    raises to stop everything. recompute: whether layers run again in the backward pass, see StepGraph; None where
-    memory is scarcer than time, on all devices but the CPU. room: bytes that the host is asked to leave free for
-    gradients when it loads the models. After the run `recorded` holds the masks, `history` what was seen, `skipped` how
-    many updates of an image were left out because a number was not finite, and `peak` the bytes that a look took beside
-    the models, 0 where the device does not tell.
+    raises to stop everything. recompute: whether layers run again in the backward pass, see StepGraph; None for
+    transformers, and where memory is scarcer than time, on all devices but the CPU. room: bytes that the host is asked
+    to leave free for gradients when it loads the models. After the run `recorded` holds the masks, `history` what was
+    seen, `skipped` how many updates of an image were left out because a number was not finite, and `peak` the bytes
+    that a look took beside the models, 0 where the device does not tell.
     """
 
     def __init__(
@@ -138,22 +142,11 @@ class RewardSearch:
 
     def _search(self, executor, x, timestep, model_options, seed, step: int, iterations: int) -> dict[str, Tensor]:
         """The best masks of this step, packed; the sampler's latent is changed where it is searched, too."""
-        import comfy.model_management
-
         guider = executor.class_obj
         conditions = list(guider.conds.values())
         groups, shift = self._groups(x, guider.inner_model.get_dtype_inference())
         masks = self._masks if self.settings.masks else None
-        on_cpu = comfy.model_management.is_device_cpu(guider.model_patcher.load_device)
-        recompute = not on_cpu if self._recompute is None else self._recompute
-        graph = StepGraph(
-            guider.inner_model.diffusion_model,
-            self.structure,
-            fixed=shift is None,
-            # Weights that change from call to call are not the same in the backward pass.
-            recompute=recompute and not has_hooks(conditions),
-            lent=not on_cpu or has_hooks(conditions),
-        )
+        graph = self._graph(guider, masks, fixed=shift is None)
         options = self._options(graph, model_options, fixed=shift is None)
         state = CallState(model_options, x.device)
 
@@ -180,7 +173,7 @@ class RewardSearch:
         meter = PeakMeter(x.device)
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(mutable(model_options))
+                stack.enter_context(mutable(graph, model_options))
                 controls = controls_of(conditions)
                 if shift is None:
                     stack.enter_context(computed_once(controls))
@@ -208,6 +201,25 @@ class RewardSearch:
                 x.add_(self._latent.seen_change(change))
             self._latent.value.add_(change)
         return best.items
+
+    def _graph(self, guider: Any, masks: SearchedMasks | None, fixed: bool) -> StepGraph:
+        """fixed: whether the latent stays as it is."""
+        import comfy.model_management
+
+        model = guider.inner_model.diffusion_model
+        on_cpu = comfy.model_management.is_device_cpu(guider.model_patcher.load_device)
+        hooks = has_hooks(guider.conds.values())
+        family = family_of(model)
+        learned = {} if masks is None else masks.logits
+        # A block of a transformer costs no more where it runs again, because its forward pass is then a plain one.
+        again = not on_cpu or isinstance(family, Transformer)
+        if self._recompute is not None:
+            again = self._recompute
+        # Weights that change from call to call are not the same in the backward pass.
+        options = {"fixed": fixed, "recompute": again and not hooks, "lent": not on_cpu or hooks}
+        if isinstance(family, Transformer):
+            return TransformerGraph(family, model, self.structure, learned, **options)
+        return UNetGraph(model, self.structure, **options)
 
     def _groups(self, x: Tensor, computing: torch.dtype) -> tuple[list[Group], Tensor | None]:
         """What is improved at this step: mask logits, the noisy latent, or both."""

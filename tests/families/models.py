@@ -1,5 +1,6 @@
 """Tiny transformers of the host's own classes, with random weights, as MODELs that its samplers take."""
 
+import functools
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,19 +86,21 @@ TINY = {
 """By what the structure calls them."""
 
 
-def load(tiny: Tiny, quantised: str | None = None) -> Any:
-    """A MODEL in fp32. quantised: one of QUANTISED, for the linear layers of its blocks."""
+def load(tiny: Tiny, quantised: str | None = None, device: torch.device = CPU) -> Any:
+    """A MODEL in fp32. quantised: one of QUANTISED, for the linear layers of its blocks. device: where it computes."""
     import comfy.model_patcher
 
-    model = _new(tiny)
-    weights = _weights(model.diffusion_model)
+    weights, linear = _weights(tiny.kind)
     if quantised:
         # The host finds out by what a file holds.
-        linear = {name for name, part in model.diffusion_model.named_modules() if isinstance(part, torch.nn.Linear)}
         model = _new(tiny, quant_config={"mixed_ops": True})
         weights = _in_eight_bits(weights, {name for name in linear if "block" in name or "layers." in name}, quantised)
-    model.load_model_weights(weights)
-    return comfy.model_patcher.ModelPatcher(model.requires_grad_(False), load_device=CPU, offload_device=CPU)
+    else:
+        model, weights = _new(tiny), dict(weights)
+    patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=CPU)
+    model.load_model_weights(weights, assign=patcher.is_dynamic())
+    model.requires_grad_(False)
+    return patcher
 
 
 def _new(tiny: Tiny, **settings: Any) -> Any:
@@ -110,8 +113,15 @@ def _new(tiny: Tiny, **settings: Any) -> Any:
     return config.get_model({}, "")
 
 
-def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Of all parameters; what the host computes at the start stays, and what it leaves as the memory was is drawn."""
+@functools.cache
+def _weights(kind: str) -> tuple[dict[str, Tensor], set[str]]:
+    """(all parameters, names of linear layers) of the model of this kind in TINY.
+
+    What the host computes at the start stays, and what it leaves as the memory was is drawn. A host with dynamic VRAM
+    makes models without parameters, so they are drawn before.
+    """
+    model = _new(next(tiny for tiny in TINY.values() if tiny.kind == kind)).diffusion_model
+    linear = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     shapes |= {name: buffer.shape for name, buffer in model.named_buffers() if name.endswith("pos_embed")}
     weights = drawn(shapes, seed=1)
@@ -120,7 +130,7 @@ def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
         if value.ndim == 1 and not name.endswith("weight"):
             # A gate of zero would hide what its block computes.
             value += 0.3 * torch.randn(value.shape, generator=stream)
-    return weights
+    return weights, linear
 
 
 def _in_eight_bits(weights: dict[str, Tensor], layers: set[str], kind: str) -> dict[str, Tensor]:

@@ -2,10 +2,9 @@
 
 import pytest
 
-from maskunet_core.models.structure import NothingToMask
-from maskunet_core.search.run import structure_for
-from tests.families.checks import ATTENTION, COLUMNS, World
+from tests.families.checks import COLUMNS, World
 from tests.families.models import TINY
+from tests.families.searches import SEARCHES
 from trainer.base import BadBase, BaseModel, require_trainable
 
 
@@ -23,10 +22,12 @@ def test_masks_on(world, column):
     COLUMNS[column](world)
 
 
-def test_masks_are_neither_searched_for_nor_trained(world):
-    with pytest.raises(NothingToMask, match=r"searched for on U-Nets alone.*Candidates alone work with any model"):
-        structure_for(world.model, ATTENTION, updates=True)
-    assert structure_for(world.model, ATTENTION, updates=False).layers == {}
+@pytest.mark.parametrize("column", SEARCHES)
+def test_search_on(world, column):
+    SEARCHES[column](world)
+
+
+def test_masks_are_not_trained(world):
     with pytest.raises(BadBase, match=r"^tiny is no U-Net.* Name a checkpoint of SD 1\.5"):
         require_trainable(BaseModel(world.model, None, None, "tiny"))
 

@@ -1,4 +1,4 @@
-"""The reward sampler without masks: transformers of the host, and layers that no mask can reach."""
+"""The reward sampler on transformers of the host, and on layers that no mask can reach."""
 
 import importlib
 
@@ -16,12 +16,12 @@ from tests.tiny_models import drawn, shapes_of
 CPU = torch.device("cpu")
 FLUX = {"image_model": "flux", "axes_dim": [16, 56, 56], "num_heads": 1, "mlp_ratio": 4.0, "theta": 10000}
 FLUX |= {"out_channels": 16, "qkv_bias": True, "txt_ids_dims": [], "in_channels": 16, "hidden_size": 128}
-FLUX |= {"context_in_dim": 64, "patch_size": 2, "vec_in_dim": 48, "depth": 1, "depth_single_blocks": 1}
+FLUX |= {"context_in_dim": 64, "patch_size": 2, "vec_in_dim": 48, "depth": 1, "depth_single_blocks": 2}
 FLUX |= {"guidance_embed": True, "yak_mlp": False, "txt_norm": False}
-QWEN = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "num_attention_heads": 1}
+QWEN = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 3, "num_attention_heads": 1}
 QWEN |= {"attention_head_dim": 128, "joint_attention_dim": 64}
 WAN = {"image_model": "wan2.1", "model_type": "t2v", "dim": 128, "out_dim": 16, "num_heads": 1, "ffn_dim": 256}
-WAN |= {"num_layers": 2, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True}
+WAN |= {"num_layers": 3, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True}
 WAN |= {"cross_attn_norm": True, "eps": 1e-6, "in_dim": 16, "text_dim": 64}
 
 
@@ -75,12 +75,10 @@ def with_layers_of_their_own(extension):
     return model, vae, *texts
 
 
-@pytest.fixture(params=[*FAMILIES, "layers of their own"])
-def world(request, extension):
+def inputs_of(extension, name):
     """Inputs of the reward sampler."""
     with torch.inference_mode():
-        known = request.param in FAMILIES
-        model, vae, positive, negative = of_family(request.param) if known else with_layers_of_their_own(extension)
+        model, vae, positive, negative = of_family(name) if name in FAMILIES else with_layers_of_their_own(extension)
         rewards = extension("rewards")
         return {
             "model": model,
@@ -92,6 +90,11 @@ def world(request, extension):
             # What EmptyLatentImage gives: the host makes of it what the model takes.
             "latent_image": {"samples": torch.zeros(2, 4, 8, 8)},
         }
+
+
+@pytest.fixture(params=[*FAMILIES, "layers of their own"])
+def world(request, extension):
+    return inputs_of(extension, request.param)
 
 
 SAMPLING = {"seed": 5, "steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
@@ -127,7 +130,60 @@ def test_the_best_of_several_starting_noises_is_drawn(extension, world, changes)
     assert curve.ndim == 4
 
 
-def test_updates_of_masks_are_refused_with_what_works(extension, world):
+FEW_UPDATES = {"preset": "custom", "candidates": 1, "iterations": 2, "start_percent": 0.6, "lr": 0.3}
+SEARCHES = {
+    "Flux": {"preset": "few_step", "candidates": 2, "cfg": 1.0},
+    "Qwen-Image": {"preset": "quality", "candidates": 2},
+    "Wan, one frame": FEW_UPDATES,
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_masks_are_searched_for_and_the_stock_sampler_repeats_the_images(extension, name, monkeypatch):
+    transformer, changes = inputs_of(extension, name), {"steps": 2} | SEARCHES[name]
+    for setting in ("steps", "cfg"):
+        monkeypatch.setitem(SAMPLING, setting, changes.pop(setting, SAMPLING[setting]))
+    plain = stock(transformer, SAMPLING["seed"])
+    latent, masks, *_ = search(extension, transformer, **changes)
+    assert any(masks.steps.values()), "some masks were better than none"
+    drawn = {}
+    with torch.inference_mode():
+        masked = extension("masks").MaskUNetApplyMasks.execute(transformer["model"], masks, 1.0).result[0]
+    for image, seed in enumerate(masks.record["seeds"]):
+        if seed not in drawn:
+            drawn[seed] = stock(transformer, seed, masked)
+        difference = (latent["samples"][image] - drawn[seed][image]).abs().max()
+        assert difference == 0 if len(set(masks.record["seeds"])) == 1 else difference < 1e-4
+    assert torch.equal(stock(transformer, SAMPLING["seed"]), plain)
+
+
+def test_a_decoder_that_cuts_its_graph_is_refused(extension):
+    from comfy.taesd.taehv import TAEHV
+
+    inputs = inputs_of(extension, "Qwen-Image")
+    decoder = comfy.sd.VAE(sd=drawn(shapes_of(TAEHV(latent_channels=16)), seed=2))
+    with pytest.raises(ValueError, match=r"passes no gradients on\. Connect the model's own VAE, or a TAESD"):
+        search(extension, inputs, gradient_vae=decoder, **FEW_UPDATES)
+
+
+def test_updates_where_no_mask_reaches_are_refused_with_what_works(extension):
     refusal = importlib.import_module(f"{NAME}.maskunet_core.models.structure").NothingToMask
     with pytest.raises(refusal, match="Candidates alone work with any model: choose preset fast"):
-        search(extension, world, preset="quality")
+        search(extension, inputs_of(extension, "layers of their own"), preset="quality")
+
+
+def test_the_host_is_asked_for_room_for_the_blocks_of_a_transformer(extension):
+    memory = importlib.import_module(f"{NAME}.maskunet_core.search.memory")
+    attach = importlib.import_module(f"{NAME}.maskunet_core.seam.attach")
+    model, *_ = of_family("Qwen-Image")
+    transformer = model.model.diffusion_model
+    block = sum(parameter.numel() for parameter in transformer.transformer_blocks[0].parameters())
+
+    def room(targets: str, cells: int) -> int:
+        return memory.bytes_of_blocks(transformer, attach.structure_of(model, targets), cells, torch.bfloat16)
+
+    token = 2 * transformer.inner_dim
+    last, everywhere = (room(targets, 64) for targets in ("decoder attention", "all attention"))
+    assert everywhere - last == 2 * token * (64 // 4 + 512), "the inputs of two blocks more"
+    assert room("decoder attention", 4 * 64) - last == token * (1 + 32) * 3 * 64 // 4
+    assert last > 2 * block

@@ -12,5 +12,6 @@ COSMOS = Transformer(
         *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "output")),
         *(f"cross_attn.{name}_proj" for name in ("q", "k", "v", "output")),
     ),
+    patch="patch_spatial",
     feed_forward=layers("mlp.layer1", "mlp.layer2"),
 )

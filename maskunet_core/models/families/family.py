@@ -48,8 +48,7 @@ class Family(ABC):
 
     marks: attributes by which its models are known, lacks: attributes that they do not have. names: what people call
     them, by the class of the host's configuration. attention, feed_forward: what can be masked. wrapper: the kind of
-    the host's wrappers that surround a call of the model (`WrappersMP`). searchable: whether masks can be learned and
-    searched for, for which gradients go through the model.
+    the host's wrappers that surround a call of the model (`WrappersMP`).
     """
 
     marks: tuple[str, ...]
@@ -58,7 +57,6 @@ class Family(ABC):
     attention: tuple[Target, ...]
     feed_forward: tuple[Target, ...]
     wrapper: str = "DIFFUSION_MODEL"
-    searchable: bool = False
 
     def knows(self, diffusion_model: nn.Module) -> bool:
         has = [hasattr(diffusion_model, name) for name in self.marks]

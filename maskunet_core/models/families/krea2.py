@@ -9,5 +9,6 @@ KREA2 = Transformer(
     tokens=("x", 0),
     width="first.out_features",
     attention=layers("attn.wq", "attn.wk", "attn.wv", "attn.wo", "attn.gate"),
+    patch="patch",
     feed_forward=layers("mlp.gate", "mlp.up", "mlp.down"),
 )

@@ -14,5 +14,6 @@ LTX = Transformer(
         *(f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
         *(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
     ),
+    patch="patchifier.patch_size",
     feed_forward=layers("ff.net.0.proj", "ff.net.2"),
 )

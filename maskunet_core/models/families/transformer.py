@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
@@ -40,7 +40,8 @@ class Transformer(Family):
 
     stacks: lists of blocks, in the order of execution. tokens: name and place of the argument of a block that holds the
     picture's tokens [B, ..., C]. width: attribute of the model that tells C. idle: endings of layers whose results the
-    last block does not use.
+    last block does not use. prelude: lists of blocks that prepare the tokens, before all of the stacks. patch:
+    attribute of the model that tells the side of a token in cells, or its sides.
     """
 
     marks: tuple[str, ...]
@@ -53,23 +54,32 @@ class Transformer(Family):
     idle: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
     wrapper: str = "DIFFUSION_MODEL"
-    searchable: bool = field(default=False, init=False)
+    prelude: tuple[str, ...] = ()
+    patch: str = "patch_size"
 
     def embedding(self, diffusion_model: nn.Module) -> int:
         return EMBEDDING
 
-    def _blocks(self, diffusion_model: nn.Module) -> list[str]:
+    def blocks(self, diffusion_model: nn.Module) -> list[str]:
+        """Names, in the order of execution."""
         return [f"{stack}.{n}" for stack in self.stacks for n in range(len(diffusion_model.get_submodule(stack)))]
+
+    def channels(self, diffusion_model: nn.Module) -> int:
+        """Of the tokens that run through the blocks."""
+        return attrgetter(self.width)(diffusion_model)
+
+    def cells_per_token(self, diffusion_model: nn.Module) -> int:
+        sides = attrgetter(self.patch)(diffusion_model)
+        return sides**2 if isinstance(sides, int) else math.prod(sides)
 
     def stages(self, diffusion_model: nn.Module) -> Iterator[Stage]:
         """Each block is one. The last third of them takes the place of a U-Net's decoder."""
-        blocks = self._blocks(diffusion_model)
-        channels = attrgetter(self.width)(diffusion_model)
+        blocks, channels = self.blocks(diffusion_model), self.channels(diffusion_model)
         for n, name in enumerate(blocks):
             yield Stage(name, THIRDS[3 * n // len(blocks)], name, (f"{name}.",), channels)
 
     def is_idle(self, diffusion_model: nn.Module, layer: str) -> bool:
-        last = self._blocks(diffusion_model)[-1]
+        last = self.blocks(diffusion_model)[-1]
         return layer.startswith(f"{last}.") and layer.endswith(self.idle)
 
     def conditions(self, args: tuple, kwargs: Mapping, embed: Embed) -> tuple[Tensor, Tensor]:

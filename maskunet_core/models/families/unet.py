@@ -29,7 +29,6 @@ class _UNet(Family):
         for layer in ("to_q", "to_k", "to_v", "to_out.0")
     )
     feed_forward = (Target("ff.net.0.proj"), Target("ff.net.2"))
-    searchable = True
 
     def embedding(self, diffusion_model: nn.Module) -> int:
         return diffusion_model.time_embed[2].out_features
