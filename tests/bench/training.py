@@ -55,7 +55,7 @@ SETTINGS = {LORA: {"method": "lora"}, AUTHORS: {"generator": {"architecture": "r
 
 @dataclass
 class _Method:
-    """A method to train. acting: context manager around a call and its backward pass; example: conditions of a batch."""
+    """A method to train. acting: context around a call and its backward pass; example: conditions of a batch."""
 
     module: torch.nn.Module
     acting: Any
