@@ -224,7 +224,7 @@ _AROUND_THE_MODEL = {
 """What other nodes put into the options of a MODEL to act between its network and the estimate."""
 
 
-def mutable(graph: StepGraph, model_options: dict[str, Any]) -> contextlib.AbstractContextManager:
+def mutable(model_options: dict[str, Any], writes_in_place: bool = False) -> contextlib.AbstractContextManager:
     """Around forward and backward pass: other nodes, where they act, may write into what autograd keeps, as some models
     do themselves."""
     from comfy.patcher_extension import WrappersMP
@@ -233,7 +233,7 @@ def mutable(graph: StepGraph, model_options: dict[str, Any]) -> contextlib.Abstr
     kinds = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
     wrapped = {key for kind in kinds for key in options.get("wrappers", {}).get(kind, {})} - _OWN
     foreign = acts_in_blocks(options) or wrapped or _AROUND_THE_MODEL & model_options.keys()
-    if not (foreign or graph.writes_in_place):
+    if not (foreign or writes_in_place):
         return contextlib.nullcontext()
     return torch.autograd.graph.allow_mutation_on_saved_tensors()
 

@@ -173,7 +173,7 @@ class RewardSearch:
         meter = PeakMeter(x.device)
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(mutable(graph, model_options))
+                stack.enter_context(mutable(model_options, graph.writes_in_place))
                 controls = controls_of(conditions)
                 if shift is None:
                     stack.enter_context(computed_once(controls))

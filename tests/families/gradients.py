@@ -98,7 +98,7 @@ class Look:
         options = with_attachment(graph.options(model_options), Attachment(self.masks))
         x = x.clone().requires_grad_(not self.graph_options["fixed"])
         leaves = [*learned.values(), *([] if self.graph_options["fixed"] else [x])]
-        with mutable(graph, options):
+        with mutable(options, graph.writes_in_place):
             for _ in range(self.looks):
                 with torch.enable_grad(), LeanGraph():
                     estimate = executor(x, timestep, options, seed)

@@ -115,6 +115,9 @@ def test_contract_of_the_nodes(object_info):
         "MaskUNetRewardLoader": ["reward_name", "dtype", "checkpointing"],
         "MaskUNetRewardCombine": ["reward_a", "weight_a", "reward_b", "weight_b"],
         "MaskUNetRewardScore": ["images", "prompt", "reward", "framing"],
+        "MaskUNetPromptWords": ["clip", "text", "words"],
+        "MaskUNetAttentionGuidance": ["model", "words", "method", "step", "guided_share"],
+        "MaskUNetAttentionMaps": ["model", "words", "positive", "latent", "percent"],
     }
     outputs = {node: object_info[node]["output"] for node in NODES}
     assert outputs["MaskUNetLoader"] == ["MASKUNET"]
