@@ -263,8 +263,13 @@ _METHODS = {"maskunet": MaskMethod, "static_mask": MaskMethod, "lora": LoraMetho
 
 def build_method(base: BaseModel, config: Config) -> Any:
     """The method of a configuration, its parameters seeded, on the CPU in fp32."""
-    if config.learns_word:
-        from .embedding.method import EmbeddingMethod
+    if not config.learns_word:
+        return _METHODS[config.method](base, config)
+    from .embedding.method import EmbeddingMethod
 
-        return EmbeddingMethod(base, config)
-    return _METHODS[config.method](base, config)
+    beside = None
+    if config.of_weights:
+        # The whole U-Net is checkpointed by the word's method.
+        loop = dataclasses.replace(config.loop, checkpointing=False)
+        beside = build_method(base, dataclasses.replace(config, method=config.of_weights, loop=loop))
+    return EmbeddingMethod(base, config, beside)

@@ -70,7 +70,7 @@ def load_data(config: Config, base: bases.BaseModel) -> Any:
         tell(prompts, base)
         return prompts
     if config.learns_word:
-        from .embedding.texts import described_pictures
+        from .embedding.pictures import described_pictures
 
         return described_pictures(config, base)
     if config.is_toy and not settings.path:

@@ -17,8 +17,9 @@ from tests.trainer.test_train import assert_same, rows_of, state_of
 from trainer.base import BaseModel, UnfitEmbedding, load_toy_base
 from trainer.config import to_toml_values
 from trainer.config_file import BadConfig, load_config, parse_config
+from trainer.embedding.pictures import DescribedPictures
 from trainer.embedding.relation import Steering, importance, negative_ids, steering_loss
-from trainer.embedding.texts import LISTS, DescribedPictures, lines_of, scan_texts
+from trainer.embedding.texts import LISTS, lines_of, scan_texts
 from trainer.embedding.toy import DIAGONAL, lesson, shows, text_of
 from trainer.embedding.word import BadText, LearnedWord, differentiable, word_of
 from trainer.loop import Run

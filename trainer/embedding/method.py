@@ -1,7 +1,6 @@
 """`method = "embedding"`, alone or together with a method that changes the U-Net, as in "embedding+maskunet"."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,24 @@ from maskunet_core.seam.layers import masked, modules_of
 from ..base import BaseModel, checkpointed, load_for_training
 from ..config import Config
 from ..host import GENERATORS, model_file
-from ..methods import build_method
 from .word import MARK, LearnedWord
 
 
 class EmbeddingMethod:
-    """A learned word, and where the configuration joins one the method beside it.
+    """A learned word, and a method that changes the U-Net beside it, or None.
 
     The base that it is compared with has the start's vectors in the word's place, and the generator of
     `embedding.generator`.
     """
 
-    def __init__(self, base: BaseModel, config: Config):
-        self.base, self.config = base, config
+    def __init__(self, base: BaseModel, config: Config, beside: Any):
+        self.base, self.config, self.beside = base, config, beside
         base.encodes_in_steps = True
         settings = config.embedding
         self.word = LearnedWord(base, config.result.stem, settings.start, settings.vectors)
         self.module = nn.ModuleDict({"word": self.word})
-        self.beside = None
-        if config.of_weights:
-            # The whole U-Net is checkpointed here.
-            loop = dataclasses.replace(config.loop, checkpointing=False)
-            self.beside = build_method(base, dataclasses.replace(config, method=config.of_weights, loop=loop))
-            self.module["beside"] = self.beside.module
+        if beside:
+            self.module["beside"] = beside.module
         self.generator = _generator(base, settings.generator)
 
     @property

@@ -11,8 +11,8 @@ from ..batches import Batch
 from ..objective import DiffusionObjective
 from ..seeds import seeded
 from ..validate import Validator
+from .pictures import ROW, DescribedPictures
 from .relation import Steering, importance
-from .texts import ROW, DescribedPictures
 from .word import LearnedWord
 
 
