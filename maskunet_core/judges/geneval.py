@@ -119,13 +119,16 @@ class Colours:
 
     def __init__(self, clip: ClipReward):
         self.clip = clip
+        self._of_classes: dict[str, Tensor] = {}
 
     def sentences(self, name: str) -> Tensor:
-        """`[10, E]`: of each colour the mean of three sentences about a class, of length 1."""
-        templates = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
-        texts = [[template.format(colour, name) for template in templates] for colour in COLOURS]
-        means = torch.stack([torch.stack([self.clip.feature(text) for text in of_one]).mean(0) for of_one in texts])
-        return F.normalize(means, dim=-1)
+        """`[10, E]`: of each colour the mean of three sentences about a class, of length 1. Computed once."""
+        if name not in self._of_classes:
+            templates = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+            texts = [[template.format(colour, name) for template in templates] for colour in COLOURS]
+            means = [torch.stack([self.clip.feature(text) for text in of_one]).mean(0) for of_one in texts]
+            self._of_classes[name] = F.normalize(torch.stack(means), dim=-1)
+        return self._of_classes[name]
 
     def crop(self, picture: Image.Image, found: Found) -> Image.Image:
         """The object's box, grey where its mask is not."""
