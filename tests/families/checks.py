@@ -77,17 +77,18 @@ def snapshot(model: Any) -> tuple:
     modules = dict(model.model.named_modules())
     weights = {name: value.clone() for name, value in model.model.state_dict().items() if isinstance(value, Tensor)}
     hooks = {name: (len(m._forward_pre_hooks), len(m._forward_pre_hooks_with_kwargs)) for name, m in modules.items()}
-    # What the host itself notes of the patcher that was loaded last.
-    notes = {"current_patcher"}
+    # What the host itself notes: the patcher that was loaded last, and what it has loaded. It may unload between tests.
+    notes = {"current_patcher", "comfy_patched_weights"}
     return weights, {name: sorted(set(m.__dict__) - notes) for name, m in modules.items()}, hooks
 
 
 def assert_same(model: Any, before: tuple) -> None:
     weights, attributes, hooks = snapshot(model)
-    assert attributes == before[1]
+    differing = {n: set(attributes[n]) ^ set(before[1][n]) for n in attributes if attributes[n] != before[1][n]}
+    assert not differing, differing
     assert hooks == before[2]
     changed = [name for name, value in before[0].items() if not torch.equal(weights[name], value)]
-    assert not changed
+    assert not changed, changed
 
 
 def off(world: World) -> None:

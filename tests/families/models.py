@@ -25,6 +25,25 @@ class Tiny:
     text: int = TEXT
     more: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @functools.cached_property
+    def weights(self) -> tuple[dict[str, Tensor], set[str]]:
+        """(all parameters, names of linear layers).
+
+        What the host computes at the start stays, and what it leaves as the memory was is drawn. A host with dynamic
+        VRAM makes models without parameters, so they are drawn before.
+        """
+        model = _new(self).diffusion_model
+        linear = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        shapes |= {name: buffer.shape for name, buffer in model.named_buffers() if name.endswith("pos_embed")}
+        weights = drawn(shapes, seed=1)
+        stream = torch.Generator().manual_seed(2)
+        for name, value in weights.items():
+            if value.ndim == 1 and not name.endswith("weight"):
+                # A gate of zero would hide what its block computes.
+                value += 0.3 * torch.randn(value.shape, generator=stream)
+        return weights, linear
+
 
 _NEXTDIT = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "cap_feat_dim": TEXT, "n_layers": 3}
 _NEXTDIT |= {"qk_norm": True, "n_heads": 2}
@@ -90,7 +109,7 @@ def load(tiny: Tiny, quantised: str | None = None, device: torch.device = CPU) -
     """A MODEL in fp32. quantised: one of QUANTISED, for the linear layers of its blocks. device: where it computes."""
     import comfy.model_patcher
 
-    weights, linear = _weights(tiny.kind)
+    weights, linear = tiny.weights
     if quantised:
         # The host finds out by what a file holds.
         model = _new(tiny, quant_config={"mixed_ops": True})
@@ -111,26 +130,6 @@ def _new(tiny: Tiny, **settings: Any) -> Any:
     for name, value in settings.items():
         setattr(config, name, value)
     return config.get_model({}, "")
-
-
-@functools.cache
-def _weights(kind: str) -> tuple[dict[str, Tensor], set[str]]:
-    """(all parameters, names of linear layers) of the model of this kind in TINY.
-
-    What the host computes at the start stays, and what it leaves as the memory was is drawn. A host with dynamic VRAM
-    makes models without parameters, so they are drawn before.
-    """
-    model = _new(next(tiny for tiny in TINY.values() if tiny.kind == kind)).diffusion_model
-    linear = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    shapes |= {name: buffer.shape for name, buffer in model.named_buffers() if name.endswith("pos_embed")}
-    weights = drawn(shapes, seed=1)
-    stream = torch.Generator().manual_seed(2)
-    for name, value in weights.items():
-        if value.ndim == 1 and not name.endswith("weight"):
-            # A gate of zero would hide what its block computes.
-            value += 0.3 * torch.randn(value.shape, generator=stream)
-    return weights, linear
 
 
 def _in_eight_bits(weights: dict[str, Tensor], layers: set[str], kind: str) -> dict[str, Tensor]:

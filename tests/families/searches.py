@@ -121,8 +121,9 @@ def cached(world: World) -> None:
     """What comes before all masks runs once for all looks at a step, which changes no bit of the later ones."""
     blocks = {block.name: world.model.model.diffusion_model.get_submodule(block.name) for block in _blocks(world)}
     before = list(blocks)[: list(blocks).index(world.structure.blocks[0].name)]
+    whole = of_whole_graph(world)
     with _counted(blocks) as runs:
-        assert of_whole_graph(world).equals(look(world, looks=2))
+        assert whole.equals(look(world, looks=2))
     # The first step is a plain one; in each look masked blocks run forward, and once more to go back.
     once = runs[before[0]]
     assert {runs[name] for name in before} == {once}
