@@ -110,6 +110,29 @@ def toy(arguments: argparse.Namespace) -> None:
     train_toy(recipe, arguments.output, protocol)
 
 
+def toy_transformer(arguments: argparse.Namespace) -> None:
+    enter_host(cpu=True)
+    from maskunet_core.toy.model import WEIGHTS
+
+    from .evaluate import Protocol
+    from .toy.transformer import TransformerRecipe, train_transformer
+
+    quick = TransformerRecipe.quick(), Protocol.quick()
+    recipe, protocol = quick if arguments.quick else (TransformerRecipe(), Protocol())
+    train_transformer(recipe, arguments.output, protocol, arguments.base or WEIGHTS)
+
+
+def toy_bodies(arguments: argparse.Namespace) -> None:
+    require_folder(arguments.output)
+    require_free(arguments.output / "table.json", arguments.overwrite)
+    enter_host(cpu=True)
+    from .evaluate import Protocol
+    from .toy.bodies import compare_bodies
+
+    protocol = Protocol.quick() if arguments.quick else Protocol()
+    compare_bodies(protocol, arguments.output, str(arguments.base) if arguments.base else "")
+
+
 def compare(arguments: argparse.Namespace) -> None:
     import torch
 
@@ -240,6 +263,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     command.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     command.set_defaults(run=toy)
+
+    command = commands.add_parser("toy-transformer", help="train the toy world's transformer, beside its U-Net")
+    command.add_argument("--base", type=user_path, help="folder of other toy weights (default: the shipped ones)")
+    command.add_argument(
+        "--output", type=user_path, default=Path("output/toy_transformer"), help="folder for the weight files"
+    )
+    command.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
+    command.set_defaults(run=toy_transformer)
+
+    command = commands.add_parser("toy-bodies", help="judge the toy's U-Net and transformer at equal cost per picture")
+    command.add_argument("--base", type=user_path, help="folder of other toy weights (default: the shipped ones)")
+    command.add_argument("--output", type=user_path, default=Path("output/toy_bodies"), help="folder for the table")
+    _add_overwrite(command, "the table that the folder holds")
+    command.add_argument("--quick", action="store_true", help="few pictures, to see that it works")
+    command.set_defaults(run=toy_bodies)
 
     return parser.parse_args(arguments)
 

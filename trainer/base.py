@@ -186,14 +186,14 @@ def spread_over(sigma: Tensor, latents: Tensor) -> Tensor:
     return sigma.view(-1, *[1] * (latents.ndim - 1))
 
 
-def load_toy_base(weights: str = "") -> BaseModel:
-    """The toy model, from its shipped weights or a folder; its U-Net in fp32, frozen."""
+def load_toy_base(weights: str = "", body: str = "unet") -> BaseModel:
+    """The toy model, from its shipped weights or a folder; its U-Net (or transformer) in fp32, frozen."""
     from comfy.cli_args import args
 
     # The host would take half precision on a GPU, in which gradients of so small a model vanish.
     before, args.fp32_unet = args.fp32_unet, True
     try:
-        patcher, clip, vae = load_toy_model(Path(weights) if weights else None)
+        patcher, clip, vae = load_toy_model(Path(weights) if weights else None, body)
     except (OSError, SafetensorError, RuntimeError) as error:
         if not weights:
             raise
@@ -386,6 +386,7 @@ def sample_pictures(
     batch: int = 60,
     progress=None,
     encode: Callable[[list[str]], Tensor] | None = None,
+    scheduler: str = "normal",
 ) -> Tensor:
     """Pictures `[N, 3, 64, 64]` in [0, 1] of toy prompts, by the host's DDIM sampler; noise n depends on seed and n.
 
@@ -410,7 +411,7 @@ def sample_pictures(
             steps,
             cfg,
             "ddim",
-            "normal",
+            scheduler,
             [[context, {}]],
             [[empty, {}]],
             torch.zeros_like(part),

@@ -1,10 +1,11 @@
-"""The toy model as the host knows models: MODEL (its own U-Net class), CLIP and VAE.
+"""The toy model as the host knows models: MODEL (its own U-Net or transformer class), CLIP and VAE.
 
 Everything here imports ComfyUI when it is called, never when it is imported.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -44,14 +45,42 @@ UNET_CONFIG = {
     "adm_in_channels": None,
     "use_temporal_attention": False,
 }
+TRANSFORMER_CONFIG = {
+    "image_model": "flux2",
+    "in_channels": 4,
+    "out_channels": 4,
+    "patch_size": 1,
+    "hidden_size": 128,
+    "num_heads": 4,
+    "depth": 2,
+    "depth_single_blocks": 6,
+    "mlp_ratio": 3.0,
+    "axes_dim": [2, 10, 10, 10],
+    "theta": 100,
+    "txt_ids_dims": [3],
+    "context_in_dim": TEXT_CONFIG["hidden_size"],
+    "vec_in_dim": None,
+    "guidance_embed": False,
+    "global_modulation": True,
+    "mlp_silu_act": True,
+    "qkv_bias": False,
+    "ops_bias": False,
+}
+"""Flux.2's shape, with the toy world's latents, text and size: double blocks, then single ones, with shared adaLN."""
+
+ROW_SCALE = ".row_scale"
+"""Of a matrix [rows, columns] that is kept in 8 bits: the name of what its rows [rows, 1] are multiplied by."""
 
 
 def read_weights(name: str, directory: Path | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (fp32) and metadata of one part: `autoencoder`, `text_encoder`, `unet`, `reader_a` or `reader_b`."""
+    """Tensors (fp32) and metadata of a part: `autoencoder`, `text_encoder`, `unet`, `transformer` or a reader."""
     path = (directory or WEIGHTS) / f"{name}.safetensors"
     with safe_open(path, framework="pt") as file:
         names = file.keys()
-        return {name: file.get_tensor(name).float() for name in names}, file.metadata() or {}
+        stored = {name: file.get_tensor(name).float() for name in names}
+        metadata = file.metadata() or {}
+    scales = {name.removesuffix(ROW_SCALE): stored.pop(name) for name in list(stored) if name.endswith(ROW_SCALE)}
+    return {name: value * scales[name] if name in scales else value for name, value in stored.items()}, metadata
 
 
 def load_reader(name: str, directory: Path | None = None) -> nn.Module:
@@ -164,26 +193,56 @@ def _load_vae(directory: Path | None):
     return vae
 
 
-def _load_unet(directory: Path | None, disable_dynamic: bool = False):
+def _latent_format(metadata: dict[str, str]) -> type:
     import comfy.latent_formats
-    import comfy.model_management
-    import comfy.model_patcher
-    import comfy.supported_models_base
 
-    tensors, metadata = read_weights("unet", directory)
     preview = json.loads(metadata["latent_rgb"])
 
     class ToyLatents(comfy.latent_formats.LatentFormat):
         latent_rgb_factors = preview["factors"]
         latent_rgb_factors_bias = preview["bias"]
 
+    return ToyLatents
+
+
+def _unet_settings(latents: type) -> Any:
+    import comfy.supported_models_base
+
     class MaskUNetToy(comfy.supported_models_base.BASE):
         unet_extra_config = {}
-        latent_format = ToyLatents
+        latent_format = latents
         memory_usage_factor = 1.0
 
+    return MaskUNetToy(UNET_CONFIG)
+
+
+def _transformer_settings(latents: type) -> Any:
+    import comfy.model_base
+    import comfy.supported_models_base
+
+    class MaskUNetToyTransformer(comfy.supported_models_base.BASE):
+        unet_extra_config = {}
+        latent_format = latents
+        memory_usage_factor = 1.0
+        sampling_settings = {"shift": 1.0, "multiplier": 1.0}
+
+        def get_model(self, state_dict, prefix="", device=None):
+            return comfy.model_base.Flux(self, model_type=comfy.model_base.ModelType.FLOW, device=device)
+
+    return MaskUNetToyTransformer(TRANSFORMER_CONFIG)
+
+
+_SETTINGS = {"unet": _unet_settings, "transformer": _transformer_settings}
+
+
+def _load_body(body: str, directory: Path | None, disable_dynamic: bool = False):
+    """MODEL of the part `unet` or `transformer`, which share text encoder and autoencoder."""
+    import comfy.model_management
+    import comfy.model_patcher
+
+    tensors, metadata = read_weights(body, directory)
     management = comfy.model_management
-    config = MaskUNetToy(UNET_CONFIG)
+    config = _SETTINGS[body](_latent_format(metadata))
     load_device = management.get_torch_device()
     parameters = sum(tensor.numel() for tensor in tensors.values())
     dtype = management.unet_dtype(model_params=parameters, supported_dtypes=config.supported_inference_dtypes)
@@ -194,10 +253,13 @@ def _load_unet(directory: Path | None, disable_dynamic: bool = False):
     patcher = patcher_class(model, load_device=load_device, offload_device=management.unet_offload_device())
     model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
     # By this the host makes a copy with weights of its own, to train on or to lie on the device as a whole.
-    patcher.cached_patcher_init = (_load_unet, (directory,))
+    patcher.cached_patcher_init = (_load_body, (body, directory))
     return patcher
 
 
-def load_toy_model(directory: Path | None = None):
-    """(MODEL, CLIP, VAE) of the toy world, from the shipped weights or from those in `directory`."""
-    return _load_unet(directory), _load_clip(directory), _load_vae(directory)
+def load_toy_model(directory: Path | None = None, body: str = "unet"):
+    """(MODEL, CLIP, VAE) of the toy world, from the shipped weights or from those in `directory`.
+
+    body: `unet` or `transformer`, what denoises. Text encoder and autoencoder are the same for both.
+    """
+    return _load_body(body, directory), _load_clip(directory), _load_vae(directory)

@@ -7,9 +7,10 @@ weights as one that was not.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from ..schedules import learning_rate_factor
 from ..seeds import seeded
 from ..torch_files import read_torch, write_torch
 from .data import LatentSet, latent_set
+from .muon import Muon
 from .world import Scenes, render, sample_scenes
 
 
@@ -38,6 +40,8 @@ class OtherRecipe(MaskUNetError):
     """The folder holds parts that were trained with another recipe."""
 
 
+SAVE_EVERY = 250
+"""Steps."""
 WIDER = {"rotation": 0.4, "jitter": 1.5}
 """Autoencoder and readers see shapes turned and moved further than the world's: drawn ones never surprise them."""
 
@@ -83,40 +87,49 @@ def fit(
     lr: float,
     state_file: Path,
     ema: float | None = None,
+    matrices: Sequence[Tensor] = (),
+    matrix_lr: float = 0.02,
 ) -> dict:
-    """AdamW with warm-up and cosine decay; saves its state every 250 steps and goes on from there.
+    """AdamW with warm-up and cosine decay, Muon for `matrices`; saves its state now and then and goes on from there.
 
     Returns {"seconds", "loss": a curve of at most 50 means}. With `ema` the modules end with averaged weights.
     """
-    optimiser = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, learning_rate_factor("cosine", steps, 200, floor=0.02))
+    others = [parameter for parameter in modules.parameters() if all(parameter is not matrix for matrix in matrices)]
+    optimisers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)]
+    if matrices:
+        optimisers.append(Muon(matrices, matrix_lr))
+    factor = learning_rate_factor("cosine", steps, 200, floor=0.02)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, factor) for optimiser in optimisers]
     average = {k: v.clone() for k, v in modules.state_dict().items()} if ema else None
     start, losses, seconds = 0, [], 0.0
     if state_file.exists():
         state = read_torch(state_file)
         modules.load_state_dict(state["modules"])
-        optimiser.load_state_dict(state["optimiser"])
-        schedule.load_state_dict(state["schedule"])
+        for restored, states in ((optimisers, state["optimisers"]), (schedules, state["schedules"])):
+            for part, part_state in zip(restored, states, strict=True):
+                part.load_state_dict(part_state)
         start, losses, seconds, average = state["step"], state["losses"], state["seconds"], state["average"]
 
     began = time.monotonic()
     bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=1)
     for step in bar:
         loss = step_loss(step)
-        optimiser.zero_grad(set_to_none=True)
+        modules.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
+        # Muon's steps are of one size whatever the gradients are.
+        nn.utils.clip_grad_norm_(others, 1.0)
+        for part in (*optimisers, *schedules):
+            part.step()
         losses.append(loss.item())
         if average is not None:
             decay = min(ema, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(average.values()), list(modules.state_dict().values()), 1 - decay)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}", refresh=False)
-        if (step + 1) % 250 == 0 and step + 1 < steps:
-            state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict(), "average": average}
-            state |= {"schedule": schedule.state_dict(), "step": step + 1, "losses": losses}
+        if (step + 1) % SAVE_EVERY == 0 and step + 1 < steps:
+            state = {"modules": modules.state_dict(), "average": average, "step": step + 1, "losses": losses}
+            state |= {"optimisers": [part.state_dict() for part in optimisers]}
+            state |= {"schedules": [part.state_dict() for part in schedules]}
             write_torch(state_file, state | {"seconds": seconds + time.monotonic() - began})
     if average is not None:
         modules.load_state_dict(average)
@@ -335,7 +348,7 @@ def _metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def _is_done(path: Path, recipe: Recipe) -> bool:
+def is_done(path: Path, recipe: Any) -> bool:
     """Whether this part was trained already. Raises OtherRecipe where it was trained in another way."""
     if not path.exists():
         return False
@@ -344,10 +357,12 @@ def _is_done(path: Path, recipe: Recipe) -> bool:
     return True
 
 
-def score(output: Path, protocol: Protocol) -> None:
-    """What the judging reader says of the finished model, added to the U-Net's metadata."""
-    path = output / "unet.safetensors"
-    row = evaluate(None, protocol, output / "scores", str(output))[0]
+def is_scored(path: Path) -> bool:
+    return "scores" in _metadata(path)
+
+
+def add_scores(path: Path, row: dict[str, Any]) -> None:
+    """What the judging reader says of a finished model, added to its metadata."""
     metadata = _metadata(path) | {"scores": json.dumps(row)}
     with replacing(path) as temporary:
         save_file(load_file(path), temporary, metadata)
@@ -355,12 +370,12 @@ def score(output: Path, protocol: Protocol) -> None:
 
 def train_toy(recipe: Recipe, output: Path, protocol: Protocol) -> None:
     """Train and score what is not in `output` yet; a run that was stopped goes on."""
-    if not _is_done(output / "autoencoder.safetensors", recipe):
+    if not is_done(output / "autoencoder.safetensors", recipe):
         train_autoencoder(recipe, output)
     for reader in ("reader_a", "reader_b"):
-        if not _is_done(output / f"{reader}.safetensors", recipe):
+        if not is_done(output / f"{reader}.safetensors", recipe):
             train_reader(reader, recipe, output)
-    if not _is_done(output / "unet.safetensors", recipe):
+    if not is_done(output / "unet.safetensors", recipe):
         train_unet(recipe, output)
-    if "scores" not in _metadata(output / "unet.safetensors"):
-        score(output, protocol)
+    if not is_scored(output / "unet.safetensors"):
+        add_scores(output / "unet.safetensors", evaluate(None, protocol, output / "scores", str(output))[0])

@@ -1,4 +1,4 @@
-"""Flux and what is built of its blocks: Flux.1, Flux.2, Chroma, HunyuanImage.
+"""Flux and what is built of its blocks: Flux.1, Flux.2, Chroma, HunyuanImage, the toy transformer.
 
 A single block's first layer gives query, key and value, and the input of its feed-forward part; its second one takes
 the attention's result and the feed-forward part's.
@@ -17,6 +17,7 @@ FLUX = Transformer(
         "Chroma": "Chroma",
         "HunyuanImage21": "HunyuanImage 2.1",
         "LongCatImage": "LongCat-Image",
+        "MaskUNetToyTransformer": "the MaskUNet toy transformer",
     },
     stacks=("double_blocks", "single_blocks"),
     tokens=("img", 0),
