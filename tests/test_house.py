@@ -55,5 +55,7 @@ def test_core_imports_without_comfyui():
 
 def test_the_shipped_toy_model_is_small():
     weights = list((PROJECT / "maskunet_core" / "toy" / "weights").glob("*.safetensors"))
-    assert {path.stem for path in weights} == {"autoencoder", "reader_a", "reader_b", "text_encoder", "unet"}
-    assert sum(path.stat().st_size for path in weights) < 20_000_000
+    sizes = {path.stem: path.stat().st_size for path in weights}
+    assert sizes.keys() == {"autoencoder", "reader_a", "reader_b", "text_encoder", "unet", "transformer"}
+    assert sizes["transformer"] < 8_000_000
+    assert sum(sizes.values()) < 23_000_000

@@ -150,7 +150,8 @@ def reward_compare(arguments: argparse.Namespace) -> None:
     from .reward_compare.plan import Scale
     from .reward_compare.run import reward_compare
 
-    reward_compare(arguments.output, Scale.quick() if arguments.quick else Scale(), arguments.jobs)
+    scale = Scale.quick(arguments.body) if arguments.quick else Scale.of(arguments.body)
+    reward_compare(arguments.output, scale, arguments.jobs)
 
 
 def word_compare(arguments: argparse.Namespace) -> None:
@@ -221,6 +222,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command = commands.add_parser("reward-compare", help="the search for masks beside best-of-N and other rivals")
     command.add_argument(
         "--output", type=user_path, default=Path("output/reward-compare"), help="folder for table and plot"
+    )
+    command.add_argument(
+        "--body", choices=("unet", "transformer"), default="unet", help="what draws (default: %(default)s)"
     )
     command.add_argument("--jobs", type=_number(1), default=os.cpu_count() or 1, help="processes at once, of a thread")
     command.add_argument("--quick", action="store_true", help="few prompts, to see that it works")

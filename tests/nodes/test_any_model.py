@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.host.extension import NAME
-from tests.nodes.reward_graphs import PROMPT
+from tests.nodes.reward_graphs import PROMPT, Graph, Result
 from tests.tiny_models import drawn, shapes_of
 
 CPU = torch.device("cpu")
@@ -75,10 +75,19 @@ def with_layers_of_their_own(extension):
     return model, vae, *texts
 
 
+def toy_transformer(extension):
+    model, clip, vae = extension("toy").MaskUNetToyModel.execute("transformer").result
+    texts = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, ""))
+    return model, vae, *texts
+
+
+OWN = {"layers of their own": with_layers_of_their_own, "toy transformer": toy_transformer}
+
+
 def inputs_of(extension, name):
     """Inputs of the reward sampler."""
     with torch.inference_mode():
-        model, vae, positive, negative = of_family(name) if name in FAMILIES else with_layers_of_their_own(extension)
+        model, vae, positive, negative = of_family(name) if name in FAMILIES else OWN[name](extension)
         rewards = extension("rewards")
         return {
             "model": model,
@@ -92,7 +101,7 @@ def inputs_of(extension, name):
         }
 
 
-@pytest.fixture(params=[*FAMILIES, "layers of their own"])
+@pytest.fixture(params=[*FAMILIES, *OWN])
 def world(request, extension):
     return inputs_of(extension, request.param)
 
@@ -187,3 +196,13 @@ def test_the_host_is_asked_for_room_for_the_blocks_of_a_transformer(extension):
     assert everywhere - last == 2 * token * (64 // 4 + 512), "the inputs of two blocks more"
     assert room("decoder attention", 4 * 64) - last == token * (1 + 32) * 3 * 64 // 4
     assert last > 2 * block
+
+
+def test_candidates_alone_raise_the_reward_of_a_transformer_in_the_server(server):
+    graph = Graph(batch=2)
+    graph["toy"]["inputs"]["body"] = "transformer"
+    sampling = {"steps": 8, "scheduler": "simple"}
+    graph.scored(graph.plain("plain", **sampling))
+    graph.scored(graph.rewarded("best", preset="fast", candidates=6, **sampling))
+    result = Result(server, graph)
+    assert sum(result.scores("best")) > sum(result.scores("plain")) + 1

@@ -8,9 +8,20 @@ from maskunet_core.toy.model import load_toy_model, read_weights
 from maskunet_core.toy.vocabulary import encode_padded
 
 
+@pytest.fixture(scope="module", params=["unet", "transformer"])
+def body(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def toy():
-    return load_toy_model()
+def toy(body):
+    return load_toy_model(body=body)
+
+
+def test_the_node_gives_the_unet_unless_told(extension):
+    node = extension("toy").MaskUNetToyModel
+    kinds = [node.execute(*told).result[0].model.model_type.name for told in ((), ("U-Net",), ("transformer",))]
+    assert kinds == ["EPS", "EPS", "FLOW"]
 
 
 def encoded(clip, text):
@@ -71,10 +82,10 @@ def test_weights_in_a_prompt_act(toy):
     assert not torch.equal(plain, heavier)
 
 
-def test_the_hosts_objects_hold_the_shipped_weights(toy):
+def test_the_hosts_objects_hold_the_shipped_weights(toy, body):
     model, clip, vae = toy
     modules = {
-        "unet": model.model.diffusion_model,
+        body: model.model.diffusion_model,
         "text_encoder": clip.cond_stage_model.clip_l.transformer,
         "autoencoder": vae.first_stage_model,
     }
@@ -150,16 +161,21 @@ def test_previews_look_like_the_picture(toy):
     assert (shown - small).abs().mean() < 0.1
 
 
-def test_loras_find_the_unet_and_the_text_encoder(toy):
+LORA_KEYS = {
+    "unet": "lora_unet_output_blocks_3_1_transformer_blocks_0_attn2_to_q",
+    "transformer": "lora_unet_double_blocks_1_img_attn_proj",
+}
+
+
+def test_loras_find_the_body_and_the_text_encoder(toy, body):
     import comfy.lora
     import comfy.sd
 
     model, clip, _ = toy
     torch.manual_seed(0)
-    unet_key = "lora_unet_output_blocks_3_1_transformer_blocks_0_attn2_to_q"
     text_key = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     file = {}
-    for key, width in ((unet_key, 128), (text_key, 128)):
+    for key, width in ((LORA_KEYS[body], 128), (text_key, 128)):
         file[f"{key}.lora_up.weight"] = torch.randn(width, 2)
         file[f"{key}.lora_down.weight"] = torch.randn(2, width)
         file[f"{key}.alpha"] = torch.tensor(2.0)

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 
 from maskunet_core.rewards.toy import ToyReward
 from trainer import job_board
+from trainer.base import load_toy_base
 from trainer.reward_compare import jobs, plan, report
 from trainer.reward_compare.costs import Operations
 from trainer.reward_compare.rivals import Steering, optimise_noise, optimised_noise, steered
 from trainer.reward_compare.stage import Stage
 from trainer.reward_compare.student import SAMPLING, TEACHER, trajectories
+from trainer.toy.bodies import operations
 from trainer.toy.held_out import TABLE, TUNING, held_out_prompts
 
 
@@ -148,3 +150,23 @@ def test_a_method_is_measured_once_and_stands_in_the_table(tmp_path, monkeypatch
     assert float(pair["all prompts"].split(" ± ")[0]) == gained
     assert pair["operations"] == pytest.approx(2.0, abs=0.2)
     assert jobs.result_of(tmp_path, plan.DIFFICULTY)["draws"] == 2
+
+
+def test_the_transformer_is_measured_by_the_same_methods(tmp_path, monkeypatch):
+    scale = dataclasses.replace(plan.Scale.quick("transformer"), prompts=2, batch=2, draws=2)
+    monkeypatch.setattr(plan, "ON_TRANSFORMER", ("base", "best of 4"))
+    names = [job.name for job in plan.make_plan(scale)]
+    assert names == ["base/seed-0", "best of 4/seed-0", plan.DIFFICULTY], "no student is trained"
+    job_board.claim(tmp_path, vars(scale))
+    job_board.run_jobs(plan.make_plan(scale), tmp_path, "trainer.reward_compare.jobs", 1, lambda done: None)
+    base, best = (jobs.result_of(tmp_path, f"{method}/seed-0") for method in plan.ON_TRANSFORMER)
+    unet = 2 * operations(load_toy_base())
+    # As many steps as cost no more than the U-Net's 15.
+    assert 0.95 < base["operations"] / (15 * unet) <= 1.01
+    assert best["operations"] / base["operations"] == pytest.approx(4.0, abs=0.2)
+
+
+def test_gradients_reach_the_noise_of_a_transformer(captions):
+    stage = Stage(plan.BODIES["transformer"], body="transformer")
+    _, rewards = optimise_noise(stage, captions[:2], seed=0, iterations=4, lr=0.1, steps=3)
+    assert torch.stack(rewards).max(0).values.mean() > rewards[0].mean()

@@ -9,17 +9,22 @@ from maskunet_core.toy.model import load_reader, read_weights
 from tests.builders import trainer_command
 from trainer.base import load_toy_base, sample_pictures
 from trainer.seeds import seeded
+from trainer.toy.bodies import TRANSFORMER_CFG, TRANSFORMER_SCHEDULER
 from trainer.toy.judge import fully_right, read
 from trainer.toy.world import sample_captioned
 
+SAMPLING = [("unet", 15, 5.0, "normal"), ("transformer", 21, TRANSFORMER_CFG, TRANSFORMER_SCHEDULER)]
 
-def test_the_shipped_base_draws_single_objects_as_well_as_its_scores_say():
-    """A sample of what `python -m trainer evaluate` measured; the scores are in the U-Net's metadata."""
-    base = load_toy_base()
-    scores = json.loads(read_weights("unet")[1]["scores"])
+
+@pytest.mark.parametrize(("body", "steps", "cfg", "scheduler"), SAMPLING)
+def test_the_shipped_bases_draw_single_objects_as_well_as_their_scores_say(body, steps, cfg, scheduler):
+    """A sample of what `python -m trainer toy-bodies` measured; the scores are in the weights' metadata."""
+    base = load_toy_base(body=body)
+    scores = json.loads(read_weights(body)[1]["scores"])
     _, captions = sample_captioned(2000, seeded(77), held_out=True)
     singles = [caption for caption in captions if caption.kind == "one"][:100]
-    pictures = sample_pictures(base, base.patcher, [str(c) for c in singles], seed=3, steps=15, cfg=5.0, batch=50)
+    texts = [str(caption) for caption in singles]
+    pictures = sample_pictures(base, base.patcher, texts, 3, steps, cfg, batch=50, scheduler=scheduler)
     right = fully_right(read(load_reader("reader_b"), pictures), singles).float()
     expected = float(scores["one"].split(" ± ")[0])
     assert expected >= 0.9

@@ -16,7 +16,7 @@ from ..host import enter_host
 from ..job_board import folder_of, result_of, write_result
 from ..toy.held_out import TABLE, held_out_prompts
 from .costs import Operations
-from .plan import DIFFICULTY, METHODS, STUDENT, STUDENT_METHODS, Job, Scale, make_plan
+from .plan import BODIES, DIFFICULTY, METHODS, STUDENT, STUDENT_METHODS, Job, Scale, make_plan
 from .rivals import drawn_plainly
 from .stage import Stage
 from .student import SAMPLING, train_student
@@ -69,14 +69,18 @@ def difficulty(stage: Stage, scale: Scale) -> dict[str, Any]:
     return {"successes": found.tolist(), "draws": scale.draws, "kinds": kinds, "prompts": [str(c) for c in captions]}
 
 
+def stage_of(scale: Scale) -> Stage:
+    return Stage(BODIES[scale.body], body=scale.body)
+
+
 def do(output: Path, job: Job, scale: Scale) -> dict[str, Any]:
     """What the job finds; its files lie in its folder."""
     if job.method == STUDENT:
         return train_student(folder_of(output, job.name), scale.student_pictures, scale.student_steps)
     if job.method == DIFFICULTY:
-        return difficulty(Stage(), scale)
+        return difficulty(stage_of(scale), scale)
     is_few = job.method in STUDENT_METHODS
-    stage = Stage(SAMPLING, folder_of(output, STUDENT) / "unet.safetensors") if is_few else Stage()
+    stage = Stage(SAMPLING, folder_of(output, STUDENT) / "unet.safetensors") if is_few else stage_of(scale)
     return measure(stage, job, scale, folder_of(output, job.name))
 
 

@@ -14,8 +14,9 @@ from maskunet_core.search.run import search_images
 from maskunet_core.search.settings import PRESETS, SearchSettings
 from maskunet_core.toy.captions import Caption
 
+from ..toy.bodies import TRANSFORMER_CFG, TRANSFORMER_SCHEDULER, TRANSFORMER_STEPS
 from .rivals import drawn_plainly, optimised_noise, steered
-from .stage import Stage
+from .stage import Sampling, Stage
 
 Draw = Callable[[Stage, list[Caption], int], Tensor]
 """Latents `[N, ...]` of a batch of prompts, from a stage and a seed."""
@@ -80,6 +81,24 @@ METHODS: dict[str, Draw] = {
     **STUDENT_METHODS,
 }
 """In the order of their jobs: what the others are held against comes first."""
+BODIES = {
+    "unet": Sampling(),
+    "transformer": Sampling(TRANSFORMER_STEPS, TRANSFORMER_CFG, scheduler=TRANSFORMER_SCHEDULER),
+}
+"""How each body of the toy model draws, at an equal number of operations per picture."""
+ON_TRANSFORMER = (
+    "base",
+    "best of 4",
+    "best of 16",
+    "fast",
+    "quality",
+    "28 candidates, judged early",
+    "FK steering, 4 particles",
+    "FK steering, 16 particles",
+    "masks alone",
+    "starting noise",
+)
+"""What is measured there, with the settings that were chosen on the U-Net."""
 SLOW = ("paper", "reference")
 """Far above the budget of the others: measured on the first prompts alone."""
 PAIRS = (
@@ -105,7 +124,8 @@ SHOWN = ("base", "paper", "best of 4", "fast", "best of 16", "FK steering, 16 pa
 class Scale:
     """prompts: of two objects and of relations, in turn; slow_prompts: for SLOW. batch: prompts drawn at once.
 
-    draws: of the base, by which a prompt's difficulty is told. student_pictures, student_steps: of its training.
+    draws: of the base, by which a prompt's difficulty is told. body: of BODIES. student_pictures, student_steps: of the
+    student's training.
     """
 
     prompts: int = 200
@@ -113,12 +133,22 @@ class Scale:
     seeds: int = 3
     batch: int = 25
     draws: int = 16
+    body: str = "unet"
     student_pictures: int = 3000
     student_steps: int = 2500
 
     @classmethod
-    def quick(cls) -> "Scale":
-        return cls(prompts=4, slow_prompts=2, seeds=1, batch=4, draws=4, student_pictures=16, student_steps=2)
+    def of(cls, body: str) -> "Scale":
+        return cls(body=body) if body == "unet" else cls(body=body, prompts=60, batch=30)
+
+    @classmethod
+    def quick(cls, body: str = "unet") -> "Scale":
+        few = {"prompts": 4, "slow_prompts": 2, "seeds": 1, "batch": 4, "draws": 4}
+        return cls(**few, body=body, student_pictures=16, student_steps=2)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return tuple(METHODS) if self.body == "unet" else ON_TRANSFORMER
 
     def prompts_of(self, method: str) -> int:
         return self.slow_prompts if method in SLOW else self.prompts
@@ -141,8 +171,10 @@ def make_plan(scale: Scale) -> list[Job]:
     """All jobs, seed by seed, so that what is done at any time makes a whole table."""
     jobs = []
     for seed in range(scale.seeds):
-        for method in METHODS:
+        for method in scale.methods:
             needs = (STUDENT,) if method in STUDENT_METHODS else ()
             jobs.append(Job(f"{method}/seed-{seed}", method, seed, needs))
-    jobs[len(METHODS) : len(METHODS)] = [Job(DIFFICULTY, DIFFICULTY), Job(STUDENT, STUDENT)]
+        if seed == 0:
+            jobs.append(Job(DIFFICULTY, DIFFICULTY))
+            jobs += [Job(STUDENT, STUDENT)] if STUDENT_METHODS.keys() & set(scale.methods) else []
     return jobs

@@ -5,10 +5,12 @@ import itertools
 import torch
 from torch import Tensor
 
+from maskunet_core.seam.gradients import LeanGraph
 from maskunet_core.search.sampling import step_of
 from maskunet_core.toy.captions import Caption
 
 from ..seeds import seeded
+from ..toy.transformer import norms_on_copies
 from .stage import Stage
 
 KEY = "reward_compare"
@@ -64,8 +66,8 @@ def _chain(stage: Stage, noise: Tensor, context: Tensor, steps: int) -> Tensor:
     import comfy.samplers
 
     sampling = stage.base.patcher.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
-    x = noise * torch.sqrt(1.0 + sigmas[0] ** 2)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, stage.sampling.scheduler, steps)
+    x = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), max_denoise=True)
     both = torch.cat([context, stage.empty[0][0].expand(len(noise), -1, -1)])
     for now, after in itertools.pairwise(sigmas):
         positive, negative = stage.base.model.apply_model(
@@ -84,8 +86,9 @@ def optimise_noise(
     noise = stage.noise(captions, seed).requires_grad_()
     optimiser = torch.optim.Adam([noise], lr=lr)
     best, seen = noise.detach().clone(), []
+    hooks = norms_on_copies(stage.base.unet)
     for _ in range(iterations):
-        with torch.enable_grad():
+        with torch.enable_grad(), LeanGraph():
             clean = _chain(stage, noise, context, steps)
         scores, gradient = judge.scores_and_gradient(clean.detach())
         better = scores >= torch.stack([*seen, scores]).max(0).values
@@ -97,6 +100,8 @@ def optimise_noise(
         with torch.no_grad():
             norms = noise.flatten(1).norm(dim=1)[:, None, None, None]
             noise.mul_((noise[0].numel() - 1) ** 0.5 / norms)
+    for hook in hooks:
+        hook.remove()
     return best, seen
 
 

@@ -86,12 +86,13 @@ def patches_of(latents: Tensor) -> Tensor:
 class Stage:
     """The toy model and its readers, for batches of different prompts.
 
-    sampling: how pictures are drawn. unet: a file with other weights for the U-Net, None for those that ship.
+    sampling: how pictures are drawn. unet: a file with other weights for the U-Net, None for those that ship. body: see
+    `load_toy_model`.
     """
 
-    def __init__(self, sampling: Sampling = Sampling(), unet: Path | None = None):
+    def __init__(self, sampling: Sampling = Sampling(), unet: Path | None = None, body: str = "unet"):
         self.sampling = sampling
-        self.base: BaseModel = load_toy_base()
+        self.base: BaseModel = load_toy_base(body=body)
         if unet is not None:
             self.base.unet.load_state_dict(load_file(unet))
         self.reward, self.referee = load_reader("reader_a"), load_reader("reader_b")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.model import ROW_SCALE, TRANSFORMER_CONFIG, WEIGHTS, load_autoencoder, read_weights
@@ -49,11 +50,17 @@ class TransformerRecipe:
         return cls(pictures=64, steps=6, batch=4)
 
 
-def trainable_transformer() -> nn.Module:
-    """The host's transformer, with weights to start from.
+def norms_on_copies(model: nn.Module) -> list[RemovableHandle]:
+    """Lets norms compute on copies: the host's in-place residual sums would overwrite what their backward passes need.
 
-    The host's in-place residual sums would overwrite what the backward pass of a norm needs, so norms take copies.
+    Returns the hooks.
     """
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.LayerNorm)]
+    return [norm.register_forward_pre_hook(lambda module, inputs: (inputs[0].clone(),)) for norm in norms]
+
+
+def trainable_transformer() -> nn.Module:
+    """The host's transformer, with weights to start from."""
     import comfy.ops
     from comfy.ldm.flux.model import Flux
 
@@ -63,8 +70,7 @@ def trainable_transformer() -> nn.Module:
             nn.init.zeros_(layer.weight) if name.endswith(ZERO_AT_FIRST) else nn.init.xavier_uniform_(layer.weight)
         elif isinstance(layer, nn.RMSNorm):
             nn.init.ones_(layer.weight)
-        elif isinstance(layer, nn.LayerNorm):
-            layer.register_forward_pre_hook(lambda module, inputs: (inputs[0].clone(),))
+    norms_on_copies(model)
     return model
 
 
