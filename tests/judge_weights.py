@@ -77,3 +77,47 @@ def inception_weights(convolutions: Mapping[str, list[int]], narrower: int = 1) 
         found[name] = torch.from_numpy(x)
     counts = {f"{name}.bn.num_batches_tracked": torch.tensor(0) for name in convolutions}
     return found | counts
+
+
+def _bert_layout(prefix: str, width: int) -> Layout:
+    """Two layers, with attention to what is seen."""
+    shapes = {
+        "embeddings.position_ids": [1, 512],
+        "embeddings.word_embeddings.weight": [30524, width],
+        "embeddings.position_embeddings.weight": [512, width],
+    }
+    dense, norms = {}, ["embeddings.LayerNorm"]
+    for layer in (f"encoder.layer.{n}" for n in range(2)):
+        for attention in ("attention", "crossattention"):
+            parts = ("self.query", "self.key", "self.value", "output.dense")
+            dense |= {f"{layer}.{attention}.{part}": [width, width] for part in parts}
+            norms.append(f"{layer}.{attention}.output.LayerNorm")
+        dense |= {f"{layer}.intermediate.dense": [2 * width, width], f"{layer}.output.dense": [width, 2 * width]}
+        norms.append(f"{layer}.output.LayerNorm")
+    return _layout(prefix, shapes, dense, norms, width)
+
+
+def _layout(prefix: str, shapes: dict, dense: dict, norms: list[str], width: int) -> Layout:
+    """dense: weights of layers with biases, by name."""
+    shapes = shapes | {f"{name}.weight": shape for name, shape in dense.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in dense.items()}
+    shapes |= {f"{name}.{part}": [width] for name in norms for part in ("weight", "bias")}
+    return [(prefix + name, shape, "int64" if name.endswith("ids") else "float32") for name, shape in shapes.items()]
+
+
+def blip_vqa_weights(seed: int, patches: int = 6, width: int = 32) -> dict[str, Tensor]:
+    """Of BLIP's layout. patches: along each side of the picture."""
+    vision = {"cls_token": [1, 1, width], "pos_embed": [1, patches**2 + 1, width]}
+    dense = {"patch_embed.proj": [width, 3, 16, 16]}
+    for block in (f"blocks.{n}" for n in range(2)):
+        dense |= {f"{block}.attn.qkv": [3 * width, width], f"{block}.attn.proj": [width, width]}
+        dense |= {f"{block}.mlp.fc1": [4 * width, width], f"{block}.mlp.fc2": [width, 4 * width]}
+    norms = ["norm", *(f"blocks.{n}.norm{m}" for n in range(2) for m in (1, 2))]
+    head = {"transform.dense": [width, width], "decoder": [30524, width]}
+    layout = _layout("visual_encoder.", vision, dense, norms, width)
+    layout += _bert_layout("text_encoder.", width) + _bert_layout("text_decoder.bert.", width)
+    layout += _layout("text_decoder.cls.predictions.", {"bias": [30524]}, head, ["transform.LayerNorm"], width)
+    found = weights(layout, seed)
+    # BLIP ties the words that it reads and those that it writes.
+    words, head = "text_decoder.bert.embeddings.word_embeddings.weight", "text_decoder.cls.predictions."
+    return found | {f"{head}decoder.weight": found[words], f"{head}decoder.bias": found[f"{head}bias"]}

@@ -12,6 +12,7 @@ from ..rewards.clip import ClipReward, to_openclip
 from ..rewards.clip_layout import layout_of, picture_side, read_description
 from ..rewards.files import BadRewardFile, naming, read_shapes, read_tensors
 from ..rewards.layers import BadTensors
+from .blip_vqa import BlipVqa
 from .inception import Inception
 from .mask2former import Mask2Former, to_mmdet2
 
@@ -56,12 +57,23 @@ def _read_inception(path: Path) -> Inception:
     return Inception.from_tensors(read_tensors(path))
 
 
+def _read_blip_vqa(path: Path) -> BlipVqa:
+    return BlipVqa.from_tensors(read_tensors(path))
+
+
 def _read_clip(path: Path) -> ClipReward:
     tensors = to_openclip(read_tensors(path))
     layout = layout_of(tensors, read_description(path))
     if not layout.quick:
         raise BadTensors("is no CLIP of OpenAI's: it works without quick GELU", "put OpenAI's file there.")
     return ClipReward.from_tensors(path.stem, tensors, torch.float32, scaled=False, layout=layout)
+
+
+def _holds_blip_vqa(tensors: Mapping[str, Tensor]) -> bool:
+    """For pictures of 480x480 in patches of 16x16, of which T2I-CompBench asks."""
+    positions = tensors.get("visual_encoder.pos_embed")
+    answers = "text_decoder.cls.predictions.decoder.weight" in tensors
+    return answers and positions is not None and positions.shape[1:2] == (30 * 30 + 1,)
 
 
 def _holds_clip(width: int, patch: int) -> Callable[[Mapping[str, Tensor]], bool]:
@@ -100,3 +112,10 @@ INCEPTION = JudgeFile(
 CLIP_L = _clip("clip-vit-large-patch14", "1.71 GB", 1024, 14)
 CLIP_B16 = _clip("clip-vit-base-patch16", "0.6 GB", 768, 16)
 CLIP_B32 = _clip("clip-vit-base-patch32", "0.6 GB", 768, 32)
+BLIP_VQA = JudgeFile(
+    "model_base_vqa_capfilt_large.pth",
+    "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models",
+    "1.5 GB",
+    _holds_blip_vqa,
+    _read_blip_vqa,
+)

@@ -3,14 +3,13 @@
 Parameters have the names of the published file, `ImageReward.pt`.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import LinearChain, attend, depth_of, fill, heads_of, run
+from .blip_layers import ImageEncoder, TextEncoder
+from .layers import LinearChain, fill, heads_of
 from .preprocess import normalise
 from .reward import BoundModel, BoundReward, Reward
 from .tokens import bert_tokens
@@ -67,8 +66,8 @@ class ImageRewardModel(nn.Module):
         image_heads, text_heads = heads or (heads_of(vision.shape[-1]), heads_of(len(text)))
         self.blip = nn.ModuleDict(
             {
-                "visual_encoder": _ImageEncoder(tensors, "blip.visual_encoder.", image_heads),
-                "text_encoder": _TextEncoder(tensors, "blip.text_encoder.", text_heads),
+                "visual_encoder": ImageEncoder(tensors, "blip.visual_encoder.", image_heads),
+                "text_encoder": TextEncoder(tensors, "blip.text_encoder.", text_heads),
             }
         )
         self.mlp = LinearChain(tensors, "mlp.")
@@ -83,92 +82,3 @@ class ImageRewardModel(nn.Module):
         seen = self.blip["visual_encoder"](pixels, self.checkpointing)
         told = self.blip["text_encoder"](ids.expand(len(seen), -1), seen, self.checkpointing)
         return (self.mlp(told[:, 0].float()).squeeze(1) - _MEAN) / _STD
-
-
-class _ImageEncoder(nn.Module):
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, heads: int):
-        super().__init__()
-        _, positions, width = tensors[prefix + "pos_embed"].shape
-        patch = tensors[prefix + "patch_embed.proj.weight"].shape[-1]
-        hidden = len(tensors[prefix + "blocks.0.mlp.fc1.bias"])
-        self.size = math.isqrt(positions - 1) * patch
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, positions, width))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
-        depth = depth_of(tensors, prefix + "blocks.")
-        self.blocks = nn.ModuleList(_ImageBlock(width, hidden, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def forward(self, pixels: Tensor, checkpointing: bool) -> Tensor:
-        patches = self.patch_embed["proj"](pixels.to(self.cls_token.dtype)).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.pos_embed
-        return self.norm(run(self.blocks, x, checkpointing=checkpointing))
-
-
-class _ImageBlock(nn.Module):
-    def __init__(self, width: int, hidden: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn["proj"](attend(*self.attn["qkv"](self.norm1(x)).chunk(3, -1), self.heads))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
-class _TextEncoder(nn.Module):
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, heads: int):
-        super().__init__()
-        words, width = tensors[prefix + "embeddings.word_embeddings.weight"].shape
-        positions = len(tensors[prefix + "embeddings.position_embeddings.weight"])
-        seen = tensors[prefix + "encoder.layer.0.crossattention.self.key.weight"].shape[1]
-        hidden = len(tensors[prefix + "encoder.layer.0.intermediate.dense.bias"])
-        self.embeddings = nn.ModuleDict(
-            {
-                "word_embeddings": nn.Embedding(words, width),
-                "position_embeddings": nn.Embedding(positions, width),
-                "LayerNorm": nn.LayerNorm(width, eps=1e-12),
-            }
-        )
-        depth = depth_of(tensors, prefix + "encoder.layer.")
-        layers = nn.ModuleList(_TextBlock(width, seen, hidden, heads) for _ in range(depth))
-        self.encoder = nn.ModuleDict({"layer": layers})
-
-    def forward(self, ids: Tensor, seen: Tensor, checkpointing: bool) -> Tensor:
-        words, places = self.embeddings["word_embeddings"](ids), self.embeddings["position_embeddings"].weight
-        x = self.embeddings["LayerNorm"](words + places[: ids.shape[1]])
-        return run(self.encoder["layer"], x, seen, checkpointing=checkpointing)
-
-
-class _TextBlock(nn.Module):
-    def __init__(self, width: int, seen: int, hidden: int, heads: int):
-        super().__init__()
-        self.attention = _TextAttention(width, width, heads)
-        self.crossattention = _TextAttention(width, seen, heads)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
-        self.output = _residual(hidden, width)
-
-    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        x = self.attention(x, x)
-        x = self.crossattention(x, seen)
-        inner = F.gelu(self.intermediate["dense"](x))
-        return self.output["LayerNorm"](x + self.output["dense"](inner))
-
-
-class _TextAttention(nn.Module):
-    def __init__(self, width: int, context: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        query, key, value = nn.Linear(width, width), nn.Linear(context, width), nn.Linear(context, width)
-        self.self = nn.ModuleDict({"query": query, "key": key, "value": value})
-        self.output = _residual(width, width)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        heard = attend(self.self["query"](x), self.self["key"](context), self.self["value"](context), self.heads)
-        return self.output["LayerNorm"](x + self.output["dense"](heard))
-
-
-def _residual(inputs: int, width: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"dense": nn.Linear(inputs, width), "LayerNorm": nn.LayerNorm(width, eps=1e-12)})

@@ -128,10 +128,15 @@ def _read(path: Path, of_safetensors: Callable[[Path], dict[str, Tensor]], devic
             f"'{path.name}' is neither a safetensors file nor a checkpoint of torch; it may be a web page or a "
             f"placeholder that was saved instead. Put one of these into models/reward: {KNOWN}."
         )
-    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    while isinstance(content, Mapping) and (inner := _wrapped(content)) is not None:
+        content = inner
     found = content.items() if isinstance(content, Mapping) else ()
     return {_bare(name): value for name, value in found if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def _wrapped(content: Mapping) -> Mapping | None:
+    """The tensors of a checkpoint that names them as a whole: CLIP's and mmdetection's, or BLIP's."""
+    return next((content[name] for name in ("state_dict", "model") if isinstance(content.get(name), Mapping)), None)
 
 
 def _unpickle(path: Path, device: str) -> object:

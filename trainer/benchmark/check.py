@@ -14,9 +14,9 @@ _BYTES = 1.7
 
 def check(plan: Plan, methods: Sequence[Method], rewards: Sequence[str]) -> list[str]:
     """Lines for people. One picture is drawn by each method, to tell the time. Raises MaskUNetError."""
-    missing = plan.suite.missing(plan.data)
+    missing, notes = plan.suite.missing(plan.data), plan.suite.notes
     if missing:
-        return ["Missing:", *missing, "Nothing was drawn; check again when the files are there."]
+        return ["Missing:", *missing, *notes, "Nothing was drawn; check again when the files are there."]
     prompts, units = plan.prompts, plan.units
     pictures = sum(len(unit.pairs) for unit in units)
     plan.suite.judges(plan.data)
@@ -31,4 +31,9 @@ def check(plan: Plan, methods: Sequence[Method], rewards: Sequence[str]) -> list
         seconds = (time.monotonic() - began) / len(pairs)
         lines.append(f"{method}: {seconds:.2f} s a picture, {pictures * seconds / 3600:.1f} h")
     unused = plan.suite.unused()
-    return [*lines, "All files are there.", *(f"Not needed, but used where it is there: {line}" for line in unused)]
+    return [
+        *lines,
+        "All files are there.",
+        *notes,
+        *(f"Not needed, but used where it is there: {line}" for line in unused),
+    ]

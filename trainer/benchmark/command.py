@@ -10,7 +10,8 @@ from ..files import require_folder, user_path
 from ..host import enter_host
 
 OUTPUT = Path("output/benchmark")
-SUITE_NAMES, LAYOUT_NAMES = ("toy", "geneval", "coco2014", "coco2017"), ("flat", "geneval")
+SUITE_NAMES = ("toy", "geneval", "t2i-compbench", "coco2014", "coco2017")
+LAYOUT_NAMES = ("flat", "geneval", "t2i-compbench")
 
 
 def _plan(arguments: argparse.Namespace):

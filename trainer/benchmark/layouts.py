@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .drawing import Pair
 from .suites import Prompt
+from .t2i_compbench import IMAGES
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -32,7 +33,15 @@ def _geneval_facts(prompts: Sequence[Prompt], output: Path) -> None:
             (folder / "metadata.jsonl").write_text(json.dumps(facts), encoding="utf-8")
 
 
+def _compbench_place(prompts: Sequence[Prompt], pair: Pair) -> str:
+    """A folder of each category, and in it a number that runs over all pictures, behind the prompt."""
+    prompt = prompts[pair[0]]
+    before = sum(other.task == prompt.task for other in prompts[: pair[0]])
+    return f"{prompt.task}/samples/{prompt.text}_{before * IMAGES + pair[1]:06}.png"
+
+
 LAYOUTS = {
     "flat": Layout(lambda prompts, pair: f"{pair[0]:05}_{pair[1]:02}.png"),
     "geneval": Layout(lambda prompts, pair: f"{pair[0]:05}/samples/{pair[1]:04}.png", _geneval_facts),
+    "t2i-compbench": Layout(_compbench_place),
 }

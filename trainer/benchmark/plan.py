@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from maskunet_core.judges.files import CLIP_L, DETECTOR, INCEPTION
+from maskunet_core.judges.files import BLIP_VQA, CLIP_L, DETECTOR, INCEPTION
 
 from ..config import TOY_RESOLUTION, Base
 from ..pictures import base_digest
 from ..reward_compare.stage import Sampling
-from . import coco, geneval, toy
+from . import coco, geneval, t2i_compbench, toy
 from .folder import Unit, units_of
 from .suites import Prompt, Suite
 
@@ -45,6 +45,18 @@ SUITES = {
             4,
             (geneval.PROMPTS, geneval.NAMES),
             (DETECTOR, CLIP_L),
+        ),
+        Suite(
+            "t2i-compbench",
+            t2i_compbench.prompts,
+            t2i_compbench.judges,
+            t2i_compbench.IMAGES,
+            OF_THE_PAPER,
+            512,
+            4,
+            tuple(t2i_compbench.LISTS.values()),
+            (BLIP_VQA,),
+            notes=(t2i_compbench.OTHER_CATEGORIES,),
         ),
         _coco(2014, 30_000),
         _coco(2017, 5_000),

@@ -44,7 +44,8 @@ class Suite:
     """prompts, judges: of the user's folder of prompt lists, None where a suite needs none; they raise BadSuite.
 
     images: pictures of a prompt. side: in pixels. batch: prompts drawn together. lists, weights: files that are needed;
-    optional: those that are used where they are there. version: counts changes of what a number means.
+    optional: those that are used where they are there. version: counts changes of what a number means. notes: what
+    people should know who want to run it.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Suite:
     weights: tuple[JudgeFile, ...] = ()
     optional: tuple[JudgeFile, ...] = ()
     version: int = 1
+    notes: tuple[str, ...] = ()
 
     def missing(self, data: Path | None) -> list[str]:
         """A line for each file that is not there."""
