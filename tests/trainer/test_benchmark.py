@@ -217,6 +217,16 @@ def test_a_run_with_other_settings_is_refused_and_told(whole):
         do(whole.path, parse_methods([]), seed=1)
 
 
+def test_guidance_and_steps_can_be_said(whole, tmp_path, monkeypatch):
+    monkeypatch.setitem(plans.SUITES, "toy", replace(TINY, batch=BATCH))
+    arguments = parse(["benchmark", "run", "toy", "--cfg", "1", "--steps", "2", "--output", str(tmp_path)])
+    arguments.run(arguments)
+    (signature,) = json.loads((tmp_path / "table.json").read_text())["settings"]["signatures"]
+    assert signature == "toy|v1|base|toy|p5|n10|seed0|ddim/normal/2/1.0|reader"
+    with pytest.raises(OtherScale, match=r"run\.json: sampling"):
+        do(tmp_path, parse_methods([]))
+
+
 def test_another_file_of_the_same_name_is_refused(whole, files, tmp_path):
     shutil.copyfile(files / "m.safetensors", tmp_path / "g.safetensors")
     with pytest.raises(OtherScale, match=r"another method of this name .*files"):

@@ -24,6 +24,8 @@ def _plan(arguments: argparse.Namespace):
         "batch": arguments.batch,
         "smoke": arguments.smoke,
         "side": arguments.side,
+        "steps": arguments.steps,
+        "cfg": arguments.cfg,
     }
     return Plan(SUITES[arguments.suite], arguments.data, _base(arguments.base), **options)
 
@@ -141,6 +143,8 @@ def _add_suite(command: argparse.ArgumentParser, base: str) -> None:
     command.add_argument("--images", type=int, default=0, help="pictures of each prompt (default: the suite's number)")
     command.add_argument("--batch", type=int, default=0, help="prompts drawn together (default: the suite's number)")
     command.add_argument("--side", type=int, default=0, help="of the pictures, in pixels (default: the suite's)")
+    command.add_argument("--steps", type=int, default=0, help="of the sampler (default: the suite's)")
+    command.add_argument("--cfg", type=float, help="1 is without guidance (default: the suite's)")
     command.add_argument("--quick", action="store_true", help="every prompt once: the beginning of the full run")
     command.add_argument("--smoke", action="store_true", help="a few prompts once, to see that it works")
 

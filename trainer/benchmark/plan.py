@@ -1,6 +1,6 @@
 """All suites, and what is asked of one."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,10 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """images: of a prompt; batch, side: see Suite; 0 for the suite's. smoke: the first prompts of each task alone."""
+    """images: of a prompt; batch, side: see Suite; steps, cfg: see Sampling. 0 for the suite's, None for its cfg.
+
+    smoke: the first prompts of each task alone.
+    """
 
     suite: Suite
     data: Path | None
@@ -76,6 +79,15 @@ class Plan:
     batch: int = 0
     smoke: bool = False
     side: int = 0
+    cfg: float | None = None
+    steps: int = 0
+
+    @property
+    def sampling(self) -> Sampling:
+        """The suite's, but for what is said."""
+        of_suite = self.suite.sampling
+        cfg = of_suite.cfg if self.cfg is None else self.cfg
+        return replace(of_suite, cfg=cfg, steps=self.steps or of_suite.steps)
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -112,6 +124,6 @@ class Plan:
             "base": Path(self.base).name,
             "base digest": base_digest(Base(checkpoint=self.base)),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "sampling": asdict(suite.sampling),
+            "sampling": asdict(self.sampling),
             "side": self.side or suite.side,
         }

@@ -22,7 +22,7 @@ def drawers_of(plan: Plan, methods: Sequence[Method], rewards: dict[str, Path | 
     """Of each method. Raises MaskUNetError where a file does not fit the base."""
     base = load_base(Base(checkpoint=plan.base), plan.dtype)
     reward = load_rewards(rewards) if rewards else None
-    options = {"sampling": plan.suite.sampling, "side": plan.side or plan.suite.side, "seed": plan.seed}
+    options = {"sampling": plan.sampling, "side": plan.side or plan.suite.side, "seed": plan.seed}
     return [Drawer.of(method, base, reward, **options) for method in methods]
 
 
