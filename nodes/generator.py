@@ -55,7 +55,8 @@ class MaskUNetLoader(io.ComfyNode):
             display_name="MaskUNet Loader",
             category="MaskUNet/generator",
             description="Loads a mask generator that was trained with `python -m trainer`. The files lie in "
-            "models/maskunet. The file toy_shapes.safetensors comes with the extension, for the MaskUNet Toy Model.",
+            "models/maskunet. Two for the MaskUNet Toy Model come with the extension: toy_follows makes pictures "
+            "without guidance (CFG 1) follow the prompt more often, toy_shapes changes little.",
             search_aliases=["mask generator", "load maskunet", "mask unet checkpoint"],
             inputs=[
                 io.Combo.Input(

@@ -11,11 +11,14 @@ _BACKGROUND, _INK = (24, 24, 27), (244, 244, 245)
 def captioned(images: Tensor, lines: list[list[str]]) -> Tensor:
     """Pictures `[B, H, W, 3]` in [0, 1] with lines of text under each: `[B, H + strip, W', 3]`.
 
-    The text is as large as is readable at the picture's size, 14 pixels at least; pictures narrower than their text
-    get margins. All pictures of a batch stay one size.
+    The text is as large as is readable at the picture's size, 14 pixels at least. A line that is wider than the picture
+    is broken at its double spaces, and where that does not suffice the picture gets margins. All pictures of a batch stay
+    one size.
     """
     count, height, width = images.shape[:3]
     font = ImageFont.load_default(max(14, width // 28))
+    if any(font.getlength(line) > width for text in lines for line in text):
+        lines = [[part for line in text for part in line.split("  ")] for text in lines]
     ascent, descent = font.getmetrics()
     step, margin = round(1.25 * (ascent + descent)), ascent // 2
     text_width = max((int(np.ceil(font.getlength(line))) for text in lines for line in text), default=0)

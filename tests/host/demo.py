@@ -1,4 +1,4 @@
-"""`make demo`: a real ComfyUI draws prompts by its own sampler and by searches, and puts the pictures side by side.
+"""`make demo`: a real ComfyUI draws prompts by its own sampler, with a generator and by searches, side by side.
 
 Two ComfyUIs, where there are two cores: a toy's layers are too small for one of them to keep both busy.
 """
@@ -22,7 +22,7 @@ from trainer.host import PROJECT
 from .graph import load_workflow, titled, to_prompt
 from .server import FOLDER_NAME, Server, ServerError
 
-WORKFLOW = "reward_sampler"
+SEARCH, GENERATOR = "reward_sampler", "generator_off_and_on"
 OUTPUT = PROJECT / "output" / "demo"
 PROMPTS = (
     "a green circle and a large orange triangle",
@@ -36,8 +36,13 @@ PROMPTS = (
 SEED = 0
 SERVERS = 2
 PRESETS = ("fast", "quality")
-PLAIN, SEARCHED = "Save without a search", "Save with a search"
-PRICE = {"plain": "1 picture drawn", "fast": "costs 4 pictures", "quality": "costs 15 pictures"}
+PRICE = {
+    "CFG 1": "costs half of one",
+    "generator": "CFG 1, half of one",
+    "plain": "CFG 5, 1 picture",
+    "fast": "costs 4 pictures",
+    "quality": "costs 15 pictures",
+}
 RIGHT, WRONG, UNREAD = (34, 160, 80), (208, 60, 60), (150, 150, 150)
 
 
@@ -93,20 +98,30 @@ def contact_sheet(columns: list[tuple[str, dict[str, tuple[Image.Image, bool | N
     return sheet
 
 
-def draw_prompt(server: Server, graph: dict, text: str) -> dict[str, Image.Image]:
-    """The prompt's picture by the stock sampler and by each preset."""
-    found = {}
+def draw_graph(server: Server, graph: dict, text: str, saved: dict[str, str], **search: str) -> dict[str, Image.Image]:
+    """The first pictures of a graph by the titles of the nodes that save them, under the names that `saved` gives.
+
+    search: inputs of the reward sampler.
+    """
+    prompt = copy.deepcopy(graph)
+    titled(prompt, "Prompt")["text"] = text
+    for node in prompt.values():
+        inputs = node["inputs"]
+        inputs |= {"seed": SEED} if "seed" in inputs else {}
+        inputs |= {"batch_size": 1} if "batch_size" in inputs else {}
+        inputs |= {"prompt": text, **search} if node["class_type"] == "MaskUNetRewardSampler" else {}
+    outputs = server.run(prompt)
+    nodes = {value["_meta"]["title"]: key for key, value in prompt.items()}
+    # A server may leave out nodes that it need not run again.
+    return {way: fetch(server, outputs[nodes[title]])[0] for title, way in saved.items() if nodes[title] in outputs}
+
+
+def draw_prompt(server: Server, graphs: dict[str, dict], text: str) -> dict[str, Image.Image]:
+    """The prompt's picture in each way of PRICE."""
+    found = draw_graph(server, graphs[GENERATOR], text, {"Save without masks": "CFG 1", "Save with masks": "generator"})
     for preset in PRESETS:
-        prompt = copy.deepcopy(graph)
-        titled(prompt, "Prompt")["text"] = text
-        titled(prompt, "Two 64x64 pictures")["batch_size"] = 1
-        titled(prompt, "Sample without a search")["seed"] = SEED
-        titled(prompt, "Sample with a search").update(prompt=text, seed=SEED, preset=preset)
-        outputs = server.run(prompt)
-        for title, way in ((PLAIN, "plain"), (SEARCHED, preset)):
-            node = next(key for key, value in prompt.items() if value["_meta"]["title"] == title)
-            # A server gives the pictures of nodes that it need not run again, too.
-            found[way] = fetch(server, outputs[node])[0] if node in outputs else found[way]
+        saved = {"Save without a search": "plain", "Save with a search": preset}
+        found |= draw_graph(server, graphs[SEARCH], text, saved, preset=preset)
         print(f"  {preset:<8} {text}", flush=True)
     return found
 
@@ -125,13 +140,14 @@ def draw_all(folder_name: str, port: int | None, prompts: tuple[str, ...]) -> li
     def work(server_number: int) -> None:
         with Server(folder_name, port + server_number if port else None) as server:
             print(f"  running at {server.url} ({time.monotonic() - began:.0f} s)", flush=True)
-            graph = to_prompt(load_workflow(WORKFLOW), server.object_info())
+            info = server.object_info()
+            graphs = {name: to_prompt(load_workflow(name), info) for name in (SEARCH, GENERATOR)}
             while True:
                 try:
                     number, text = waiting.get_nowait()
                 except queue.Empty:
                     return
-                found[number] = draw_prompt(server, graph, text)
+                found[number] = draw_prompt(server, graphs, text)
 
     print("starting ComfyUI ...", flush=True)
     with ThreadPoolExecutor(count) as pool:

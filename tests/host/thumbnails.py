@@ -39,7 +39,7 @@ class Thumbnail:
     batch: int = 0
 
 
-_MASKS = (("all weights", "Save without masks"), ("masks chosen by a generator", "Save with masks"))
+_MASKS = (("all weights", "Save without masks"), ("with a generator's masks", "Save with masks"))
 _SEARCH = (("stock sampler", "Save without a search"), ("reward sampler", "Save with a search"))
 _BEST = (("six noises, the best framed", "Candidates"),)
 _RANDOM = (
@@ -194,8 +194,9 @@ def drawn(server: Server, name: str) -> dict[str, list[Image.Image]]:
 
 
 def toy_panels(server: Server) -> list[Panel]:
-    """What the toy model draws of TOY_PROMPTS, without masks."""
+    """What the toy model draws of TOY_PROMPTS, without masks, guided."""
     prompt, panels = to_prompt(load_workflow("generator_off_and_on"), server.object_info()), []
+    titled(prompt, "Sample without masks")["cfg"] = 5.0
     for text in TOY_PROMPTS:
         titled(prompt, "Prompt")["text"] = text
         node = next(key for key, value in prompt.items() if value["_meta"]["title"] == "Save without masks")

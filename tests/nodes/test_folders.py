@@ -21,7 +21,11 @@ def folders(extension, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "bundled"),
-    [("maskunet", {"toy_shapes.safetensors"}), ("maskunet_masks", {"toy_example.safetensors"}), ("reward", set())],
+    [
+        ("maskunet", {"toy_follows.safetensors", "toy_shapes.safetensors"}),
+        ("maskunet_masks", {"toy_example.safetensors"}),
+        ("reward", set()),
+    ],
 )
 def test_where_no_model_folder_can_be_made_the_bundled_files_are_still_listed(folders, monkeypatch, kind, bundled):
     """As where `models` is mounted read-only: the host would drop an extension that raises here."""

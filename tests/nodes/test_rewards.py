@@ -85,6 +85,7 @@ def test_scores_stand_under_the_pictures(nodes, height, width):
     assert 0.005 < ink.float().mean() < 0.3
     edges = ink[:, [0, -1]].any() | ink[:, :, [0, -1]].any()
     assert not edges, "the text touches the border"
+    assert sheet.shape[2] < 1.5 * width, "names and scores of small pictures stand in two lines"
     combined = run(nodes.MaskUNetRewardCombine, reward_a=reward, weight_a=1.0, reward_b=reward, weight_b=2.0)[0]
     _, taller, _ = scored(nodes, combined, images)
     assert taller.shape[1] - height > 2 * (sheet.shape[1] - height)

@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 
-from maskunet_core.toy.model import load_reader, read_weights
+from maskunet_core.files import checkpoint
+from maskunet_core.masks.sources import GeneratorMasks
+from maskunet_core.seam.attach import attach
+from maskunet_core.toy.model import WEIGHTS, load_reader, read_weights
 from tests.builders import trainer_command
 from trainer.base import load_toy_base, sample_pictures
 from trainer.seeds import seeded
 from trainer.toy.bodies import TRANSFORMER_CFG, TRANSFORMER_SCHEDULER
+from trainer.toy.held_out import TABLE, held_out_prompts
 from trainer.toy.judge import fully_right, read
 from trainer.toy.world import sample_captioned
 
@@ -30,6 +34,19 @@ def test_the_shipped_bases_draw_single_objects_as_well_as_their_scores_say(body,
     assert expected >= 0.9
     error = max((expected * (1 - expected) / len(singles)) ** 0.5, 0.02)
     assert abs(right.mean().item() - expected) < 3 * error
+
+
+def test_the_generator_that_learned_from_a_reward_makes_more_pictures_right_without_guidance():
+    """Of prompts and by a reader that its training never saw."""
+    base = load_toy_base()
+    generator = checkpoint.load(WEIGHTS.with_name("generators") / "toy_follows.safetensors").generator
+    captions = held_out_prompts(80, TABLE)
+    right = []
+    for model in (base.patcher, attach(base.patcher, GeneratorMasks(generator), 1.0, 0.0, 1.0)):
+        pictures = sample_pictures(base, model, [str(caption) for caption in captions], seed=0, steps=15, cfg=1.0)
+        right.append(fully_right(read(load_reader("reader_b"), pictures), captions).float())
+    gain = right[1] - right[0]
+    assert gain.mean() > 2 * gain.std() / len(gain) ** 0.5
 
 
 def test_the_toy_is_trained_by_one_command(tmp_path):
