@@ -9,7 +9,7 @@ from .inspect_masks import MaskUNetInspect
 from .masks import MaskUNetApplyMasks, MaskUNetLoadMasks, MaskUNetSaveMasks
 from .random_mask import MaskUNetRandomMask
 from .record_masks import MaskUNetMasksOfRun, MaskUNetRecordMasks
-from .reward_sampler import MaskUNetRewardSampler
+from .reward_sampler import MaskUNetRewardSampler, MaskUNetRewardSamplerCustom
 from .rewards import MaskUNetRewardCombine, MaskUNetRewardLoader, MaskUNetRewardScore
 from .toy import MaskUNetToyModel
 
@@ -24,6 +24,7 @@ class MaskUNetExtension(ComfyExtension):
             MaskUNetApply,
             MaskUNetRandomMask,
             MaskUNetRewardSampler,
+            MaskUNetRewardSamplerCustom,
             MaskUNetRewardLoader,
             MaskUNetRewardCombine,
             MaskUNetRewardScore,

@@ -12,8 +12,8 @@ def captioned(images: Tensor, lines: list[list[str]]) -> Tensor:
     """Pictures `[B, H, W, 3]` in [0, 1] with lines of text under each: `[B, H + strip, W', 3]`.
 
     The text is as large as is readable at the picture's size, 14 pixels at least. A line that is wider than the picture
-    is broken at its double spaces, and where that does not suffice the picture gets margins. All pictures of a batch stay
-    one size.
+    is broken at its double spaces, and where that does not suffice the picture gets margins. All pictures of a batch
+    stay one size.
     """
     count, height, width = images.shape[:3]
     font = ImageFont.load_default(max(14, width // 28))

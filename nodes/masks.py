@@ -34,29 +34,33 @@ def seeds_in_words(seeds: list[int]) -> str:
     return f"seeds {', '.join(map(str, seeds))} (image by image)"
 
 
-def not_by_seeds(sampler_name: str, latent_lr: float) -> str:
-    """Why the seeds and masks of a search do not draw its images again, and what does."""
+def not_by_seeds(sampler_name: str, latent_lr: float, drawer: str) -> str:
+    """Why the seeds and masks of a search do not draw its images again by `drawer`, and what does."""
+    drawer = drawer[0].upper() + drawer[1:]
     if latent_lr:
         return (
-            "KSampler draws other images from this, because latent_lr changed the noisy latents, which masks do not "
+            f"{drawer} draws other images from this, because latent_lr changed the noisy latents, which masks do not "
             "record. To have them again, save the latents, or search with latent_lr 0"
         )
     return (
-        f"KSampler draws other images from these seeds: the images were drawn as one batch, and {sampler_name} does "
+        f"{drawer} draws other images from these seeds: the images were drawn as one batch, and {sampler_name} does "
         "not draw each image of a batch for itself. To have them again, save the latents, or search with a batch of one"
     )
 
 
 def how_to_draw_again(record: dict[str, Any]) -> str | None:
-    """What KSampler needs beside the masks, by the record of a search; None where none tells."""
+    """What the stock sampler needs beside the masks, by the record of a search; None where none tells."""
     seeds = record.get("seeds")
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
         return None
+    drawer = str(_entry(record, "sampling", "drawn_by") or "KSampler")
     # Older files do not tell whether that is enough.
     if record.get("seeds_suffice", True):
-        return f"To draw this again, give KSampler {seeds_in_words(seeds)}"
+        return f"To draw this again, give {drawer} {seeds_in_words(seeds)}"
     sampler = _entry(record, "sampling", "sampler_name") or "the sampler"
-    return f"Found from {seeds_in_words(seeds)}. {not_by_seeds(sampler, _entry(record, 'settings', 'latent_lr'))}"
+    return (
+        f"Found from {seeds_in_words(seeds)}. {not_by_seeds(sampler, _entry(record, 'settings', 'latent_lr'), drawer)}"
+    )
 
 
 def _entry(record: dict[str, Any], part: str, name: str) -> Any:

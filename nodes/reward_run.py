@@ -3,14 +3,13 @@
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import comfy.model_management
 import comfy.sample
 import comfy.sampler_helpers
-import comfy.samplers
-import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -27,12 +26,12 @@ from ..maskunet_core.search.run import SearchResult, search_images, structure_fo
 from ..maskunet_core.search.sampling import loaded_with_room
 from ..maskunet_core.search.settings import SMALL_SIDE, SearchSettings
 from .candidate_sheet import candidate_sheets, small
+from .host_sampling import GuiderSampling, KSampling
 from .masks import not_by_seeds, seeds_in_words
 from .node_text import words_in_a_line
 from .sampler_trial import SamplerTrial
 from .search_progress import SearchProgress, numbers
 
-_SAMPLER = ("steps", "cfg", "sampler_name", "scheduler")
 _PEEK = "maskunet_peek"
 _ROUNDING = 1e-4
 """By how much of it a noise level may differ from the plan: some samplers reckon with logarithms."""
@@ -64,37 +63,35 @@ def _tidied(executor, *args: Any, **kwargs: Any) -> Tensor:
 class RewardRun:
     """Everything that a search needs from the host. Made and run outside of inference mode, under `no_grad`.
 
-    advice: a line for the person at the graph, told on the node with the result.
+    sampling: how the host draws the images. advice: a line for the person at the graph, told on the node with the
+    result.
 
-    After the run `seeds` tells for each image the seed of KSampler whose starting noise it was made from, and
-    `seeds_suffice` whether KSampler draws these images again, each with its seed and the masks. Images of unlike seeds
-    are drawn as one batch with the node's seed: some samplers draw noise of their own by it, or choose steps for all.
+    After the run `seeds` tells for each image the seed whose starting noise it was made from, and `seeds_suffice`
+    whether the stock sampler draws these images again, each with its seed and the masks. Images of unlike seeds are
+    drawn as one batch with the node's seed: some samplers draw noise of their own by it, or choose steps for all.
     """
 
     def __init__(
         self,
         *,
-        model: Any,
+        sampling: KSampling | GuiderSampling,
         vae: Any,
         gradient_vae: Any,
         reward: Any,
         watch: Any,
         prompt: str,
         latent: dict,
-        positive: Any,
-        negative: Any,
         settings: SearchSettings,
         targets: str,
         stop_by_watch: bool,
-        sampling: dict[str, Any],
         node_id: str,
         advice: str = "",
     ):
-        self.settings, self.sampling, self.targets, self.stop_by_watch = settings, sampling, targets, stop_by_watch
-        self.advice = advice
-        self.positive, self.negative, self.latent, self.vae = positive, negative, latent, vae
+        self.sampling, self.targets, self.stop_by_watch = sampling, targets, stop_by_watch
+        self.settings = settings if sampling.masks_one_branch else replace(settings, branches="both")
+        self.advice, self.vae = advice, vae
         # A search gives its masks itself, and may put together its latents from several runs.
-        self.model = without_recording(model)
+        self.model = without_recording(sampling.model)
         self.gradient_vae = gradient_vae or vae
         self.reward_patchers = [*reward.patchers(), *(watch.patchers() if watch else ())]
         helpers = [self.gradient_vae.patcher, *self.reward_patchers]
@@ -103,11 +100,12 @@ class RewardRun:
         # A host knows just those ratios that its own nodes put into a latent.
         ratios = {key: value for key, value in latent.items() if key.startswith("downscale_ratio_")}
         self.samples = comfy.sample.fix_empty_latent_channels(self.model, latent["samples"], **ratios)
+        self.latent = latent | {"samples": self.samples}
         self.bound: BoundReward = reward.reward.bind(prompt)
         watched = watch.reward.bind(prompt) if watch else None
         small = SMALL_SIDE if settings.small_decode else 0
         finish = self._finish() if "noise_mask" in latent else None
-        self.sigmas = self._sigmas()
+        self.sigmas = sampling.sigmas.tolist()
         self.steps = max(len(self.sigmas) - 1, 0)
         decode = self._decoder(settings.total_iterations(self.steps) > 0)
         # What refers to the run itself would outlive it until Python looks for circles.
@@ -126,14 +124,6 @@ class RewardRun:
             return latent_decoder(self.gradient_vae, latent_format)
         return pictures_by_host(self.gradient_vae, latent_format)
 
-    def _sigmas(self) -> list[float]:
-        """The noise levels between the sampler's steps, which for some schedulers are not as many as asked for."""
-        steps, sampler, scheduler, denoise = (
-            self.sampling[name] for name in ("steps", "sampler_name", "scheduler", "denoise")
-        )
-        options = {"sampler": sampler, "scheduler": scheduler, "denoise": denoise}
-        return comfy.samplers.KSampler(self.model, steps, self.model.load_device, **options).sigmas.tolist()
-
     def _inpainting_mask(self) -> Tensor:
         return comfy.sampler_helpers.prepare_mask(self.latent["noise_mask"], self.samples.shape, self.model.load_device)
 
@@ -143,19 +133,13 @@ class RewardRun:
         kept = self.model.model.process_latent_in(self.samples).to(mask)
         return lambda latents: latents * mask.to(latents) + kept.to(latents) * (1 - mask.to(latents))
 
-    def _seed(self, candidate: int) -> int:
-        return (self.sampling["seed"] + candidate) % (1 << 64)
-
     def _noise(self, candidate: int) -> Tensor:
-        return comfy.sample.prepare_noise(self.samples, self._seed(candidate), self.latent.get("batch_index"))
+        return self.sampling.noise(self.latent, candidate)
 
     def _sample(self, model: Any, noise: Tensor, candidate: int, callback: Any = None) -> Tensor:
-        # KSampler draws its noise just before it samples: other nodes that draw, too, go on from there.
+        # The host draws its noise just before it samples: other nodes that draw, too, go on from there.
         self._noise(candidate)
-        options = self.sampling | {"noise_mask": self.latent.get("noise_mask"), "seed": self._seed(candidate)}
-        options |= {"callback": callback or self.progress.step, "disable_pbar": not comfy.utils.PROGRESS_BAR_ENABLED}
-        settings = [options.pop(name) for name in _SAMPLER]
-        return comfy.sample.sample(model, noise, *settings, self.positive, self.negative, self.samples, **options)
+        return self.sampling.draw(model, noise, self.latent, candidate, callback or self.progress.step)
 
     def _peek(self, noise: Tensor, candidate: int, steps: int) -> Tensor:
         """The estimate of the clean latent after the first steps of the very run that would be drawn.
@@ -205,14 +189,15 @@ class RewardRun:
 
     def sheets(self, found: SearchResult) -> Tensor:
         """`[N, H, W, 3]`: the candidates of each image, with their scores."""
-        seeds = [self._seed(number) for number in range(len(self._pictures))]
+        seeds = [self.sampling.seed_of(number) for number in range(len(self._pictures))]
         return candidate_sheets(self._pictures, self.candidate_scores, seeds, found.candidates)
 
     # Before anything is sampled ---------------------------------------------------------------------------------
 
     def _trial(self) -> SamplerTrial:
         mask = self._inpainting_mask() if "noise_mask" in self.latent else None
-        return SamplerTrial(self.model, self.sampling, self.samples, mask)
+        sampling = self.sampling
+        return SamplerTrial(self.model, sampling.sampler, sampling.sigmas, self.samples, mask)
 
     def _require_possible(self) -> None:
         if self.model.get_additional_models_with_key("multigpu"):
@@ -222,7 +207,7 @@ class RewardRun:
             )
         if self.settings.latent_lr and not self._trial().takes_up_changes():
             raise MaskUNetError(
-                f"latent_lr changes the noisy latent, but {self.sampling['sampler_name']} does not go on from what was "
+                f"latent_lr changes the noisy latent, but {self.sampling.name} does not go on from what was "
                 "changed. Set latent_lr to 0, or choose a sampler that looks at each step once, such as euler or "
                 "dpmpp_2m."
             )
@@ -238,7 +223,7 @@ class RewardRun:
             masks = bytes_of_masks(structure, self.settings, computing)
             cells = self.samples.shape[2:].numel()
             blocks = bytes_of_blocks(self.model.model.diffusion_model, structure, cells, computing)
-            branches = 1 if self.settings.branches == "positive" or self.sampling["cfg"] == 1.0 else 2
+            branches = 1 if self.settings.branches == "positive" else self.sampling.branches
             room = room_for(masks, branches * blocks, self.gradient_vae, len(self.samples), decoded)
         found = search_images(
             model=self.model,
@@ -251,13 +236,13 @@ class RewardRun:
             steps=self.steps,
             candidate_done=self._candidate_done,
             targets=self.targets,
-            seed=self.sampling["seed"],
+            seed=self.sampling.seed,
             watch=self.watch,
             stop_by_watch=self.stop_by_watch,
             report=self.progress.look,
             room=room,
         )
-        self.seeds = [self._seed(int(candidate)) for candidate in found.candidates]
+        self.seeds = [self.sampling.seed_of(int(candidate)) for candidate in found.candidates]
         by_masks = not (self.settings.latent_lr and found.history)
         alike = bool(found.drawn_as_candidate.all())
         self.seeds_suffice = by_masks and (alike or self._trial().draws_each_alone())
@@ -276,6 +261,6 @@ class RewardRun:
         if found.scores is not None:
             told = seeds_in_words(self.seeds)
             if not self.seeds_suffice:
-                told += f". {not_by_seeds(self.sampling['sampler_name'], self.settings.latent_lr)}"
+                told += f". {not_by_seeds(self.sampling.name, self.settings.latent_lr, self.sampling.drawer)}"
             lines = f"reward {numbers(found.scores)}, {told}", words_in_a_line(self.bound), self.advice
             self.progress.tell("\n".join(filter(None, lines)))

@@ -122,42 +122,33 @@ def takes_up_changes(model: Any, sampler: Any, sigmas: Tensor) -> bool:
 class SamplerTrial:
     """Nothing is loaded and no conditioning is looked at: a trial takes milliseconds on the CPU.
 
-    model: the MODEL, for its noise levels. sampling: sampler_name, scheduler, steps and denoise, as KSampler has them.
+    model: the MODEL, for its noise levels. sampler: the host's object; sigmas: `[steps + 1]`, that it is run with.
     latents: `[N, C, h, w]`, of which images of a batch are drawn; mask: for inpainting, as the host prepares it. A
     sampler of another extension that needs more of its model than is here has none of the properties asked for.
     """
 
-    def __init__(self, model: Any, sampling: dict[str, Any], latents: Tensor, mask: Tensor | None = None):
-        self._model, self._sampling = model, sampling
+    def __init__(self, model: Any, sampler: Any, sigmas: Tensor, latents: Tensor, mask: Tensor | None = None):
+        self._model, self._sampler, self._sigmas = model, sampler, sigmas.cpu()
         self._latents = latents.detach().cpu().float()
         self._mask = None if mask is None else mask.cpu().float()
-
-    def _sampler(self) -> Any:
-        return comfy.samplers.sampler_object(self._sampling["sampler_name"])
-
-    def _sigmas(self, steps: int) -> Tensor:
-        options = {"scheduler": self._sampling["scheduler"], "denoise": self._sampling["denoise"]}
-        name = self._sampling["sampler_name"]
-        return comfy.samplers.KSampler(self._model, steps, torch.device("cpu"), sampler=name, **options).sigmas
 
     def _noise(self, seed: int) -> Tensor:
         return torch.randn(self._latents.shape, generator=torch.Generator().manual_seed(seed))
 
     def draws_each_alone(self) -> bool:
         """Whether an image of a batch depends on its own starting noise alone, not on the seed or on other images."""
-        sigmas = self._sigmas(self._sampling["steps"])
         one, other = self._noise(0), self._noise(1)
         other[0] = one[0]
 
         def first_image(noise: Tensor, seed: int) -> Tensor:
             start = noise, self._latents, self._mask
-            return _run(self._model, self._sampler(), sigmas, start, mixed, seed)[0][0]
+            return _run(self._model, self._sampler, self._sigmas, start, mixed, seed)[0][0]
 
         return _or_false(lambda: torch.equal(first_image(one, 0), first_image(other, 1)))
 
     def takes_up_changes(self) -> bool:
         """See the function of this name."""
-        return takes_up_changes(self._model, self._sampler(), self._sigmas(min(self._sampling["steps"], _STEPS)))
+        return takes_up_changes(self._model, self._sampler, self._sigmas)
 
 
 def _or_false(answer: Callable[[], bool]) -> bool:

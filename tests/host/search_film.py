@@ -71,7 +71,9 @@ class Filmed:
         }
         self.empty = torch.zeros(1, 4, 8, 8)
         self.run = node("reward_run").RewardRun(
-            model=self.model,
+            sampling=node("host_sampling").KSampling(
+                self.model, self.texts["positive"], self.texts["negative"], dict(SAMPLING)
+            ),
             vae=self.vae,
             gradient_vae=None,
             reward=rewards.MaskUNetRewardLoader.execute(rewards.TOY_REWARD, "auto", False).result[0],
@@ -81,9 +83,7 @@ class Filmed:
             settings=self.settings,
             targets="decoder attention",
             stop_by_watch=False,
-            sampling=dict(SAMPLING),
             node_id=None,
-            **self.texts,
         )
 
     def plain(self) -> Image.Image:

@@ -56,11 +56,11 @@ def made(scene, extension):
 
 
 @pytest.fixture
-def run_of(made):
+def run_of(made, extension):
     def run(sampler, **changes):
-        run = copy.copy(made)
-        run.sampling = made.sampling | {"sampler_name": sampler} | changes
-        run.sigmas = run._sigmas()
+        run, plan = copy.copy(made), made.sampling.record | {"sampler_name": sampler} | changes
+        run.sampling = extension("host_sampling").KSampling(made.model, *made.sampling._conditioning, plan)
+        run.sigmas = run.sampling.sigmas.tolist()
         run.steps = len(run.sigmas) - 1
         return run
 
@@ -307,20 +307,22 @@ def test_the_node_says_where_its_seeds_do_not_draw_the_images_again(scene, exten
 
 def test_a_trial_runs_no_network_and_looks_at_no_conditioning(scene, extension):
     model, levels = noting(scene.model)
-    sampling = {"sampler_name": "heun", "scheduler": "normal", "steps": 20, "denoise": 0.5}
-    trial = extension("sampler_trial").SamplerTrial(model, sampling, torch.zeros(3, 4, 8, 8))
+    sigmas = comfy.samplers.KSampler(model, 20, model.load_device, "heun", "normal", 0.5).sigmas
+    sampler = comfy.samplers.sampler_object("heun")
+    trial = extension("sampler_trial").SamplerTrial(model, sampler, sigmas, torch.zeros(3, 4, 8, 8))
     assert trial.draws_each_alone()
     assert not trial.takes_up_changes()
     assert not levels
 
 
-def test_a_sampler_that_cannot_be_tried_out_is_promised_nothing(scene, extension, monkeypatch):
+def test_a_sampler_that_cannot_be_tried_out_is_promised_nothing(scene, extension):
     def foreign(model, x, sigmas, extra_args, callback, disable):
         return x / model.inner_model.inner_model.what_only_it_knows
 
-    monkeypatch.setattr(comfy.samplers, "sampler_object", lambda name: comfy.samplers.KSAMPLER(foreign))
-    sampling = {"sampler_name": "euler", "scheduler": "normal", "steps": 4, "denoise": 1.0}
-    trial = extension("sampler_trial").SamplerTrial(scene.model, sampling, torch.zeros(2, 4, 8, 8))
+    sampler = comfy.samplers.KSAMPLER(foreign)
+    trial = extension("sampler_trial").SamplerTrial(
+        scene.model, sampler, torch.arange(4.0, -1, -1), torch.zeros(2, 4, 8, 8)
+    )
     assert not trial.draws_each_alone()
     assert not trial.takes_up_changes()
 
