@@ -15,7 +15,7 @@ from .folder import BadRun, MethodFolder, RunFolder
 from .real import read_real
 from .statistics import LEVEL, Estimate, chance, estimate, holm, in_words, mean_of_tasks, of_prompts
 
-FEATURES = "features"
+FEATURES, DISTANCE = "features", "Frechet distance"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def rows_of(found: Verdicts) -> list[dict[str, Any]]:
         real = read_real(found.run.real_file(judge))
         if real is not None and len(features) > 1:
             distance, influence = frechet_influence(torch.stack(list(features.values())), real)
-            row = {"method": found.method, "judge": judge, "measure": "Frechet distance"} | dict.fromkeys(tasks, "")
+            row = {"method": found.method, "judge": judge, "measure": DISTANCE} | dict.fromkeys(tasks, "")
             row["all"] = str(Estimate(distance, _error(influence), len(influence)))
             rows.append(row | {"prompts": len({prompt for prompt, _ in features}), "pictures": len(features)})
     return rows
@@ -119,7 +119,7 @@ def _distance_row(
     (distance, influence), (of_other, its_influence) = (frechet_influence(features, real) for features in sets)
     whole = Estimate(distance - of_other, _error(influence - its_influence), len(influence))
     p = float(2 * norm.sf(abs(whole.mean) / whole.error)) if whole.error else 1.0
-    return _names(mine, other, judge, "Frechet distance") | dict.fromkeys(tasks, "") | _told(whole, p)
+    return _names(mine, other, judge, DISTANCE) | dict.fromkeys(tasks, "") | _told(whole, p)
 
 
 def _names(mine: Verdicts, other: Verdicts, judge: str, measure: str) -> dict[str, Any]:
