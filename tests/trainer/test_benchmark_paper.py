@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from maskunet_core.files import checkpoint
-from maskunet_core.judges.frechet import Gaussian
 from maskunet_core.judges.pictures import levels
 from tests.builders import make_generator
 from trainer.__main__ import parse
@@ -17,6 +16,7 @@ from trainer.benchmark import paper, plan
 from trainer.benchmark.files import BadSuite
 from trainer.benchmark.folder import BadRun, RunFolder
 from trainer.benchmark.methods import parse_methods
+from trainer.benchmark.real import Real
 from trainer.benchmark.suites import Prompt
 
 TASKS = {"geneval": ("colors", "position"), "t2i-compbench": ("colour", "texture", "shape")}
@@ -31,9 +31,7 @@ class Brightness:
     def __init__(self, name: str, measure: str, scale: float = 1.0):
         self.name, self.measure, self.scale = name, measure, scale
         features = measure == "features"
-        self.real = (
-            Gaussian.of(scale * torch.rand(8, 3, generator=torch.Generator().manual_seed(1))) if features else None
-        )
+        self.real = Real.of(scale * torch.rand(8, 3, generator=torch.Generator().manual_seed(1))) if features else None
 
     def __call__(self, pictures, prompts):
         means = torch.stack([levels(picture).float().mean((1, 2)) / 255 for picture in pictures])

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..tables import write_table
+from .distances import FRECHET
 from .folder import BadRun, RunFolder
 from .methods import Method
-from .report import DISTANCE, write_report
+from .report import write_report
 
 NAME = "paper"
 SUITES = ("coco2014", "coco2017", "t2i-compbench", "geneval")
@@ -42,7 +43,7 @@ def _distances(suite: str, *values: float) -> list[Published]:
         "LoRA": "lora:.*",
         "MaskUNet": rf"generator:(?!.*{_ABLATION}).*",
     }
-    measure = ("fid-.*", DISTANCE)
+    measure = ("fid-.*", FRECHET)
     return [Published(1, suite, measure, *kind, {"all": value}) for kind, value in zip(kinds.items(), values)]
 
 
@@ -56,7 +57,7 @@ def _geneval(name: str, method: str, **values: float) -> Published:
 
 
 def _ablated(name: str, method: str, value: float) -> Published:
-    return Published(4, "coco2017", ("fid-.*", DISTANCE), name, method, {"all": value})
+    return Published(4, "coco2017", ("fid-.*", FRECHET), name, method, {"all": value})
 
 
 PUBLISHED = (
