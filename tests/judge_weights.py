@@ -57,6 +57,17 @@ def edges(height: int, width: int, _: int) -> Image.Image:
     return Image.fromarray(np.stack([levels, 255 - levels, np.roll(levels, 1, 0)], -1))
 
 
+def features(
+    n: int, d: int, seed: int, mean: float = 0.0, scale: float = 1.0, decay: float = 0.0, rank: int = 0
+) -> Tensor:
+    """`[n, d]` in float64: the sets that distances were told of, with a spectrum that decays."""
+    stream = np.random.Generator(np.random.Philox(seed))
+    x = stream.standard_normal((n, rank or d))
+    if rank:
+        x = x @ stream.standard_normal((rank, d)) / np.sqrt(rank)
+    return torch.from_numpy(x * scale * np.exp(-decay * np.arange(d) / d) + mean)
+
+
 def inception_weights(convolutions: Mapping[str, list[int]], narrower: int = 1) -> dict[str, Tensor]:
     """Of Inception's layout. narrower: by what all widths are divided."""
     layout: dict[str, list[int]] = {"fc.bias": [1008], "fc.weight": [1008, 2048 // narrower]}

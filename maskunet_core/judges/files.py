@@ -76,8 +76,8 @@ def _holds_blip_vqa(tensors: Mapping[str, Tensor]) -> bool:
     return answers and positions is not None and positions.shape[1:2] == (30 * 30 + 1,)
 
 
-def _holds_clip(width: int, patch: int) -> Callable[[Mapping[str, Tensor]], bool]:
-    """With both towers, for pictures of 224x224."""
+def _holds_clip(width: int, patch: int, side: int) -> Callable[[Mapping[str, Tensor]], bool]:
+    """With both towers, for pictures of `side` pixels."""
 
     def holds(tensors: Mapping[str, Tensor]) -> bool:
         tensors = to_openclip(tensors)
@@ -85,14 +85,14 @@ def _holds_clip(width: int, patch: int) -> Callable[[Mapping[str, Tensor]], bool
         if not all(name in tensors and tensors[name].ndim in (2, 4) for name in names):
             return False
         shape = tensors["visual.conv1.weight"].shape
-        return (shape[0], shape[-1], picture_side(tensors)) == (width, patch, 224)
+        return (shape[0], shape[-1], picture_side(tensors)) == (width, patch, side)
 
     return holds
 
 
-def _clip(model: str, size: str, width: int, patch: int) -> JudgeFile:
+def _clip(model: str, size: str, width: int, patch: int, side: int = 224) -> JudgeFile:
     address = f"https://huggingface.co/openai/{model}"
-    return JudgeFile(f"model.safetensors of openai/{model}", address, size, _holds_clip(width, patch), _read_clip)
+    return JudgeFile(f"model.safetensors of openai/{model}", address, size, _holds_clip(width, patch, side), _read_clip)
 
 
 DETECTOR = JudgeFile(
@@ -110,6 +110,7 @@ INCEPTION = JudgeFile(
     _read_inception,
 )
 CLIP_L = _clip("clip-vit-large-patch14", "1.71 GB", 1024, 14)
+CLIP_L336 = _clip("clip-vit-large-patch14-336", "1.71 GB", 1024, 14, 336)
 CLIP_B16 = _clip("clip-vit-base-patch16", "0.6 GB", 768, 16)
 CLIP_B32 = _clip("clip-vit-base-patch32", "0.6 GB", 768, 32)
 BLIP_VQA = JudgeFile(

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..rewards.layers import fill
-from .pictures import levels, square
+from .pictures import central_square, levels, square
 
 SIDE = 299
 _STEM = ("Conv2d_1a_3x3/2 Conv2d_2a_3x3/1 Conv2d_2b_3x3 max/2 Conv2d_3b_1x1 Conv2d_4a_3x3/1 max/2",)
@@ -154,11 +154,7 @@ def _as_tensorflow_1(picture: Image.Image) -> Tensor:
 
 def _central_square(picture: Image.Image) -> Tensor:
     """The central square, bicubic, rounded to grey levels."""
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    picture = picture.convert("RGB").crop((left, top, left + side, top + side))
-    return 2 * (levels(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).float() / 255) - 1
+    return 2 * (levels(central_square(picture, SIDE)).float() / 255) - 1
 
 
 def _small(picture: Image.Image) -> Image.Image:

@@ -11,6 +11,15 @@ def levels(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0)
 
 
+def central_square(picture: Image.Image, side: int) -> Image.Image:
+    """The central square, then bicubic to `side`."""
+    width, height = picture.size
+    short = min(width, height)
+    left, top = (width - short) // 2, (height - short) // 2
+    picture = picture.convert("RGB").crop((left, top, left + short, top + short))
+    return picture.resize((side, side), Image.Resampling.BICUBIC)
+
+
 def square(picture: Image.Image, side: int) -> Image.Image:
     """Short side to `side` (bicubic), then the central square: as CLIP sees a picture."""
     width, height = picture.size

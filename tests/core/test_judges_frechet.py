@@ -5,20 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from maskunet_core.judges.frechet import Gaussian, frechet_distance, frechet_influence
+from tests.judge_weights import features
 
 GOLDEN = json.loads(Path(__file__).with_name("judges").joinpath("distances.json").read_text(encoding="utf-8"))
-
-
-def features(n: int, d: int, seed: int, mean: float = 0.0, scale: float = 1.0, decay: float = 0.0, rank: int = 0):
-    """The golden file's sets: of numpy's Philox, with a spectrum that decays."""
-    stream = np.random.Generator(np.random.Philox(seed))
-    x = stream.standard_normal((n, rank or d))
-    if rank:
-        x = x @ stream.standard_normal((rank, d)) / np.sqrt(rank)
-    return torch.from_numpy(x * scale * np.exp(-decay * np.arange(d) / d) + mean)
 
 
 @pytest.mark.parametrize("case", GOLDEN["frechet"], ids=lambda case: case["name"])

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from maskunet_core.judges.clip import embedded
 from maskunet_core.judges.frechet import Gaussian, frechet_distance
 from maskunet_core.judges.inception import PROTOCOLS
-from tests.judge_weights import blobs, inception_weights
+from maskunet_core.judges.kernel import cmmd, kid
+from maskunet_core.judges.pictures import central_square
+from maskunet_core.rewards.clip import ClipReward
+from maskunet_core.rewards.clip_layout import ClipLayout
+from tests.judge_weights import blobs, inception_weights, weights
 from trainer.__main__ import parse
 from trainer.benchmark import coco, files, plan
 from trainer.benchmark.files import BadSuite
@@ -18,7 +23,7 @@ from trainer.benchmark.folder import RunFolder
 from trainer.benchmark.real import read_real
 from trainer.benchmark.report import Verdicts, rows_of
 
-GOLDEN = Path(__file__).parent.parent / "core" / "judges" / "inception.json"
+GOLDEN = Path(__file__).parent.parent / "core" / "judges"
 ANNOTATIONS = [
     {"image_id": 7, "caption": "a red circle\n"},
     {"image_id": 3, "caption": " a blue  square "},
@@ -34,12 +39,21 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+def _tiny_clip(path: Path) -> ClipReward:
+    two_heads = ClipLayout(quick=True, image_heads=2, text_heads=2)
+    return ClipReward.from_tensors("clip", load_file(path), torch.float32, scaled=False, layout=two_heads)
+
+
 @pytest.fixture
 def judges_folder(tmp_path, monkeypatch) -> Path:
-    """The only place where judges lie, with a narrow Inception in the published layout."""
-    convolutions = json.loads(GOLDEN.read_text(encoding="utf-8"))["convolutions"]
-    save_file(inception_weights(convolutions, narrower=16), tmp_path / "inception.safetensors")
-    monkeypatch.setattr(files, "_in_host", lambda: [tmp_path / "inception.safetensors"])
+    """The only place where judges lie, with a narrow Inception in the published layout and a tiny CLIP."""
+    inception, clip = (json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("inception", "geneval_colour"))
+    judges = [tmp_path / "inception.safetensors", tmp_path / "clip.safetensors"]
+    save_file(inception_weights(inception["convolutions"], narrower=16), judges[0])
+    save_file(weights(clip["layout"], 21), judges[1])
+    tiny = replace(coco.CLIP_L336, holds=lambda tensors: "visual.proj" in tensors, read=_tiny_clip)
+    monkeypatch.setattr(coco, "CLIP_L336", tiny)
+    monkeypatch.setattr(files, "_in_host", lambda: judges)
     monkeypatch.setattr(coco, "REFERENCES", tmp_path / "reference")
     return tmp_path
 
@@ -71,7 +85,7 @@ def test_distances_by_every_protocol_stand_side_by_side(data, judges_folder, mon
     run("reference", "coco2017", str(real))
     run("reference", "coco2017", str(real))
     assert "is there already" in capsys.readouterr().out
-    assert read_real(coco.reference_file("coco2017", "clean")).count == 4
+    assert read_real(coco.reference_file("coco2017", "clean")).gaussian.count == 4
 
     sampling = replace(plan.OF_THE_PAPERS_COCO, steps=2)
     monkeypatch.setitem(plan.SUITES, "coco2017", replace(plan.SUITES["coco2017"], sampling=sampling, side=64))
@@ -79,12 +93,19 @@ def test_distances_by_every_protocol_stand_side_by_side(data, judges_folder, mon
     run("run", "coco2017", "--data", str(data), "--output", str(output))
     folder = RunFolder(output)
     method = folder.methods()[0]
-    rows = {row["judge"]: row for row in rows_of(Verdicts.of(folder, method))}
-    assert rows.keys() == {f"fid-{name}" for name in PROTOCOLS}
+    rows = {(row["judge"], row["measure"]): row for row in rows_of(Verdicts.of(folder, method))}
+    of_inception = {(f"fid-{name}", measure) for name in PROTOCOLS for measure in ("Frechet distance", "KID x 1000")}
+    assert rows.keys() == of_inception | {("cmmd", "CMMD")}
     inception, _ = files.loaded(coco.INCEPTION)
     of_reals = coco.features(inception, PROTOCOLS["clean"].real, pictures)
     drawn = [method.pictures(unit)[n] for unit in folder.units() for n in range(len(unit.pairs))]
     of_drawn = coco.features(inception, PROTOCOLS["clean"].drawn, drawn)
-    expected = frechet_distance(of_drawn, Gaussian.of(of_reals))
-    assert float(rows["fid-clean"]["all"].split(" ")[0]) == pytest.approx(expected, abs=2e-3)
-    assert torch.isfinite(torch.tensor(expected))
+    of_clip = [embedded(_tiny_clip(judges_folder / "clip.safetensors"), x, central_square) for x in (drawn, pictures)]
+    expected = {
+        ("fid-clean", "Frechet distance"): frechet_distance(of_drawn, Gaussian.of(of_reals)),
+        ("fid-clean", "KID x 1000"): 1000 * kid(of_drawn, of_reals)[0],
+        ("cmmd", "CMMD"): 1000 * cmmd(*of_clip)[0],
+    }
+    found = {key: float(rows[key]["all"].split(" ")[0]) for key in expected}
+    assert found == pytest.approx(expected, abs=2e-3)
+    assert all(torch.tensor(list(expected.values())).abs() > 1e-2)

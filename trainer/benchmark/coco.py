@@ -1,7 +1,7 @@
 """The suites `coco2014` and `coco2017`: captions of COCO's pictures, and the Frechet distance to these."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,18 +10,22 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from maskunet_core.judges.files import CLIP_B16, CLIP_B32, CLIP_L, INCEPTION
-from maskunet_core.judges.frechet import Gaussian
+from maskunet_core.judges.clip import embedded
+from maskunet_core.judges.files import CLIP_B16, CLIP_B32, CLIP_L, CLIP_L336, INCEPTION
 from maskunet_core.judges.inception import PROTOCOLS, Inception, Prepare, Protocol
+from maskunet_core.judges.pictures import central_square
+from maskunet_core.rewards.clip import ClipReward
 
 from .clip_score import ClipScore
 from .files import BadSuite, PromptList, find, loaded
-from .real import read_real, write_real
+from .real import Real, read_real, write_real
 from .suites import PictureJudge, Prompt
 
 REFERENCES = Path("output/benchmark/reference")
 CLIPS = {"clip-b32": CLIP_B32, "clip-b16": CLIP_B16, "clip-l14": CLIP_L}
 """Nobody says by which of them the paper scored."""
+CMMD = "cmmd"
+OPTIONAL = (*CLIPS.values(), CLIP_L336)
 _ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 _BATCH = 16
 
@@ -44,7 +48,7 @@ def prompts(year: int, count: int, data: Path | None) -> list[Prompt]:
 
 
 def judges(suite: str, data: Path | None) -> list[PictureJudge]:
-    """Frechet distances by every protocol that has a reference, and scores of each CLIP that is there."""
+    """Distances by every protocol that has a reference, and scores of each CLIP that is there."""
     inception, digest = loaded(INCEPTION)
     found: list[PictureJudge] = []
     for name, protocol in PROTOCOLS.items():
@@ -53,6 +57,9 @@ def judges(suite: str, data: Path | None) -> list[PictureJudge]:
             found.append(FrechetJudge(f"fid-{name}", protocol, inception, digest, real))
     if not found:
         raise BadSuite(f"There are no statistics of the real pictures: make them once by `reference {suite} FOLDER`.")
+    real = read_real(reference_file(suite, CMMD))
+    if real is not None and find(CLIP_L336) is not None:
+        found.append(CmmdJudge(*loaded(CLIP_L336), real))
     for name, clip in CLIPS.items():
         if find(clip) is not None:
             found.append(ClipScore(name, *loaded(clip)))
@@ -67,12 +74,25 @@ def of_year(year: int, count: int) -> tuple:
 class FrechetJudge:
     """Inception's features of each picture. real: those of COCO's own."""
 
-    def __init__(self, name: str, protocol: Protocol, inception: Inception, digest: str, real: Gaussian):
+    def __init__(self, name: str, protocol: Protocol, inception: Inception, digest: str, real: Real):
         self.name, self.protocol, self.inception, self.real = name, protocol, inception, real
-        self.record = {"inception": digest, "version": 1, "real pictures": real.count}
+        self.record = {"inception": digest, "version": 1, "real pictures": real.gaussian.count}
 
     def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         return {"features": features(self.inception, self.protocol.drawn, pictures)}
+
+
+class CmmdJudge:
+    """CLIP's embedding of each picture. real: those of COCO's own."""
+
+    name = CMMD
+
+    def __init__(self, clip: ClipReward, digest: str, real: Real):
+        self.clip, self.real = clip, real
+        self.record = {"clip": digest, "version": 1, "real pictures": real.gaussian.count}
+
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        return {"embedding": embedded(self.clip, pictures, central_square)}
 
 
 @torch.no_grad()
@@ -94,15 +114,23 @@ def make_references(suite: str, folder: Path) -> Iterator[str]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS)
     if len(files) < 2:
         raise BadSuite(f"'{folder}' holds no pictures: name the folder of COCO's own, such as val2017.")
-    inception, _ = loaded(INCEPTION)
-    for name, protocol in PROTOCOLS.items():
+    for name, of_pictures in _seen_by():
         path = reference_file(suite, name)
         if path.is_file():
             yield f"{path} is there already"
             continue
         parts = []
         for start in tqdm(range(0, len(files), _BATCH), desc=name, mininterval=1):
-            pictures = [Image.open(file).convert("RGB") for file in files[start : start + _BATCH]]
-            parts.append(features(inception, protocol.real, pictures))
-        write_real(path, Gaussian.of(torch.cat(parts)))
+            parts.append(of_pictures([Image.open(file).convert("RGB") for file in files[start : start + _BATCH]]))
+        write_real(path, Real.of(torch.cat(parts)))
         yield f"wrote {path}: {len(files)} pictures"
+
+
+def _seen_by() -> Iterator[tuple[str, Callable[[Sequence[Image.Image]], Tensor]]]:
+    """What makes features of real pictures, by the name of its reference."""
+    inception, _ = loaded(INCEPTION)
+    for name, protocol in PROTOCOLS.items():
+        yield name, partial(features, inception, protocol.real)
+    if find(CLIP_L336) is not None:
+        clip, _ = loaded(CLIP_L336)
+        yield CMMD, partial(embedded, clip, framed=central_square)

@@ -11,10 +11,11 @@ from ..host import enter_host
 
 OUTPUT = Path("output/benchmark")
 SUITE_NAMES = ("toy", "geneval", "t2i-compbench", "coco2014", "coco2017")
+PAPER = "paper"
 LAYOUT_NAMES = ("flat", "geneval", "t2i-compbench")
 
 
-def _plan(arguments: argparse.Namespace):
+def _plan(arguments: argparse.Namespace, suite: str):
     from .plan import SUITES, Plan
 
     images = 1 if arguments.quick or arguments.smoke else arguments.images
@@ -27,11 +28,38 @@ def _plan(arguments: argparse.Namespace):
         "steps": arguments.steps,
         "cfg": arguments.cfg,
     }
-    return Plan(SUITES[arguments.suite], arguments.data, _base(arguments.base), **options)
+    return Plan(SUITES[suite], arguments.data, _base(arguments.base), **options)
 
 
 def _base(name: str) -> str:
     return TOY if name == TOY else str(user_path(name))
+
+
+def _parts(arguments: argparse.Namespace) -> list[tuple]:
+    """Plan, methods and folder of a suite, or of each of those that the paper's tables are of."""
+    from . import paper
+    from .methods import parse_methods
+
+    methods, output = parse_methods(arguments.method), _output(arguments)
+    if arguments.suite != PAPER:
+        return [(_plan(arguments, arguments.suite), methods, output)]
+    return [(_plan(arguments, suite), paper.methods_of(suite, methods), output / suite) for suite in paper.SUITES]
+
+
+def _report(folder: Path) -> str:
+    from .folder import RunFolder
+    from .paper import runs_in, write_paper_report
+    from .report import write_report
+
+    return write_paper_report(folder) if runs_in(folder) else write_report(RunFolder(folder))
+
+
+def _runs(folder: Path) -> dict:
+    """The run in a folder, or those of the paper's suites, by suite."""
+    from .folder import RunFolder
+    from .paper import runs_in
+
+    return runs_in(folder) or {"": RunFolder(folder)}
 
 
 def _output(arguments: argparse.Namespace) -> Path:
@@ -43,30 +71,28 @@ def _output(arguments: argparse.Namespace) -> Path:
 def check(arguments: argparse.Namespace) -> None:
     enter_host(cpu=arguments.base == TOY)
     from .check import check
-    from .methods import parse_methods
 
-    print("\n".join(check(_plan(arguments), parse_methods(arguments.method), arguments.reward)))
+    for plan, methods, _ in _parts(arguments):
+        print("\n".join([f"{plan.suite.name}:", *check(plan, methods, arguments.reward)]))
 
 
 def run(arguments: argparse.Namespace) -> None:
     enter_host(cpu=arguments.base == TOY)
-    from .folder import RunFolder, Share
-    from .methods import parse_methods
-    from .report import write_report
-    from .run import draw, judge
+    from .folder import Share
+    from .run import run_suite
 
-    plan, methods = _plan(arguments), parse_methods(arguments.method)
-    folder, share = RunFolder(_output(arguments)), Share.parse(arguments.part)
-    # All judges first: hours of drawing are of no use without them.
-    judges = plan.suite.judges(plan.data)
-    folder.claim(plan.settings(), plan.prompts)
-    with folder.working(share):
-        draw(plan, methods, arguments.reward, folder, share)
-        judge(folder, judges, share.of(plan.units))
+    parts, share = _parts(arguments), Share.parse(arguments.part)
+    if len(parts) > 1:
+        # Days of drawing are of no use without them. Not kept: together they are too large for a card.
+        for plan, *_ in parts:
+            plan.suite.judges(plan.data)
+    for plan, methods, output in parts:
+        run_suite(plan, methods, arguments.reward, output, share)
+    output = _output(arguments)
     if share.count == 1:
-        print(write_report(folder))
+        print(_report(output))
     else:
-        print(f"part {share.part} of {share.count} is done; `report {folder.path}` makes the table of what is there")
+        print(f"part {share.part} of {share.count} is done; `report {output}` makes the table of what is there")
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -76,7 +102,7 @@ def score(arguments: argparse.Namespace) -> None:
     from .report import write_report
     from .run import import_pictures, judge
 
-    plan, folder = _plan(arguments), RunFolder(_output(arguments))
+    plan, folder = _plan(arguments, arguments.suite), RunFolder(_output(arguments))
     judges = plan.suite.judges(plan.data)
     folder.claim(plan.settings(drawn=False), plan.prompts)
     with folder.working(Share()):
@@ -88,10 +114,7 @@ def score(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     enter_host(cpu=True)
-    from .folder import RunFolder
-    from .report import write_report
-
-    print(write_report(RunFolder(arguments.run_folder)))
+    print(_report(arguments.run_folder))
 
 
 def reference(arguments: argparse.Namespace) -> None:
@@ -104,20 +127,26 @@ def reference(arguments: argparse.Namespace) -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     enter_host(cpu=True)
-    from .folder import RunFolder
     from .report import compare
 
-    print(compare(RunFolder(arguments.first), RunFolder(arguments.second), arguments.methods or ()))
+    first, second = _runs(arguments.first), _runs(arguments.second)
+    both = [suite for suite in first if suite in second]
+    if not both:
+        raise MaskUNetError(f"'{arguments.first}' and '{arguments.second}' are runs of different suites.")
+    for suite in both:
+        print(compare(first[suite], second[suite], arguments.methods or ()))
 
 
 def merge(arguments: argparse.Namespace) -> None:
     enter_host(cpu=True)
-    from .folder import RunFolder, merge
-    from .report import write_report
+    from .folder import merge
 
-    into, *others = (RunFolder(path) for path in arguments.folders)
-    print(f"{merge(into, others)} files copied into {into.path}")
-    print(write_report(into))
+    into, *others = arguments.folders
+    parts = [_runs(path) for path in others]
+    for suite, run in _runs(into).items():
+        copied = merge(run, [runs[suite] for runs in parts if suite in runs])
+        print(f"{copied} files copied into {run.path}")
+    print(_report(into))
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -134,8 +163,8 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"wrote {count} pictures to {arguments.output}")
 
 
-def _add_suite(command: argparse.ArgumentParser, base: str) -> None:
-    command.add_argument("suite", choices=SUITE_NAMES)
+def _add_suite(command: argparse.ArgumentParser, base: str, suites: tuple[str, ...] = (*SUITE_NAMES, PAPER)) -> None:
+    command.add_argument("suite", choices=suites)
     command.add_argument("--data", type=user_path, help="folder with the suite's prompt lists; `check` names them")
     command.add_argument("--base", default=base, help='a checkpoint file, or "toy"')
     command.add_argument("--output", type=user_path, help=f"the run's folder (default: {OUTPUT}/SUITE)")
@@ -179,7 +208,7 @@ def add_benchmark(commands: argparse._SubParsersAction) -> None:
 
     command = actions.add_parser("score", help="judge pictures that others drew")
     command.add_argument("pictures", type=user_path, help="their folder")
-    _add_suite(command, "")
+    _add_suite(command, "", SUITE_NAMES)
     command.add_argument("--layout", default="flat", choices=LAYOUT_NAMES, help="of the folder")
     command.add_argument("--name", default="", help="of what drew them (default: the folder's name)")
     command.set_defaults(run=score)

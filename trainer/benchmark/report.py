@@ -1,33 +1,30 @@
 """Tables of a run: each method's scores with their errors, and paired differences between methods."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskunet_core.judges.frechet import Gaussian, frechet_influence
-
 from ..tables import to_markdown, write_table
+from .distances import COLUMNS, DISTANCES, Distance
 from .drawing import Pair
 from .folder import BadRun, MethodFolder, RunFolder
-from .real import read_real
+from .real import Real, read_real
 from .statistics import LEVEL, Estimate, chance, estimate, holm, in_words, mean_of_tasks, of_prompts
-
-FEATURES = "features"
 
 
 @dataclass(frozen=True)
 class Verdicts:
     """What the judges said of one method. scores: `[P, I]` by (judge, measure), NaN where a picture was not judged.
-    features: by judge and picture.
+    features: by (judge, column) and picture.
     """
 
     run: RunFolder
     method: str
     scores: dict[tuple[str, str], Tensor]
-    features: dict[str, dict[Pair, Tensor]]
+    features: dict[tuple[str, str], dict[Pair, Tensor]]
 
     @classmethod
     def of(cls, run: RunFolder, method: MethodFolder) -> "Verdicts":
@@ -36,8 +33,8 @@ class Verdicts:
         for judge in method.judges():
             rows = method.rows(judge, units)
             for measure, value in next(iter(rows.values()), {}).items():
-                if measure == FEATURES:
-                    features[judge] = {pair: row[FEATURES] for pair, row in rows.items()}
+                if measure in COLUMNS:
+                    features[judge, measure] = {pair: row[measure] for pair, row in rows.items()}
                 elif value.ndim == 0:
                     scores[judge, measure] = _table(rows, measure, prompts)
         return cls(run, method.name, scores, features)
@@ -67,14 +64,21 @@ def rows_of(found: Verdicts) -> list[dict[str, Any]]:
         row |= {task: str(estimate(means[of_task])) for task, of_task in tasks.items()}
         row["all"] = str(mean_of_tasks(means, list(tasks.values())))
         rows.append(row | {"prompts": int(means.isfinite().sum()), "pictures": int(values.isfinite().sum())})
-    for judge, features in found.features.items():
-        real = read_real(found.run.real_file(judge))
-        if real is not None and len(features) > 1:
-            distance, influence = frechet_influence(torch.stack(list(features.values())), real)
-            row = {"method": found.method, "judge": judge, "measure": "Frechet distance"} | dict.fromkeys(tasks, "")
-            row["all"] = str(Estimate(distance, _error(influence), len(influence)))
-            rows.append(row | {"prompts": len({prompt for prompt, _ in features}), "pictures": len(features)})
+    for judge, distance, features, real in _distances(found):
+        value, influence = distance.influence(torch.stack(list(features.values())), real)
+        row = {"method": found.method, "judge": judge, "measure": distance.name} | dict.fromkeys(tasks, "")
+        row["all"] = str(Estimate(value, _error(influence), len(influence)))
+        rows.append(row | {"prompts": len({prompt for prompt, _ in features}), "pictures": len(influence)})
     return rows
+
+
+def _distances(found: Verdicts) -> Iterator[tuple[str, Distance, dict[Pair, Tensor], Real]]:
+    """Judge, distance, features of two pictures at least, and what they are held against."""
+    for (judge, column), features in found.features.items():
+        real = read_real(found.run.real_file(judge))
+        for distance in DISTANCES:
+            if distance.column == column and distance.can_tell(real) and len(features) > 1:
+                yield judge, distance, features, real
 
 
 def _error(influence: Tensor) -> float:
@@ -90,12 +94,12 @@ def differences(mine: Verdicts, other: Verdicts) -> list[dict[str, Any]]:
             images = min(values.shape[1], other.scores[key].shape[1])
             change = of_prompts(values[:, :images] - other.scores[key][:, :images])
             rows.append(_difference_row(mine, other, key, change, tasks))
-    for judge, features in mine.features.items():
-        both = [pair for pair in features if pair in other.features.get(judge, {})]
-        real = read_real(mine.run.real_file(judge))
-        if real is not None and len(both) > 1:
-            sets = [torch.stack([one.features[judge][pair] for pair in both]) for one in (mine, other)]
-            rows.append(_distance_row(mine, other, judge, sets, real, tasks))
+    for judge, distance, features, real in _distances(mine):
+        of_other = other.features.get((judge, distance.column), {})
+        both = [pair for pair in features if pair in of_other]
+        if len(both) > 1:
+            told = [distance.influence(torch.stack([one[pair] for pair in both]), real) for one in (features, of_other)]
+            rows.append(_names(mine, other, judge, distance.name) | dict.fromkeys(tasks, "") | _of_distances(*told))
     return rows
 
 
@@ -110,16 +114,14 @@ def _difference_row(
     return row | _told(whole, p)
 
 
-def _distance_row(
-    mine: Verdicts, other: Verdicts, judge: str, sets: list[Tensor], real: Gaussian, tasks: dict[str, Tensor]
-) -> dict[str, Any]:
-    """Of Frechet distances: paired picture by picture, through their influence."""
+def _of_distances(mine: tuple[float, Tensor], other: tuple[float, Tensor]) -> dict[str, Any]:
+    """The difference of two distances with their influences, paired picture by picture."""
     from scipy.stats import norm
 
-    (distance, influence), (of_other, its_influence) = (frechet_influence(features, real) for features in sets)
-    whole = Estimate(distance - of_other, _error(influence - its_influence), len(influence))
+    influence = mine[1] - other[1]
+    whole = Estimate(mine[0] - other[0], _error(influence), len(influence))
     p = float(2 * norm.sf(abs(whole.mean) / whole.error)) if whole.error else 1.0
-    return _names(mine, other, judge, "Frechet distance") | dict.fromkeys(tasks, "") | _told(whole, p)
+    return _told(whole, p)
 
 
 def _names(mine: Verdicts, other: Verdicts, judge: str, measure: str) -> dict[str, Any]:
@@ -140,7 +142,7 @@ def signature(run: RunFolder, found: Verdicts) -> str:
     settings, sampling = run.settings, run.settings["sampling"]
     pictures = max((int(values.isfinite().sum()) for values in found.scores.values()), default=0)
     how = "/".join(str(sampling[key]) for key in ("sampler", "scheduler", "steps", "cfg")) if sampling else "imported"
-    judges = "|".join(sorted({judge for judge, _ in found.scores} | found.features.keys()))
+    judges = "|".join(sorted({judge for judge, _ in [*found.scores, *found.features]}))
     parts = (settings["suite"], f"v{settings['version']}", found.method, settings["base"], f"p{len(run.prompts)}")
     return "|".join([*parts, f"n{pictures}", f"seed{settings['seed']}", how, judges])
 

@@ -21,9 +21,20 @@ from .suites import PictureJudge, Prompt
 def drawers_of(plan: Plan, methods: Sequence[Method], rewards: dict[str, Path | None]) -> list[Drawer]:
     """Of each method. Raises MaskUNetError where a file does not fit the base."""
     base = load_base(Base(checkpoint=plan.base), plan.dtype)
-    reward = load_rewards(rewards) if rewards else None
+    searches = any(method.preset for method in methods)
+    reward = load_rewards(rewards) if rewards and searches else None
     options = {"sampling": plan.sampling, "side": plan.side or plan.suite.side, "seed": plan.seed}
     return [Drawer.of(method, base, reward, **options) for method in methods]
+
+
+def run_suite(plan: Plan, methods: Sequence[Method], rewards: Sequence[str], output: Path, share: Share) -> None:
+    """Draws and judges a share of the suite's units. Raises MaskUNetError."""
+    # All judges first: hours of drawing are of no use without them.
+    folder, judges = RunFolder(output), plan.suite.judges(plan.data)
+    folder.claim(plan.settings(), plan.prompts)
+    with folder.working(share):
+        draw(plan, methods, rewards, folder, share)
+        judge(folder, judges, share.of(plan.units))
 
 
 def draw(plan: Plan, methods: Sequence[Method], rewards: Sequence[str], folder: RunFolder, share: Share) -> None:

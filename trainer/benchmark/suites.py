@@ -9,10 +9,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from maskunet_core.judges.files import JudgeFile
-from maskunet_core.judges.frechet import Gaussian
 
 from ..reward_compare.stage import Sampling
 from .files import PromptList, find
+from .real import Real
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Prompt:
 
 
 class PictureJudge(Protocol):
-    """name: of its folder. record: what decides its scores, such as digests of its files. real: of the features of real
-    pictures, which those of drawn ones (column `features`) are held against, or None.
+    """name: of its folder. record: what decides its scores, such as digests of its files. real: what features of drawn
+    pictures (the column `features`, or `embedding` of CLIP) are held against, or None.
     """
 
     name: str
     record: dict[str, Any]
 
     @property
-    def real(self) -> Gaussian | None: ...
+    def real(self) -> Real | None: ...
 
     def __call__(self, pictures: Sequence[Image], prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """A row for each picture. Columns of single numbers are scores."""

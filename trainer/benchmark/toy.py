@@ -15,6 +15,7 @@ from maskunet_core.toy.model import load_reader
 
 from ..toy.held_out import TABLE, held_out_prompts, real_pictures
 from ..toy.judge import fully_right, read
+from .real import Real
 from .suites import PictureJudge, Prompt
 
 
@@ -28,8 +29,8 @@ def judges(_: Path | None) -> list[PictureJudge]:
 
 
 @cache
-def _real() -> Gaussian:
-    return Gaussian.of(read(load_reader("reader_b"), real_pictures(1000)).features)
+def _real() -> Real:
+    return Real(Gaussian.of(read(load_reader("reader_b"), real_pictures(1000)).features))
 
 
 class ToyPictureJudge:
@@ -40,7 +41,7 @@ class ToyPictureJudge:
         self.reader = load_reader("reader_b")
 
     @property
-    def real(self) -> Gaussian:
+    def real(self) -> Real:
         return _real()
 
     def __call__(self, pictures: Sequence[Image], prompts: Sequence[Prompt]) -> dict[str, Tensor]:
