@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.model import load_reader, read_weights
 from tests.builders import trainer_command
 from trainer.base import load_toy_base, sample_pictures
 from trainer.seeds import seeded
-from trainer.toy.judge import fully_right, read
 from trainer.toy.world import sample_captioned
 
 

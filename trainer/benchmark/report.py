@@ -8,12 +8,21 @@ import torch
 from torch import Tensor
 
 from maskunet_core.judges.frechet import Gaussian, frechet_influence
+from maskunet_core.judges.statistics import (
+    LEVEL,
+    Estimate,
+    chance,
+    estimate,
+    holm,
+    in_words,
+    mean_of_tasks,
+    of_prompts,
+)
 
 from ..tables import to_markdown, write_table
 from .drawing import Pair
 from .folder import BadRun, MethodFolder, RunFolder
 from .real import read_real
-from .statistics import LEVEL, Estimate, chance, estimate, holm, in_words, mean_of_tasks, of_prompts
 
 FEATURES = "features"
 

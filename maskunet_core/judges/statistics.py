@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..seeds import seeded
-
 LEVEL = 0.05
 """A difference is told where chance alone would give one so large less often."""
-_FLIPS = 10_000
+FEWEST = 6
+"""Differences of one sign have a chance of 2 in 2^N: with fewer of them that is never below LEVEL."""
+_FLIPS, _FLIPPED_BY = 10_000, 82
+"""Draws of signs, and their seed."""
 _SHOWN = 1.96 + 0.84
 """Standard errors of the smallest difference that is found four times in five."""
 
@@ -65,7 +66,8 @@ def chance(differences: Tensor, tasks: list[Tensor]) -> float:
     # Each prompt counts by its task's size, as in the mean of the tasks' means.
     weights = sum((rows & known) / (rows & known).sum().clamp_min(1) for rows in tasks).double()
     terms = (weights * differences.double())[known]
-    signs = torch.randint(0, 2, (_FLIPS, len(terms)), generator=seeded(81), dtype=torch.int8).double() * 2 - 1
+    stream = torch.Generator().manual_seed(_FLIPPED_BY)
+    signs = torch.randint(0, 2, (_FLIPS, len(terms)), generator=stream, dtype=torch.int8).double() * 2 - 1
     as_far = (signs @ terms).abs() >= terms.sum().abs() * (1 - 1e-12)
     return float((as_far.sum() + 1) / (_FLIPS + 1))
 
