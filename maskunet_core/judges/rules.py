@@ -71,16 +71,19 @@ def _read_item(item: str, facts: dict[str, Any]) -> None:
 
 def _add(phrase: str, facts: dict[str, Any]) -> None:
     count, words = _count(phrase)
-    entry = {"class": _thing(words), "count": count or 1}
-    if entry["class"] is None and words.split()[:1] and words.split()[0] in COLOURS:
-        entry["color"], rest = words.split(" ", 1) if " " in words else (words, "")
-        entry["class"] = _thing(rest)
-    if entry["class"] is None:
+    first, _, rest = words.partition(" ")
+    plain, coloured = _thing(words), _thing(rest) if first in COLOURS else None
+    name = plain or coloured
+    if name is None:
         raise UnreadableRules(_unknown(phrase, words))
+    if count == 0 and not plain:
+        raise UnreadableRules(
+            f'The judge cannot read "{phrase}": what is not to be there has no colour; write no {name}.'
+        )
     if count != 0:
-        facts["include"].append(entry)
+        facts["include"].append({"class": name, "count": count or 1} | ({} if plain else {"color": first}))
     if count is not None:
-        facts["exclude"].append({"class": entry["class"], "count": count + 1})
+        facts["exclude"].append({"class": name, "count": count + 1})
 
 
 def _count(phrase: str) -> tuple[int | None, str]:

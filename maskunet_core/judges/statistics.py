@@ -1,4 +1,6 @@
-"""What a number is sure to. The unit is the prompt: pictures of one prompt are no independent draws."""
+"""What a number is sure to. A benchmark's unit is the prompt: pictures of one prompt are no independent draws. Where
+one prompt alone is asked about, the unit is the seed.
+"""
 
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ _SHOWN = 1.96 + 0.84
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `count` prompts, with its standard error."""
+    """A mean over `count` units, with its standard error."""
 
     mean: float
     error: float
@@ -46,7 +48,7 @@ def of_prompts(values: Tensor) -> Tensor:
 
 
 def estimate(values: Tensor) -> Estimate:
-    """Of one number per prompt `[P]`; those that are NaN are left out."""
+    """Of one number per unit `[P]`; those that are NaN are left out."""
     values = values[values.isfinite()].double()
     error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return Estimate(float(values.mean()), error, len(values))
@@ -60,10 +62,10 @@ def mean_of_tasks(values: Tensor, tasks: list[Tensor]) -> Estimate:
 
 
 def chance(differences: Tensor, tasks: list[Tensor]) -> float:
-    """p of a paired permutation test, two-sided: how often flipping the signs of the prompts' differences `[P]` at
+    """p of a paired permutation test, two-sided: how often flipping the signs of the units' differences `[P]` at
     random gives a mean of the tasks' means at least as far from 0."""
     known = differences.isfinite()
-    # Each prompt counts by its task's size, as in the mean of the tasks' means.
+    # Each unit counts by its task's size, as in the mean of the tasks' means.
     weights = sum((rows & known) / (rows & known).sum().clamp_min(1) for rows in tasks).double()
     terms = (weights * differences.double())[known]
     stream = torch.Generator().manual_seed(_FLIPPED_BY)

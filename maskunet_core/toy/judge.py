@@ -35,7 +35,7 @@ def faults(reading: Reading, number: int, caption: Caption) -> list[str]:
     """What is wrong with picture `number` of a reading, each in a few words."""
     present = present_pairs(reading, number)
     wanted = [phrase.pair for phrase in caption.phrases]
-    found = [f"no {pair_name(pair)}" for pair in wanted if pair not in present]
+    found = [f"{pair_name(pair)} missing" for pair in wanted if pair not in present]
     found += [f"{pair_name(pair)} not asked for" for pair in present if pair not in wanted]
     sizes = reading.size[number] > 0
     for phrase in caption.phrases:

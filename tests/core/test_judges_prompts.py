@@ -76,6 +76,7 @@ def test_all_things_are_read_in_singular_and_plural():
         ("a shiny dog", 'cannot read "a shiny dog"'),
         ("99 dogs", "counts to 15 of a kind, not to 99"),
         ("a red apple and a green apple", 'cannot keep two kinds of "apple" apart'),
+        ("no red dog", 'cannot read "no red dog": what is not to be there has no colour'),
         ("a bench, no dog left of a cat", 'cannot read "no dog left of a cat": what is not to be there'),
     ],
 )
@@ -161,7 +162,7 @@ def test_a_picture_of_another_size_is_read_and_marked_as_a_small_one(toy_judge, 
     ("prompt", "said"),
     [
         ("a red cross", "yes"),
-        ("a blue ring", "no: no blue ring; red cross not asked for"),
+        ("a blue ring", "no: blue ring missing; red cross not asked for"),
         ("a small red cross", "no: the red cross is large, wanted small"),
     ],
 )

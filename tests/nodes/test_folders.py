@@ -21,7 +21,12 @@ def folders(extension, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "bundled"),
-    [("maskunet", {"toy_shapes.safetensors"}), ("maskunet_masks", {"toy_example.safetensors"}), ("reward", set())],
+    [
+        ("maskunet", {"toy_shapes.safetensors"}),
+        ("maskunet_masks", {"toy_example.safetensors"}),
+        ("reward", set()),
+        ("judges", set()),
+    ],
 )
 def test_where_no_model_folder_can_be_made_the_bundled_files_are_still_listed(folders, monkeypatch, kind, bundled):
     """As where `models` is mounted read-only: the host would drop an extension that raises here."""
@@ -36,7 +41,7 @@ def test_where_no_model_folder_can_be_made_the_bundled_files_are_still_listed(fo
 def test_a_model_folder_is_made_where_there_is_none(folders, monkeypatch, tmp_path):
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
     folders.register()
-    assert {path.name for path in tmp_path.iterdir()} == {"maskunet", "maskunet_masks", "reward"}
+    assert {path.name for path in tmp_path.iterdir()} == {"maskunet", "maskunet_masks", "reward", "judges"}
 
 
 def test_a_file_that_was_replaced_under_its_old_time_is_noticed(folders, extension, tmp_path, toy_structure):
