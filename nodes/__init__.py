@@ -4,8 +4,10 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import folders
 from .attention import MaskUNetAttentionGuidance, MaskUNetAttentionMaps, MaskUNetPromptWords
+from .compare_batches import MaskUNetCompareBatches
 from .generator import MaskUNetApply, MaskUNetLoader
 from .inspect_masks import MaskUNetInspect
+from .judges import MaskUNetCheckPicture, MaskUNetJudgeLoader
 from .masks import MaskUNetApplyMasks, MaskUNetLoadMasks, MaskUNetSaveMasks
 from .random_mask import MaskUNetRandomMask
 from .record_masks import MaskUNetMasksOfRun, MaskUNetRecordMasks
@@ -28,6 +30,9 @@ class MaskUNetExtension(ComfyExtension):
             MaskUNetRewardLoader,
             MaskUNetRewardCombine,
             MaskUNetRewardScore,
+            MaskUNetJudgeLoader,
+            MaskUNetCheckPicture,
+            MaskUNetCompareBatches,
             MaskUNetApplyMasks,
             MaskUNetSaveMasks,
             MaskUNetLoadMasks,

@@ -1,4 +1,5 @@
-"""Where files lie: `models/maskunet` for generators, `models/maskunet_masks` for recorded masks, `models/reward`."""
+"""Where files lie: `models/maskunet` for generators, `models/maskunet_masks` for recorded masks, `models/reward`
+and `models/judges`."""
 
 import contextlib
 import os
@@ -9,6 +10,7 @@ import folder_paths
 MASKUNET = "maskunet"
 MASKS = "maskunet_masks"
 REWARD = "reward"
+JUDGES = "judges"
 _TOY = Path(__file__).resolve().parent.parent / "maskunet_core" / "toy"
 BUNDLED = _TOY / "generators"
 BUNDLED_MASKS = _TOY / "masks"
@@ -21,6 +23,7 @@ def register() -> None:
     _register(MASKUNET, {".safetensors"}, BUNDLED)
     _register(MASKS, {".safetensors"}, Path(folder_paths.get_output_directory()) / SAVED_MASKS, BUNDLED_MASKS)
     _register(REWARD, folder_paths.supported_pt_extensions)
+    _register(JUDGES, folder_paths.supported_pt_extensions)
 
 
 def _register(name: str, extensions: set[str], *others: Path) -> None:

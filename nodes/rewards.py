@@ -13,13 +13,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.rewards.preprocess import letterbox
-from ..maskunet_core.rewards.reward import WORK, BoundModel, CombinedReward, Reward
+from ..maskunet_core.rewards.reward import WORK, BoundModel, BoundReward, CombinedReward, Reward
 from .folders import REWARD, fingerprint
 from .legend import captioned
 from .node_text import tell, words_in_a_line
 from .patchers import whole_patcher
+from .pictures import coloured
 from .types import RewardType
 
 TOY_REWARD = "toy reward (bundled)"
@@ -207,24 +207,16 @@ class MaskUNetRewardScore(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: Tensor, prompt: str, reward: LoadedReward, framing: str) -> io.NodeOutput:
-        if not len(images):
-            raise MaskUNetError("The batch at 'images' holds no picture to score. Connect one that does.")
-        # A picture of one channel is grey; what comes after the third is transparency.
-        images = images[..., :3] if images.shape[-1] >= 3 else images[..., :1].expand(*images.shape[:-1], 3)
+        images = coloured(images, "images")
         with torch.inference_mode(False), torch.no_grad():
-            pictures = images.movedim(-1, 1).to("cpu", torch.float32, copy=True)
-            bound = reward.reward.bind(prompt)
-            comfy.model_management.load_models_gpu(reward.patchers(), memory_required=_memory_of(pictures[:_CHUNK]))
-            parts = [(weight, part.name, _scores(part, pictures, framing)) for weight, part in bound.parts()]
-        # A weight of zero leaves a reward out of the sum, also one whose score is no number.
-        used = [weight * values for weight, _, values in parts if weight]
-        scores = sum(used, torch.zeros(len(images), dtype=torch.float64)).tolist()
+            bound, parts = scored(reward, images, prompt, framing)
+        scores = total(parts).tolist()
         lines = [[f"{name}  {values[n]:.4g}" for _, name, values in parts] for n in range(len(scores))]
-        table = {"prompt": prompt, "reward": bound.name, "scores": _for_json(scores)}
+        table = {"prompt": prompt, "reward": bound.name, "scores": for_json(scores)}
         if len(parts) > 1:
             lines = [[*line, f"sum  {score:.4g}"] for line, score in zip(lines, scores)]
             table["parts"] = [
-                {"name": name, "weight": weight, "scores": _for_json(values.tolist())} for weight, name, values in parts
+                {"name": name, "weight": weight, "scores": for_json(values.tolist())} for weight, name, values in parts
             ]
         text = json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False)
         unread = words_in_a_line(bound)
@@ -233,7 +225,25 @@ class MaskUNetRewardScore(io.ComfyNode):
         return io.NodeOutput(scores, captioned(images, lines), text)
 
 
-def _for_json(scores: list[float]) -> list[float | None]:
+Part = tuple[float, str, Tensor]
+"""Weight, name and scores `[B]` of a member of a combined reward."""
+
+
+def scored(reward: LoadedReward, images: Tensor, prompt: str, framing: str) -> tuple[BoundReward, list[Part]]:
+    """Of pictures `[B, H, W, 3]`, and what read the prompt."""
+    pictures = images.movedim(-1, 1).to("cpu", torch.float32, copy=True)
+    bound = reward.reward.bind(prompt)
+    comfy.model_management.load_models_gpu(reward.patchers(), memory_required=_memory_of(pictures[:_CHUNK]))
+    return bound, [(weight, part.name, _scores(part, pictures, framing)) for weight, part in bound.parts()]
+
+
+def total(parts: list[Part]) -> Tensor:
+    """`[B]`. A weight of zero leaves a reward out of the sum, also one whose score is no number."""
+    used = [weight * values for weight, _, values in parts if weight]
+    return sum(used, torch.zeros(len(parts[0][2]), dtype=torch.float64))
+
+
+def for_json(scores: list[float]) -> list[float | None]:
     """JSON knows neither NaN nor infinity: null."""
     return [score if math.isfinite(score) else None for score in scores]
 

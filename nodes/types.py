@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 MaskUNetType = io.Custom("MASKUNET")
 RewardType = io.Custom("MASKUNET_REWARD")
+JudgeType = io.Custom("MASKUNET_JUDGE")
 MasksType = io.Custom("MASKUNET_MASKS")
 WordsType = io.Custom("MASKUNET_WORDS")
 

@@ -17,6 +17,7 @@ from maskunet_core.judges.frechet import Gaussian, frechet_distance
 from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.seam.attach import attach, structure_of
 from maskunet_core.seam.layers import masked, modules_of
+from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.model import load_reader
 from maskunet_core.toy.readers import Reading
 
@@ -24,7 +25,6 @@ from .base import BaseModel, load_toy_base, sample_pictures
 from .seeds import seeded
 from .tables import write_table
 from .toy.data import LatentSet, latent_set
-from .toy.judge import fully_right, read
 from .toy.world import Caption, render, sample_captioned
 from .validate import stratified_timesteps
 

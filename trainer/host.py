@@ -12,7 +12,7 @@ from .files import user_path
 PROJECT = Path(__file__).resolve().parent.parent
 PINNED_HOST = PROJECT / ".host" / "ComfyUI"
 REWARD, JUDGES, GENERATORS, MASKS = "reward", "judges", "maskunet", "maskunet_masks"
-"""The project's own folders in ComfyUI's folder of models; but for the judges' the nodes name them so, too."""
+"""The project's own folders in ComfyUI's folder of models, as the nodes name them, too."""
 NAMED = 10
 """Files named in a message; further ones are counted."""
 

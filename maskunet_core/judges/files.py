@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ class JudgeFile:
 
     def _is_in(self, path: Path) -> bool:
         try:
-            return self.holds(read_shapes(path))
-        except BadRewardFile:
+            status = path.stat()
+        except OSError:
             return False
+        return _holds(self, path, status.st_mtime_ns, status.st_size)
 
     def load(self, path: Path) -> Any:
         """Raises MaskUNetError for a damaged file."""
@@ -47,6 +49,16 @@ class JudgeFile:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.size}, {self.address}), to models/judges"
+
+
+@lru_cache(maxsize=1024)
+def _holds(judge: JudgeFile, path: Path, changed: int, size: int) -> bool:
+    """changed, size: of the file, for the cache: to look into many files takes time where their format is torch's old
+    one."""
+    try:
+        return judge.holds(read_shapes(path))
+    except BadRewardFile:
+        return False
 
 
 def _read_detector(path: Path) -> Mask2Former:

@@ -68,50 +68,72 @@ def relations(first: Sequence[float], second: Sequence[float]) -> list[str]:
     return found + (["above" if dy < 0 else "below"] if down > 0.5 else [])
 
 
-def judge(objects: Mapping[str, Sequence[Found]], facts: Mapping[str, Any], colours_of: ColoursOf) -> list[str]:
-    """What is wrong, in the benchmark's own words; nothing where the picture is right. objects: of `kept`."""
-    wrong: list[str] = []
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a picture. published: in the benchmark's own words; plain: in fewer."""
+
+    published: str
+    plain: str
+
+
+def judge(objects: Mapping[str, Sequence[Found]], facts: Mapping[str, Any], colours_of: ColoursOf) -> list[Fault]:
+    """What is wrong; nothing where the picture is right. objects: of `kept`."""
+    wrong: list[Fault] = []
     groups: list[Sequence[Found] | None] = []
     for wanted in facts.get("include", ()):
         name, count = wanted["class"], wanted["count"]
         group = objects.get(name, ())[:count]
         if len(group) < count:
-            reason = f"expected {name}>={count}, found {len(group)}"
+            published = f"expected {name}>={count}, found {len(group)}"
+            fault = Fault(published, f"{len(group)} {name}, wanted {count}")
         else:
-            reason = _wrong_colour(wanted, group, colours_of) or _wrong_place(wanted, group, groups)
-        wrong += [reason] if reason else []
-        groups.append(None if reason else group)
+            fault = _wrong_colour(wanted, group, colours_of) or _wrong_place(facts["include"], wanted, group, groups)
+        wrong += [fault] if fault else []
+        groups.append(None if fault else group)
     for wanted in facts.get("exclude", ()):
-        name, count = wanted["class"], wanted["count"]
-        if len(objects.get(name, ())) >= count:
-            wrong.append(f"expected {name}<{count}, found {len(objects[name])}")
+        name, count, seen = wanted["class"], wanted["count"], len(objects.get(wanted["class"], ()))
+        if seen >= count:
+            most = f"at most {count - 1}" if count > 1 else "none"
+            wrong.append(Fault(f"expected {name}<{count}, found {seen}", f"{seen} {name}, wanted {most}"))
     return wrong
 
 
-def _wrong_colour(wanted: Mapping[str, Any], group: Sequence[Found], colours_of: ColoursOf) -> str:
+def _wrong_colour(wanted: Mapping[str, Any], group: Sequence[Found], colours_of: ColoursOf) -> Fault | None:
     if "color" not in wanted:
-        return ""
+        return None
     colour, name, count = wanted["color"], wanted["class"], wanted["count"]
     seen = colours_of(name, group)
     if seen.count(colour) >= count:
-        return ""
+        return None
     others = ", ".join(f"{seen.count(one)} {one}" for one in COLOURS if one in seen)
-    return f"expected {colour} {name}>={count}, found {seen.count(colour)} {colour}; and {others}"
+    return Fault(
+        f"expected {colour} {name}>={count}, found {seen.count(colour)} {colour}; and {others}",
+        f"{name}: {others}, wanted {count} {colour}",
+    )
 
 
-def _wrong_place(wanted: Mapping[str, Any], group: Sequence[Found], groups: Sequence[Sequence[Found] | None]) -> str:
+def _wrong_place(
+    include: Sequence[Mapping[str, Any]],
+    wanted: Mapping[str, Any],
+    group: Sequence[Found],
+    groups: Sequence[Sequence[Found] | None],
+) -> Fault | None:
     """Every one of the group must stand so to every one of an earlier group."""
     if "position" not in wanted:
-        return ""
+        return None
     relation, number = wanted["position"]
+    name, target_name = wanted["class"], include[number]["class"]
     if groups[number] is None:
-        return f"no target for {wanted['class']} to be {relation}"
+        return Fault(f"no target for {name} to be {relation}", f"nothing for {name} to be {relation}")
     for one in group:
         for target in groups[number]:
-            seen = relations(one.box, target.box)
-            if relation not in seen:
-                return f"expected {wanted['class']} {relation} target, found {' and '.join(seen)} target"
-    return ""
+            seen = " and ".join(relations(one.box, target.box))
+            if relation not in seen.split(" and "):
+                return Fault(
+                    f"expected {name} {relation} target, found {seen} target",
+                    f"{name} {seen or 'not beside'} {target_name}, wanted {relation}",
+                )
+    return None
 
 
 class Colours:

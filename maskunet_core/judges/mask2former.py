@@ -66,6 +66,10 @@ class Mask2Former(nn.Module):
             model = cls(tensors)
         return fill(model, tensors, dtype)
 
+    @property
+    def classes(self) -> int:
+        return self.panoptic_head.cls_embed.out_features - 1
+
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of classes `[B, Q, 81]`, the last for nothing, and of masks `[B, Q, H / 4, W / 4]`.
 

@@ -222,15 +222,20 @@ def _load_tower(
     )
 
 
-def others_in_host(path: Path) -> Iterator[Path]:
-    """Files in the host's folders where the reward at `path` may find the image tower that it lacks."""
+def files_in_host(*folders: str) -> Iterator[Path]:
+    """All files in some of the host's folders of models."""
     import folder_paths
 
-    for folder in ("clip_vision", "reward"):
+    for folder in folders:
         for name in folder_paths.get_filename_list(folder):
             found = folder_paths.get_full_path(folder, name)
-            if found is not None and Path(found) != path:
+            if found is not None:
                 yield Path(found)
+
+
+def others_in_host(path: Path) -> Iterator[Path]:
+    """Files in the host's folders where the reward at `path` may find the image tower that it lacks."""
+    return (found for found in files_in_host("clip_vision", "reward") if found != path)
 
 
 def files_of(path: Path, others: Iterable[Path] = ()) -> list[Path]:

@@ -67,19 +67,20 @@ def _phrase(size: str | None, colour: str, shape: str) -> Phrase:
     return Phrase(_COLOUR_NAMES.index(colour), SHAPES.index(shape), SIZES.index(size) if size else None)
 
 
-def parse(prompt: str) -> Caption:
+def parse(prompt: str, reader: str = "reward") -> Caption:
     """The caption that `prompt` spells, in the words that the toy's text encoder knows; it skips all others.
 
+    reader: "reward" or "judge", for the message.
     Raises UnreadablePrompt where these words do not name one or two different objects.
     """
     found = _GRAMMAR.fullmatch(" ".join(word for word in known_words(prompt) if word != "a"))
     shown = prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}..."
     if found is None:
         raise UnreadablePrompt(
-            f'The toy reward cannot read the prompt "{shown}": name one object, or two joined by "and" or by '
+            f'The toy {reader} cannot read the prompt "{shown}": name one object, or two joined by "and" or by '
             f'{", ".join(RELATIONS)}, each as [{" or ".join(SIZES)}] colour shape, such as "a red circle left of a '
             f'small blue square" (colours: {", ".join(COLOURS)}; shapes: {", ".join(SHAPES)}). '
-            "Other prompts need another reward: see MaskUNet Reward Loader."
+            f"Other prompts need another {reader}: see MaskUNet {reader.title()} Loader."
         )
     first, joint, second = found.group(1, 2, 3), found.group(4), found.group(5, 6, 7)
     if joint is None:
@@ -87,7 +88,7 @@ def parse(prompt: str) -> Caption:
     phrases = (_phrase(*first), _phrase(*second))
     if phrases[0].pair == phrases[1].pair:
         raise UnreadablePrompt(
-            f'The toy reward cannot read the prompt "{shown}": it names the same coloured shape twice, and the toy '
+            f'The toy {reader} cannot read the prompt "{shown}": it names the same coloured shape twice, and the toy '
             "world never holds two of a kind; change a colour or a shape."
         )
     return Caption(phrases, None if joint == "and" else RELATIONS.index(joint))

@@ -18,6 +18,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 PAIRS = len(COLOURS) * len(SHAPES)
 """Number of colour-shape pairs, the unit in which the readers report: pair = colour * len(SHAPES) + shape."""
 
+
 START, END = 0, 1
 WORDS = ("<start>", "<end>", "a", "and", "left", "right", "above", "below", "of", *SIZES, *COLOURS, *SHAPES)
 MAX_TOKENS = 16
@@ -48,3 +49,8 @@ def encode_padded(text: str) -> list[int]:
     """`encode`, cut and padded with END to MAX_TOKENS, as the text encoder reads a prompt of one chunk."""
     ids = encode(text)[: MAX_TOKENS - 1]
     return ids + [END] * (MAX_TOKENS - len(ids))
+
+
+def pair_name(pair: int) -> str:
+    """Colour and shape of a pair."""
+    return f"{tuple(COLOURS)[pair // len(SHAPES)]} {SHAPES[pair % len(SHAPES)]}"

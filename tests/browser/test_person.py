@@ -58,6 +58,8 @@ def test_a_deleted_apply_node_gives_the_stock_image_bit_for_bit(desk, stock):
         ("reward", {"MaskUNet Reward Sampler", "MaskUNet Reward Loader", "MaskUNet Reward Score"}),
         ("best of n", {"MaskUNet Reward Sampler"}),
         ("aesthetic", {"MaskUNet Reward Loader"}),
+        ("count objects", {"MaskUNet Check Picture"}),
+        ("significance", {"MaskUNet Compare Batches"}),
     ],
 )
 def test_the_search_finds_nodes_by_what_they_are_for(blank_desk, words, expected):
@@ -118,7 +120,9 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[*_`#\[\]]", "", text).split())
 
 
-@pytest.mark.parametrize("name", ["MaskUNet Apply", "MaskUNet Reward Sampler", "MaskUNet Toy Model"])
+@pytest.mark.parametrize(
+    "name", ["MaskUNet Apply", "MaskUNet Reward Sampler", "MaskUNet Toy Model", "MaskUNet Compare Batches"]
+)
 def test_the_info_button_opens_the_help_of_a_node(blank_desk, name):
     desk = blank_desk
     desk.start_blank()

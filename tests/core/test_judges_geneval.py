@@ -14,6 +14,7 @@ from maskunet_core.judges.mask2former import Detections, Mask2Former, prepare, t
 from maskunet_core.judges.pictures import levels
 from maskunet_core.rewards.clip import ClipReward
 from maskunet_core.rewards.clip_layout import ClipLayout
+from tests.judge_files import detector_tensors
 from tests.judge_weights import blobs, scaled, weights
 
 FOLDER = Path(__file__).with_name("judges")
@@ -24,13 +25,6 @@ def golden(name: str):
 
 
 DETECTOR, RULES, COLOUR = (golden(name) for name in ("mask2former", "geneval", "geneval_colour"))
-
-
-def detector_weights(seed: int) -> dict[str, torch.Tensor]:
-    found = scaled(weights(DETECTOR["layout"], seed), {"query_feat": 3, ".mask_feature.": 0.1})
-    calmer = ("out_proj.weight", "ffns.0.layers.1.weight")
-    names = [name for name in found if "transformer_decoder" in name and name.endswith(calmer)]
-    return scaled(found, dict.fromkeys(names, 0.4))
 
 
 def rows_of(found: Detections) -> torch.Tensor:
@@ -46,7 +40,7 @@ def in_order(rows: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("case", DETECTOR["cases"], ids=lambda case: case["key"])
 def test_detections_are_mmdetections(case):
     expected = load_file(FOLDER / "mask2former.safetensors")
-    model = Mask2Former.from_tensors(detector_weights(case["weights_seed"]))
+    model = Mask2Former.from_tensors(detector_tensors(case["weights_seed"]))
     picture = levels(blobs(*case["picture"]))
     pixels, _ = prepare(picture)
     assert list(pixels.shape) == case["net_input"]
@@ -60,7 +54,7 @@ def test_detections_are_mmdetections(case):
 
 
 def test_files_of_mmdetection_3_are_read_too():
-    tensors = detector_weights(6)
+    tensors = detector_tensors(6)
     names = {
         name: name.replace("encoder.layers.0.attentions.0.", "encoder.layers.0.self_attn.")
         .replace("decoder.layers.0.attentions.0.", "decoder.layers.0.cross_attn.")
@@ -81,7 +75,8 @@ def test_pictures_are_right_or_wrong_for_genevals_reasons(case):
     objects = geneval.kept(found, case["metadata"]["tag"])
     assert {name: len(group) for name, group in objects.items()} == case["expected"]["kept"]
     colours = case["colors"] or {}
-    wrong = geneval.judge(objects, case["metadata"], lambda name, group: colours[name][: len(group)])
+    faults = geneval.judge(objects, case["metadata"], lambda name, group: colours[name][: len(group)])
+    wrong = [fault.published for fault in faults]
     assert "\n".join(wrong) == case["expected"]["reason"]
     assert (not wrong) == case["expected"]["correct"]
 

@@ -56,8 +56,8 @@ def judge(pictures: list[Image.Image], text: str) -> list[bool | None]:
     import numpy as np
     import torch
 
+    from maskunet_core.toy.judge import fully_right, read
     from maskunet_core.toy.model import load_reader
-    from trainer.toy.judge import fully_right, read
 
     try:
         caption = parse(text)

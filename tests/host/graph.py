@@ -18,6 +18,7 @@ TEMPLATES = {
     "with_lora": "MaskUNet 8 - with a LoRA",
     "inspect": "MaskUNet 9 - inspect masks",
     "attention_guidance": "MaskUNet 10 - attention guidance",
+    "check_and_compare": "MaskUNet 11 - check and compare",
     "sd15_best_of_6": "MaskUNet SD 1.5 - best of 6",
     "sd15_reward_sampler": "MaskUNet SD 1.5 - reward sampler",
     "sd15_random_masks": "MaskUNet SD 1.5 - random masks",

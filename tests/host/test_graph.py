@@ -140,6 +140,7 @@ SHIPPED_FILES = {
     "MaskUNetLoader": {path.name for path in (PROJECT / "maskunet_core" / "toy" / "generators").iterdir()},
     "MaskUNetLoadMasks": {path.name for path in (PROJECT / "maskunet_core" / "toy" / "masks").iterdir()},
     "MaskUNetRewardLoader": {"toy reward (bundled)"},
+    "MaskUNetJudgeLoader": {"toy judge (bundled)"},
 }
 FILE_NODES = (*SHIPPED_FILES, "CheckpointLoaderSimple", "LoraLoader", "LoraLoaderModelOnly", "ControlNetLoader")
 

@@ -25,6 +25,7 @@ def folders(extension, monkeypatch):
         ("maskunet", {"toy_follows.safetensors", "toy_shapes.safetensors"}),
         ("maskunet_masks", {"toy_example.safetensors"}),
         ("reward", set()),
+        ("judges", set()),
     ],
 )
 def test_where_no_model_folder_can_be_made_the_bundled_files_are_still_listed(folders, monkeypatch, kind, bundled):
@@ -40,7 +41,7 @@ def test_where_no_model_folder_can_be_made_the_bundled_files_are_still_listed(fo
 def test_a_model_folder_is_made_where_there_is_none(folders, monkeypatch, tmp_path):
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
     folders.register()
-    assert {path.name for path in tmp_path.iterdir()} == {"maskunet", "maskunet_masks", "reward"}
+    assert {path.name for path in tmp_path.iterdir()} == {"maskunet", "maskunet_masks", "reward", "judges"}
 
 
 def test_a_file_that_was_replaced_under_its_old_time_is_noticed(folders, extension, tmp_path, toy_structure):

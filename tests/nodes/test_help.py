@@ -14,6 +14,9 @@ WORDS = {
     "quality": ("MaskUNetRewardSampler",),
     "prompt adherence": ("MaskUNetRewardSampler",),
     "improve": ("MaskUNetRewardSampler",),
+    "judge": ("MaskUNetJudgeLoader",),
+    "geneval": ("MaskUNetJudgeLoader", "MaskUNetCheckPicture"),
+    "compare": ("MaskUNetCompareBatches", "MaskUNetRewardScore"),
     "reward": ("MaskUNetRewardLoader", "MaskUNetRewardCombine", "MaskUNetRewardScore", "MaskUNetRewardSampler"),
 }
 JPEG = b"\xff\xd8\xff"

@@ -38,6 +38,9 @@ NODES = (
     "MaskUNetRewardLoader",
     "MaskUNetRewardCombine",
     "MaskUNetRewardScore",
+    "MaskUNetJudgeLoader",
+    "MaskUNetCheckPicture",
+    "MaskUNetCompareBatches",
     "MaskUNetPromptWords",
     "MaskUNetAttentionGuidance",
     "MaskUNetAttentionMaps",
@@ -115,6 +118,9 @@ def test_contract_of_the_nodes(object_info):
         "MaskUNetRewardLoader": ["reward_name", "dtype", "checkpointing"],
         "MaskUNetRewardCombine": ["reward_a", "weight_a", "reward_b", "weight_b"],
         "MaskUNetRewardScore": ["images", "prompt", "reward", "framing"],
+        "MaskUNetJudgeLoader": ["judge_name"],
+        "MaskUNetCheckPicture": ["images", "prompt", "judge"],
+        "MaskUNetCompareBatches": ["images_a", "images_b", "prompt", "judge"],
         "MaskUNetPromptWords": ["clip", "text", "words"],
         "MaskUNetAttentionGuidance": ["model", "words", "method", "step", "guided_share"],
         "MaskUNetAttentionMaps": ["model", "words", "positive", "latent", "percent"],
@@ -130,7 +136,10 @@ def test_contract_of_the_nodes(object_info):
         assert outputs[node] == ["MODEL"]
     assert outputs["MaskUNetToyModel"] == ["MODEL", "CLIP", "VAE"]
     assert outputs["MaskUNetRewardLoader"] == outputs["MaskUNetRewardCombine"] == ["MASKUNET_REWARD"]
-    assert outputs["MaskUNetRewardScore"] == ["FLOAT", "IMAGE", "STRING"]
+    assert outputs["MaskUNetRewardScore"] == outputs["MaskUNetCheckPicture"] == ["FLOAT", "IMAGE", "STRING"]
+    assert outputs["MaskUNetJudgeLoader"] == ["MASKUNET_JUDGE"]
+    assert outputs["MaskUNetCompareBatches"] == ["FLOAT", "IMAGE", "STRING", "STRING"]
+    assert object_info["MaskUNetCompareBatches"]["input"]["required"]["judge"][0] == "MASKUNET_JUDGE,MASKUNET_REWARD"
     defaults = {k: v[1].get("default") for k, v in object_info["MaskUNetApply"]["input"]["required"].items()}
     assert (defaults["strength"], defaults["start_percent"], defaults["end_percent"]) == (1.0, 0.0, 1.0)
     assert (defaults["stochastic"], defaults["seed"]) == (False, 0)

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from maskunet_core.files import checkpoint, mask_file
+from maskunet_core.judges import statistics
 from maskunet_core.rewards.toy import ToyReward
 from tests.builders import make_generator
 from tests.recording import random_masks
 from trainer.__main__ import parse
 from trainer.base import load_toy_base
-from trainer.benchmark import command, statistics
+from trainer.benchmark import command
 from trainer.benchmark import plan as plans
 from trainer.benchmark.drawing import Drawer, plain_text
 from trainer.benchmark.folder import BadRun, RunFolder, Share, Unit, units_of

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.model import load_autoencoder, load_reader
 from tests.builders import trainer_command
 from trainer import job_board
@@ -43,7 +44,6 @@ from trainer.files import replacing
 from trainer.job_board import folder_of, result_of
 from trainer.methods import build_method
 from trainer.seeds import seeded
-from trainer.toy.judge import fully_right, read
 from trainer.toy.world import render, sample_captioned
 
 JOBS = "trainer.compare.jobs"

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from maskunet_core.judges.frechet import Gaussian, frechet_distance
+from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.model import load_autoencoder, load_reader
 from maskunet_core.toy.readers import Reading
 from maskunet_core.toy.vocabulary import PAIRS
-from trainer.toy.judge import fully_right, read
 from trainer.toy.world import Caption, Phrase, render, sample_captioned
 
 

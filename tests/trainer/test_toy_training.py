@@ -8,13 +8,13 @@ import torch
 from maskunet_core.files import checkpoint
 from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.seam.attach import attach
+from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.model import WEIGHTS, load_reader, read_weights
 from tests.builders import trainer_command
 from trainer.base import load_toy_base, sample_pictures
 from trainer.seeds import seeded
 from trainer.toy.bodies import TRANSFORMER_CFG, TRANSFORMER_SCHEDULER
 from trainer.toy.held_out import TABLE, held_out_prompts
-from trainer.toy.judge import fully_right, read
 from trainer.toy.world import sample_captioned
 
 SAMPLING = [("unet", 15, 5.0, "normal"), ("transformer", 21, TRANSFORMER_CFG, TRANSFORMER_SCHEDULER)]

@@ -1,12 +1,13 @@
 """Files that a user brings: prompt lists, known by their digests, and judges, found by their content."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.judges.files import JudgeFile
+from maskunet_core.rewards.files import files_in_host
 
 from ..data.store import sha256
 from ..host import JUDGES, REWARD
@@ -49,19 +50,8 @@ class PromptList:
         return f"{self.name} ({self.address}{digests}), to the folder --data"
 
 
-def _in_host() -> Iterator[Path]:
-    """Where judges may lie."""
-    import folder_paths
-
-    for folder in (JUDGES, REWARD, "clip_vision"):
-        for name in folder_paths.get_filename_list(folder):
-            found = folder_paths.get_full_path(folder, name)
-            if found is not None:
-                yield Path(found)
-
-
 def find(judge: JudgeFile) -> Path | None:
-    return judge.find(_in_host())
+    return judge.find(files_in_host(JUDGES, REWARD, "clip_vision"))
 
 
 def loaded(judge: JudgeFile) -> tuple[Any, str]:

@@ -57,7 +57,8 @@ class GenevalJudge:
 
     def wrong(self, picture: Image, prompt: Prompt) -> list[str]:
         found = by_class(self.detector.detect(levels(picture)), self.names)
-        return judge(kept(found, prompt.task), prompt.facts, self.colours.of(picture))
+        faults = judge(kept(found, prompt.task), prompt.facts, self.colours.of(picture))
+        return [fault.published for fault in faults]
 
     def __call__(self, pictures: Sequence[Image], prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         reasons = ["; ".join(self.wrong(picture, prompt)).encode() for picture, prompt in zip(pictures, prompts)]

@@ -7,12 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskunet_core.judges.statistics import (
+    LEVEL,
+    Estimate,
+    chance,
+    estimate,
+    holm,
+    in_words,
+    mean_of_tasks,
+    of_prompts,
+)
+
 from ..tables import to_markdown, write_table
 from .distances import COLUMNS, DISTANCES, Distance
 from .drawing import Pair
 from .folder import BadRun, MethodFolder, RunFolder
 from .real import Real, read_real
-from .statistics import LEVEL, Estimate, chance, estimate, holm, in_words, mean_of_tasks, of_prompts
 
 
 @dataclass(frozen=True)

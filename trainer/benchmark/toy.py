@@ -11,10 +11,10 @@ from torch import Tensor
 from maskunet_core.judges.frechet import Gaussian
 from maskunet_core.judges.pictures import levels
 from maskunet_core.toy.captions import parse
+from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.model import load_reader
 
 from ..toy.held_out import TABLE, held_out_prompts, real_pictures
-from ..toy.judge import fully_right, read
 from .real import Real
 from .suites import PictureJudge, Prompt
 

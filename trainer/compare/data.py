@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maskunet_core.toy import vocabulary
+from maskunet_core.toy.judge import read
 
 from ..base import BaseModel, sample_pictures
 from ..files import replacing
 from ..seeds import seeded
 from ..toy.data import LatentSet, ToyData
-from ..toy.judge import read
 from ..toy.world import Caption, render, sample_captioned
 from .plan import Scale
 from .worlds import CLASS, render_style, render_subject, sample_subject

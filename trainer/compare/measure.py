@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from maskunet_core.judges.frechet import Gaussian, frechet_distance
+from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.vocabulary import COLOURS
 
 from ..base import BaseModel, sample_pictures
@@ -14,7 +15,6 @@ from ..evaluate import KINDS, Protocol, accuracy_by_kind, held_out_losses, held_
 from ..files import replacing
 from ..sheets import to_image
 from ..toy.data import LatentSet
-from ..toy.judge import fully_right, read
 from ..toy.world import Caption, Phrase
 from .data import Sets
 from .plan import Scale

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskunet_core.toy.judge import read
 from maskunet_core.toy.model import WEIGHTS, load_reader
 
 from ..base import load_toy_base, sample_pictures
@@ -19,7 +20,6 @@ from ..files import replacing
 from ..loop import Run
 from ..seeds import seeded
 from ..tables import write_table
-from ..toy.judge import read
 from ..train import load_data, make_accelerator
 from .toy import DIAGONAL, lesson, shows, text_of
 from .word import MARK

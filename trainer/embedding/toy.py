@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from maskunet_core.toy.judge import fully_right
 from maskunet_core.toy.readers import Reading
 from maskunet_core.toy.vocabulary import COLOURS, SHAPES, SIZES
 
@@ -14,7 +15,6 @@ from ..config import Config
 from ..data.decoding import Record
 from ..seeds import seeded
 from ..sheets import to_image
-from ..toy.judge import fully_right
 from ..toy.world import CELL, PIXELS, PLACES, Caption, Scenes, describe, render, sample_scenes
 from .word import MARK
 

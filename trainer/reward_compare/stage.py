@@ -17,13 +17,13 @@ from maskunet_core.search.decoder import latent_decoder
 from maskunet_core.search.judge import Judge
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.captions import Caption
+from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.model import load_reader
 from maskunet_core.toy.readers import Reading
 
 from ..base import BaseModel, load_toy_base
 from ..seeds import seeded
 from ..toy.held_out import real_pictures
-from ..toy.judge import fully_right, read
 
 
 @dataclass(frozen=True)

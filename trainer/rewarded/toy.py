@@ -6,11 +6,11 @@ from torch import Tensor, nn
 from maskunet_core.rewards.reward import BoundModel, BoundReward, Reward
 from maskunet_core.rewards.toy import SIZE, log_probability
 from maskunet_core.toy.captions import parse
+from maskunet_core.toy.judge import fully_right
 from maskunet_core.toy.model import load_reader
 
 from ..seeds import seeded
 from ..toy.held_out import TUNING, held_out_prompts
-from ..toy.judge import fully_right
 from ..toy.world import sample_captioned
 
 SINGLE = 0.1

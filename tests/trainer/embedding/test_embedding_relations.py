@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from maskunet_core.toy.judge import read
 from maskunet_core.toy.model import load_reader
 from maskunet_core.toy.vocabulary import COLOURS, SHAPES, SIZES
 from tests.trainer.embedding.learned_words import RELATION, config_of, make_run
@@ -10,7 +11,6 @@ from trainer.embedding.relation import Steering, importance, negative_ids, steer
 from trainer.embedding.texts import LISTS, lines_of
 from trainer.embedding.toy import DIAGONAL, lesson, shows, text_of
 from trainer.seeds import seeded
-from trainer.toy.judge import read
 from trainer.toy.world import render
 
 

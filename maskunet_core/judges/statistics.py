@@ -1,22 +1,25 @@
-"""What a number is sure to. The unit is the prompt: pictures of one prompt are no independent draws."""
+"""What a number is sure to. A benchmark's unit is the prompt: pictures of one prompt are no independent draws. Where
+one prompt alone is asked about, the unit is the seed.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..seeds import seeded
-
 LEVEL = 0.05
 """A difference is told where chance alone would give one so large less often."""
-_FLIPS = 10_000
+FEWEST = 6
+"""Differences of one sign have a chance of 2 in 2^N: with fewer of them that is never below LEVEL."""
+_FLIPS, _FLIPPED_BY = 10_000, 82
+"""Draws of signs, and their seed."""
 _SHOWN = 1.96 + 0.84
 """Standard errors of the smallest difference that is found four times in five."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `count` prompts, with its standard error."""
+    """A mean over `count` units, with its standard error."""
 
     mean: float
     error: float
@@ -45,7 +48,7 @@ def of_prompts(values: Tensor) -> Tensor:
 
 
 def estimate(values: Tensor) -> Estimate:
-    """Of one number per prompt `[P]`; those that are NaN are left out."""
+    """Of one number per unit `[P]`; those that are NaN are left out."""
     values = values[values.isfinite()].double()
     error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return Estimate(float(values.mean()), error, len(values))
@@ -59,13 +62,14 @@ def mean_of_tasks(values: Tensor, tasks: list[Tensor]) -> Estimate:
 
 
 def chance(differences: Tensor, tasks: list[Tensor]) -> float:
-    """p of a paired permutation test, two-sided: how often flipping the signs of the prompts' differences `[P]` at
+    """p of a paired permutation test, two-sided: how often flipping the signs of the units' differences `[P]` at
     random gives a mean of the tasks' means at least as far from 0."""
     known = differences.isfinite()
-    # Each prompt counts by its task's size, as in the mean of the tasks' means.
+    # Each unit counts by its task's size, as in the mean of the tasks' means.
     weights = sum((rows & known) / (rows & known).sum().clamp_min(1) for rows in tasks).double()
     terms = (weights * differences.double())[known]
-    signs = torch.randint(0, 2, (_FLIPS, len(terms)), generator=seeded(81), dtype=torch.int8).double() * 2 - 1
+    stream = torch.Generator().manual_seed(_FLIPPED_BY)
+    signs = torch.randint(0, 2, (_FLIPS, len(terms)), generator=stream, dtype=torch.int8).double() * 2 - 1
     as_far = (signs @ terms).abs() >= terms.sum().abs() * (1 - 1e-12)
     return float((as_far.sum() + 1) / (_FLIPS + 1))
 
