@@ -12,6 +12,7 @@ from .record_masks import MaskUNetMasksOfRun, MaskUNetRecordMasks
 from .reward_sampler import MaskUNetRewardSampler
 from .rewards import MaskUNetRewardCombine, MaskUNetRewardLoader, MaskUNetRewardScore
 from .toy import MaskUNetToyModel
+from .video import MaskUNetCrossFrame, MaskUNetVideoSampler
 
 
 class MaskUNetExtension(ComfyExtension):
@@ -36,6 +37,8 @@ class MaskUNetExtension(ComfyExtension):
             MaskUNetPromptWords,
             MaskUNetAttentionGuidance,
             MaskUNetAttentionMaps,
+            MaskUNetCrossFrame,
+            MaskUNetVideoSampler,
             MaskUNetToyModel,
         ]
 

@@ -18,6 +18,7 @@ from ..models.families.unet import UNET
 from ..models.structure import family_name
 from ..seam.attach import OPTION, with_options
 from ..seam.window import acts_at, is_whole, require_order
+from ..search.graph import KEY as SEARCH
 from ..search.graph import controls_of
 from .shared_masks import FirstFrameMasks
 
@@ -118,7 +119,7 @@ class CrossFrameAttention:
 
 
 def _require_plain_calls(options: dict[str, Any]) -> None:
-    """Raises NoCrossFrameAttention where hooks would not reach the network that computes."""
+    """Raises NoCrossFrameAttention where hooks would not reach the network that computes, or not each time."""
     from comfy.patcher_extension import WrappersMP
     from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
@@ -131,6 +132,12 @@ def _require_plain_calls(options: dict[str, Any]) -> None:
     if wrappers.get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY):
         raise NoCrossFrameAttention(
             "Cross-frame attention cannot be put into a compiled model. Connect the model without TorchCompileModel."
+        )
+    # It computes layers once more for gradients, and goes on without images that are good enough.
+    if wrappers.get(WrappersMP.PREDICT_NOISE, {}).get(SEARCH):
+        raise NoCrossFrameAttention(
+            "A search looks at each image of a batch for itself, but cross-frame attention makes one video of them. "
+            "Search on one picture, and replay its masks by MaskUNet Apply Masks for all frames."
         )
 
 
