@@ -14,6 +14,7 @@ from .record_masks import MaskUNetMasksOfRun, MaskUNetRecordMasks
 from .reward_sampler import MaskUNetRewardSampler, MaskUNetRewardSamplerCustom
 from .rewards import MaskUNetRewardCombine, MaskUNetRewardLoader, MaskUNetRewardScore
 from .toy import MaskUNetToyModel
+from .video import MaskUNetCrossFrame, MaskUNetVideoSampler
 
 
 class MaskUNetExtension(ComfyExtension):
@@ -42,6 +43,8 @@ class MaskUNetExtension(ComfyExtension):
             MaskUNetPromptWords,
             MaskUNetAttentionGuidance,
             MaskUNetAttentionMaps,
+            MaskUNetCrossFrame,
+            MaskUNetVideoSampler,
             MaskUNetToyModel,
         ]
 

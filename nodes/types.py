@@ -23,8 +23,8 @@ def strength_input() -> io.Input:
     )
 
 
-def window_inputs() -> list[io.Input]:
-    """start_percent and end_percent, as in ControlNet's nodes."""
+def window_inputs(acts: str = "the masks act") -> list[io.Input]:
+    """start_percent and end_percent, as in ControlNet's nodes. acts: what does so between them."""
     return [
         io.Float.Input(
             "start_percent",
@@ -32,7 +32,7 @@ def window_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.001,
-            tooltip="Where in sampling the masks begin to act: 0 is the first step (pure noise), 1 the end.",
+            tooltip=f"From where in sampling {acts}: 0 is the first step (pure noise), 1 the end.",
         ),
         io.Float.Input(
             "end_percent",
@@ -40,7 +40,7 @@ def window_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.001,
-            tooltip="Where in sampling the masks stop acting. Outside the two the model runs unmasked, at full speed.",
+            tooltip=f"Up to where in sampling {acts}. Outside the two the model runs as without, at full speed.",
         ),
     ]
 

@@ -4,20 +4,19 @@ One wrapper around its calls serves all mask sources of a MODEL; between two cal
 """
 
 import contextlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import MaskUNetError
 from ..masks.call import Call
 from ..masks.sources import MaskSource
 from ..models.families import family_of
 from ..models.structure import Structure, family_name, inspect_model
 from .layers import masked
 from .run import RUN, Run
+from .window import acts_at, is_whole, require_order
 
 OPTION = "maskunet"
 """Key of the attachments in `transformer_options`, and of the wrappers and additional models on the MODEL."""
@@ -39,14 +38,13 @@ class Attachment:
     sampling: Any = None
 
     def active_in(self, call: Call) -> bool:
-        if self.start_percent <= 0.0 and self.end_percent >= 1.0:
+        if is_whole(self.start_percent, self.end_percent):
             return True
         sampling = call.sampling or self.sampling
         sigma = call.sigma
         if sampling is None or sigma is None:
             return True
-        start = math.inf if self.start_percent <= 0.0 else sampling.percent_to_sigma(self.start_percent)
-        return start >= sigma >= sampling.percent_to_sigma(self.end_percent)
+        return acts_at(sigma, sampling, self.start_percent, self.end_percent)
 
 
 def options_of(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,11 +91,7 @@ def attach(model, source: MaskSource, strength: float, start_percent: float, end
     At strength 0 the clone is not patched at all. weights: ModelPatcher of the source's own weights, which the host
     then loads and offloads beside the model. Raises MaskUNetError where the percents are not in order.
     """
-    if start_percent > end_percent:
-        raise MaskUNetError(
-            f"start_percent ({start_percent}) lies after end_percent ({end_percent}), so the masks would never act. "
-            "Set start_percent to the smaller of the two."
-        )
+    require_order(start_percent, end_percent, "the masks")
     if strength == 0.0:
         return model.clone()
     patched = with_masks(model)

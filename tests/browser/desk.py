@@ -22,8 +22,8 @@ WATCH = """() => {
     const seen = window.seen = {progress: {}, cached: [], files: {}, ended: []}
     app.api.addEventListener('execution_cached', event => seen.cached.push(...event.detail.nodes))
     app.api.addEventListener('executed', ({detail}) => {
-        const images = detail.output?.images
-        if (images) seen.files[detail.display_node ?? detail.node] = images.map(({filename}) => filename)
+        const {images, animated} = detail.output ?? {}
+        if (images && !animated) seen.files[detail.display_node ?? detail.node] = images.map(({filename}) => filename)
     })
     app.api.addEventListener('execution_success', () => seen.ended.push('success'))
     app.api.addEventListener('execution_error', () => seen.ended.push('error'))

@@ -17,7 +17,8 @@ COMPLETE = [name for name in SHIPPED if not declared_models(name)]
 
 to_be_run = pytest.mark.parametrize("opened", COMPLETE, indirect=True, scope="module")
 
-SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced", "MaskUNetRewardSampler")
+SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
+SAMPLERS += ("MaskUNetRewardSampler", "MaskUNetVideoSampler")
 
 
 class Opened(NamedTuple):

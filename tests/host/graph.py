@@ -19,6 +19,7 @@ TEMPLATES = {
     "inspect": "MaskUNet 9 - inspect masks",
     "attention_guidance": "MaskUNet 10 - attention guidance",
     "check_and_compare": "MaskUNet 11 - check and compare",
+    "video": "MaskUNet 12 - video",
     "sd15_best_of_6": "MaskUNet SD 1.5 - best of 6",
     "sd15_reward_sampler": "MaskUNet SD 1.5 - reward sampler",
     "sd15_random_masks": "MaskUNet SD 1.5 - random masks",
@@ -29,7 +30,7 @@ TEMPLATES = {
 """The graphs that ship: short names, and the names of their files, which the template browser shows as titles."""
 MUTED, BYPASSED = 2, 4
 _NOT_SENT = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")
-_WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+_WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 
 
 def template_file(name: str, ending: str) -> Path:
@@ -117,3 +118,8 @@ def nodes_of(prompt: dict[str, Any], class_type: str) -> list[str]:
 def titled(prompt: dict[str, Any], title: str) -> dict[str, Any]:
     """The inputs of the node with this title, to be read or changed."""
     return next(node["inputs"] for node in prompt.values() if node["_meta"]["title"] == title)
+
+
+def shows_pictures(output: dict[str, Any]) -> bool:
+    """Whether a node's output is pictures; of videos the host says that they are animated."""
+    return bool(output.get("images")) and not output.get("animated")

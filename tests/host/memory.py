@@ -9,6 +9,7 @@ Load models inside the block: they learn there which card they belong to, and mu
 
 import contextlib
 import ctypes
+import gc
 import itertools
 import mmap
 import os
@@ -387,6 +388,11 @@ def any_card(request) -> Iterator[Memory]:
     """These, and a card on which everything stays."""
     with CARDS[request.param]() as memory:
         yield memory
+
+
+def tensors_alive() -> dict[int, torch.Tensor]:
+    """All tensors that the garbage collector knows, by id."""
+    return {id(thing): thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}
 
 
 def run_as_executor(node: Callable, *arguments: Any, **options: Any) -> Any:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from trainer.host import PROJECT
 
 from .demo import fetch
-from .graph import load_workflow, template_file, titled, to_prompt
+from .graph import load_workflow, shows_pictures, template_file, titled, to_prompt
 from .server import Server, ServerError
 
 HELP_PICTURES = PROJECT / "nodes" / "web" / "docs" / "pictures"
@@ -85,6 +85,9 @@ THUMBNAILS = {
         )
     ),
     "check_and_compare": Thumbnail((("the same noises without masks and with", "Save pairs"),)),
+    "video": Thumbnail(
+        (("frames of a video", "Save frames"), ("with masks found on its first", "Save frames with masks"))
+    ),
     "sd15_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "a black ring and a yellow cross", 1, 1),
     "sd15_reward_sampler": Thumbnail(_SEARCH, "reward_sampler", text="a red circle and a green triangle", seed=2),
     "sd15_random_masks": Thumbnail(_RANDOM, "random_masks", text="a yellow star", seed=1),
@@ -190,7 +193,7 @@ def drawn(server: Server, name: str) -> dict[str, list[Image.Image]]:
         node["inputs"] |= {key: value for key, value in changes.items() if value and key in own}
     outputs = server.run(prompt)
     return {
-        prompt[node]["_meta"]["title"]: fetch(server, found) for node, found in outputs.items() if "images" in found
+        prompt[node]["_meta"]["title"]: fetch(server, found) for node, found in outputs.items() if shows_pictures(found)
     }
 
 

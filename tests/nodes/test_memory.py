@@ -9,7 +9,7 @@ import torch
 
 from maskunet_core.files import checkpoint
 from tests.builders import make_generator
-from tests.host.memory import CARD, card, dynamic_vram, shrinking_memory, streamed
+from tests.host.memory import CARD, card, dynamic_vram, shrinking_memory, streamed, tensors_alive
 from tests.nodes.reward_graphs import PROMPT
 from tests.nodes.scene import Scene, require_same, same_state
 from tests.tiny_models import QUANTISED, write_unet
@@ -164,10 +164,6 @@ def test_a_generator_draws_the_same_and_is_replayed_on_every_card(extension, mas
 
 
 # What a run leaves behind -------------------------------------------------------------------------------------------
-
-
-def tensors_alive() -> dict[int, torch.Tensor]:
-    return {id(thing): thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}
 
 
 class Failure(Exception):
