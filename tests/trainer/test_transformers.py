@@ -5,10 +5,11 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 from maskunet_core.files import checkpoint
 from maskunet_core.models.families.transformer import time_embedding
-from trainer.base import load_toy_base
+from trainer.base import BaseModel, load_toy_base
 from trainer.config import Base
 from trainer.config_file import BadConfig, parse_config
 from trainer.evaluate import Protocol, evaluate
@@ -16,7 +17,7 @@ from trainer.loop import Run
 from trainer.methods import build_method
 from trainer.samples import sample
 from trainer.toy.transformer import norms_on_copies
-from trainer.train import check, resume, start
+from trainer.train import check, load_data, make_accelerator, resume, start
 
 METHODS = ("maskunet", "static_mask", "lora", "full")
 
@@ -136,6 +137,41 @@ def test_a_run_goes_on_after_a_stop_and_its_file_is_drawn_with_and_judged(tmp_pa
     rows = evaluate(whole, few, tmp_path / "judged", body="transformer")
     assert [row["model"] for row in rows] == ["base", "base + maskunet.safetensors"]
     assert 0 < rows[0]["loss"] < 2
+
+
+def test_texts_of_unequal_lengths_are_learned_from_as_each_alone(tmp_path, monkeypatch):
+    """The losses and gradients of a batch are those of its samples one by one, each with its own text alone."""
+    for number, words in enumerate(("red", "large green", "small blue and yellow", "purple")):
+        Image.new("RGB", (64, 64), (60 * number, 90, 120)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(words, encoding="utf-8")
+    encode = BaseModel.encode_text
+
+    def without_padding(base: BaseModel, text: str) -> dict[str, torch.Tensor]:
+        found = encode(base, text)
+        return {"cross_attn": found["cross_attn"][: len(text.split()) + 2]}
+
+    monkeypatch.setattr(BaseModel, "encode_text", without_padding)
+    base = load_toy_base(body="transformer")
+    settings = {"data": {"path": str(tmp_path)}, "validation": {"pictures": 0}}
+    config = config_of(tmp_path, loop={"checkpointing": True}, **settings)
+    run = Run(config, base, load_data(config, base), make_accelerator(config))
+    batch = run.objective.batches.draw(0)
+    losses = run._forward_backward(batch)
+    together = [p.grad.clone() for p in run.module.parameters()]
+    run.optimiser.zero_grad()
+    alone = []
+    for row in range(4):
+        (_, part), *others = batch.part(row, 4, run.device).by_length()
+        assert not others
+        text = part.conditions["cross_attn"]
+        assert (text.abs().sum(-1) > 0).all()
+        with run.method.acting():
+            alone.append(run.objective.losses(part))
+            (alone[-1].sum() / 4).backward()
+    assert len({len(run.data._read_text(sample.text)["cross_attn"]) for sample in run.data.samples}) == 3
+    torch.testing.assert_close(losses, torch.cat(alone).detach())
+    for parameter, gradient in zip(run.module.parameters(), together):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
 
 
 def drawn(base, model):
