@@ -59,7 +59,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     protocol = Protocol.quick() if arguments.quick else Protocol()
     weights = str(user_path(arguments.base)) if arguments.base else ""
-    evaluate(arguments.generator, protocol, arguments.output, weights)
+    evaluate(arguments.generator, protocol, arguments.output, weights, arguments.body)
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -73,7 +73,7 @@ def sample(arguments: argparse.Namespace) -> None:
 
     is_word = training_of(arguments.generator) is not None
     draw, sides = (sample_word, "its start left, the word right") if is_word else (sample, _MASKED_SIDES)
-    base = Base(checkpoint=str(user_path(arguments.base)))
+    base = Base(checkpoint=str(user_path(arguments.base)), body=arguments.body)
     path = draw(base, arguments.generator, arguments.prompt, output, arguments.seed, arguments.steps)
     print(f"wrote {path}: {sides}")
 
@@ -179,6 +179,12 @@ def _number(least: int) -> Callable[[str], int]:
     return number
 
 
+def _add_body(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--body", choices=("unet", "transformer"), default="unet", help="of the toy model (default: %(default)s)"
+    )
+
+
 def _add_overwrite(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
@@ -205,6 +211,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command = commands.add_parser("evaluate", help="judge a generator on prompts and noises that training never saw")
     command.add_argument("generator", type=user_path, nargs="?", help="generator file; without one the base alone")
     command.add_argument("--base", default="", help="folder of other toy weights (default: the shipped ones)")
+    _add_body(command)
     command.add_argument("--output", type=user_path, default=Path("output/evaluate"), help="folder for the table")
     _add_overwrite(command, "the table that the folder holds")
     command.add_argument("--quick", action="store_true", help="few pictures, to see that it works")
@@ -241,6 +248,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("generator", type=user_path, help="generator file, or a learned word: {} in prompts")
     command.add_argument("--prompt", action="append", required=True, help="a prompt; may be given several times")
     command.add_argument("--base", default="toy", help='a checkpoint file, or "toy" (default)')
+    _add_body(command)
     command.add_argument(
         "--output", type=user_path, help=f"the picture to write (default: {SHEET}, with a number where it exists)"
     )

@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.models.families import family_of
+from maskunet_core.models.families.family import Family
 from maskunet_core.models.families.unet import UNET
 from maskunet_core.seam.attention import with_differentiable_attention
+from maskunet_core.seam.blocks import recomputed_blocks
+from maskunet_core.seam.gradients import LeanGraph
 from maskunet_core.seam.shadow import Shadowed
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.model import load_toy_model
@@ -81,8 +85,31 @@ class BaseModel:
         return self.patcher.model.diffusion_model
 
     @property
+    def family(self) -> Family | None:
+        """The kind of the U-Net, or of the transformer in its place."""
+        return family_of(self.unet)
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether it has learned a flow from noise to pictures (flow matching), and no timesteps of a diffusion."""
+        import comfy.model_sampling
+
+        return not isinstance(self.model.model_sampling, comfy.model_sampling.ModelSamplingDiscrete)
+
+    @property
+    def sampler(self) -> tuple[str, str]:
+        """The host's sampler and scheduler that pictures are drawn by."""
+        return ("euler", "simple") if self.is_flow else ("ddim", "normal")
+
+    @property
     def timesteps(self) -> int:
         return len(self.model.model_sampling.sigmas)
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """Of a picture of so many pixels: [C, h, w], or [C, 1, h, w] where the model also draws films."""
+        latents = self.model.latent_format
+        cell = latents.spacial_downscale_ratio
+        return (latents.latent_channels, *[1] * (latents.latent_dimensions - 2), height // cell, width // cell)
 
     @property
     def predicts_v(self) -> bool:
@@ -99,17 +126,18 @@ class BaseModel:
 
     @torch.no_grad()
     def encode_text(self, text: str) -> dict[str, Tensor]:
-        """What the U-Net takes of one prompt: `cross_attn` [T, C] and, for SDXL, `pooled_output` [P].
+        """What the model takes of one prompt: `cross_attn` [T, C] and, for SDXL, `pooled_output` [P]; for a transformer
+        whatever its text encoders give (masks, ids), without the batch's dimension.
 
-        A prompt is cut after the encoder's first chunk (75 tokens for CLIP).
+        A prompt is cut after the encoder's first chunk (75 tokens for CLIP; others take any length).
         """
         tokens = {key: chunks[:1] for key, chunks in self.tokens(text).items()}
-        context, pooled = self.clip.encode_from_tokens(tokens, return_pooled=True)
-        conditions = {"cross_attn": context[0].float().cpu()}
+        found = self.clip.encode_from_tokens(tokens, return_dict=True)
+        found = {"cross_attn": found.pop("cond")} | found
         # SD 1.5's files hold no projection for it: what comes out there is whatever the memory held.
-        if pooled is not None and self.model.adm_channels:
-            conditions["pooled_output"] = pooled[0].float().cpu()
-        return conditions
+        if self.family is UNET and not self.model.adm_channels:
+            del found["pooled_output"]
+        return {key: _plain(value[0]) for key, value in found.items() if isinstance(value, Tensor)}
 
     def tokens(self, text: str) -> dict[str, list[list[tuple[Any, float]]]]:
         """A prompt as the host cuts it: for each text encoder chunks of (id or vector of an embedding, weight).
@@ -134,7 +162,7 @@ class BaseModel:
 
     @torch.no_grad()
     def encode_picture(self, picture: Tensor) -> Tensor:
-        """Latent `[C, h, w]`, scaled as the U-Net takes it, of a picture `[3, 8h, 8w]` in [0, 1]."""
+        """Latent as in `latent_shape`, scaled as the model takes it, of a picture `[3, H, W]` in [0, 1]."""
         # Autoencoders that draw from their posterior do so the same way every time.
         torch.manual_seed(0)
         latent = self.vae.encode(picture.movedim(0, -1)[None])
@@ -142,43 +170,74 @@ class BaseModel:
 
     def sigmas(self, clean: Tensor, timesteps: Tensor) -> Tensor:
         """`[B]`: the noise at integer timesteps `[B]`, in the dtype and on the device of `clean`."""
-        return self.model.model_sampling.sigma(timesteps.float()).to(clean)
+        sampling = self.model.model_sampling
+        if self.is_flow:
+            # Here the host counts timesteps in units that differ between models.
+            return sampling.sigmas[timesteps.to(sampling.sigmas.device)].to(clean)
+        return sampling.sigma(timesteps.float()).to(clean)
+
+    def noised(self, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        """Latents `[B, ...]` with the noise of levels sigma `[B]`, as the host's samplers would have them."""
+        return self.model.model_sampling.noise_scaling(sigma, noise, clean)
 
     def error_unit(self, sigma: Tensor, latents: Tensor) -> Tensor:
-        """`[B, 1, ...]`: by what an error of the denoised latents is divided to be one of what the model predicts,
-        noise or v. sigma: `[B]`; latents: `[B, ...]`, for their dimensions."""
-        spread = spread_over(sigma, latents)
-        return spread / (1 + spread**2).sqrt() if self.predicts_v else spread
+        """`[B, 1, ...]`: by what an error of the denoised latents is divided to be one of what the model predicts:
+        noise, v, or the velocity of a flow. sigma: `[B]`; latents: `[B, ...]`, for their dimensions."""
+        nothing = latents.new_zeros(len(latents), *[1] * (latents.ndim - 1))
+        # The estimate is linear in the prediction.
+        return self.model.model_sampling.calculate_denoised(sigma, nothing + 1, nothing)
 
     def denoised(self, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        """The model's estimate of the clean latents `[B, C, h, w]`, differentiable where gradients are on.
+        """The model's estimate of the clean latents `[B, C, ..., h, w]`, differentiable where gradients are on (through
+        a transformer inside of `differentiable`).
 
-        noisy: [B, C, h, w]. sigma: [B]. conditions: stacked results of `encode_text`.
+        noisy: [B, C, ..., h, w]. sigma: [B]. conditions: stacked results of `encode_text`.
         """
-        height, width = (8 * side for side in noisy.shape[-2:])
+        cell = self.model.latent_format.spacial_downscale_ratio
+        height, width = (cell * side for side in noisy.shape[-2:])
         extra = self.model.extra_conds(**conditions, noise=noisy, device=noisy.device, width=width, height=height)
-        inputs = {key: value.cond for key, value in extra.items()}
+        of_batch = {"batch_size": len(noisy), "device": noisy.device, "area": None}
+        inputs = {key: value.process_cond(**of_batch).cond for key, value in extra.items()}
         options = {"sigmas": sigma}
-        if torch.is_grad_enabled():
-            options = with_differentiable_attention(options)
-        return self.model.apply_model(noisy, sigma, transformer_options=options, **inputs)
+        if not torch.is_grad_enabled():
+            return self.model.apply_model(noisy, sigma, transformer_options=options, **inputs)
+        options = with_differentiable_attention(options)
+        with contextlib.nullcontext() if self.family is UNET else LeanGraph():
+            return self.model.apply_model(noisy, sigma, transformer_options=options, **inputs)
+
+    def differentiable(self) -> contextlib.AbstractContextManager:
+        """Around forward and backward pass: transformers write into what autograd keeps."""
+        if self.family is UNET:
+            return contextlib.nullcontext()
+        return torch.autograd.graph.allow_mutation_on_saved_tensors()
 
     def diffusion_loss(
         self, clean: Tensor, conditions: dict[str, Tensor], timesteps: Tensor, noise: Tensor, min_snr: float = 0.0
     ) -> Tensor:
-        """Eq. 2, per sample `[B]`: the mean squared error of the predicted noise, or of v where the model predicts v.
+        """Eq. 2, per sample `[B]`: the mean squared error of what the model predicts, noise, v, or a flow's velocity.
 
-        clean, noise: [B, C, h, w]. conditions: stacked results of `encode_text`. timesteps: [B] integers. min_snr:
+        clean, noise: [B, C, ..., h, w]. conditions: stacked results of `encode_text`. timesteps: [B] integers. min_snr:
         gamma of min-SNR weighting (Hang et al., arXiv 2303.09556), 0 for none.
         """
         sigma = self.sigmas(clean, timesteps)
-        noisy = clean + spread_over(sigma, clean) * noise
-        denoised = self.denoised(noisy, sigma, conditions)
-        error = ((denoised - clean) / self.error_unit(sigma, clean)).square().flatten(1).mean(1)
-        snr = sigma**-2
+        denoised = self.denoised(self.noised(clean, sigma, noise), sigma, conditions)
+        unit = self.error_unit(sigma, clean)
+        error = ((denoised - clean) / unit).square().flatten(1).mean(1)
         if min_snr:
-            error = error * snr.clamp(max=min_snr) / (snr + 1 if self.predicts_v else snr)
+            snr = self._snr(sigma)
+            error = error * snr.clamp(max=min_snr) / (snr + 1 if self.predicts_v else unit.flatten() ** -2)
         return error
+
+    def _snr(self, sigma: Tensor) -> Tensor:
+        """`[B]`: the share of the clean latents in the noisy ones over that of the noise, squared."""
+        nothing = torch.zeros_like(sigma)
+        clean, noise = self.noised(nothing + 1, sigma, nothing), self.noised(nothing, sigma, nothing + 1)
+        return (noise / clean) ** -2
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """On the CPU, and in fp32 unless it holds integers."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu()
 
 
 def spread_over(sigma: Tensor, latents: Tensor) -> Tensor:
@@ -217,7 +276,7 @@ def load_base(settings: Base, dtype: torch.dtype = torch.float32) -> BaseModel:
     import folder_paths
 
     if settings.checkpoint == TOY:
-        return load_toy_base(settings.weights)
+        return load_toy_base(settings.weights, settings.body)
     path = checkpoint_file(settings)
     try:
         patcher, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
@@ -314,17 +373,30 @@ def _unmatched() -> Iterator[list[str]]:
 
 
 def require_trainable(base: BaseModel) -> None:
-    """Raises BadBase where it is no U-Net, or one that takes more than a noisy picture, a timestep and a prompt."""
-    if family_of(base.unet) is not UNET:
+    """Raises BadBase where it is of no kind that can be masked, or takes more than a noisy picture, a timestep and a
+    prompt."""
+    if base.family is None:
         raise BadBase(
-            f"{base.name} is no U-Net, and masks are trained for U-Nets alone. Name a checkpoint of SD 1.5, SD 2.x or "
-            "SDXL in base.checkpoint."
+            f"{base.name} is of a kind that has no masks ({type(base.unet).__name__}). Name a checkpoint of SD 1.5, "
+            "SD 2.x, SDXL, or of a transformer that MaskUNet Inspect knows."
         )
+    if base.family is not UNET:
+        return _require_text_to_image(base)
     takes, has = base.model.model_config.unet_config["in_channels"], base.model.latent_format.latent_channels
     if takes != has:
         raise BadBase(
             f"The U-Net of {base.name} takes {takes} channels instead of {has}, as for inpainting or editing: it needs "
             "a second picture, which the data does not hold. Name the plain checkpoint in base.checkpoint."
+        )
+
+
+def _require_text_to_image(base: BaseModel) -> None:
+    """Raises BadBase where a transformer takes another picture beside the noisy one."""
+    noise = torch.zeros(1, *base.latent_shape(64, 64))
+    if base.model.concat_cond(noise=noise, device=noise.device) is not None:
+        raise BadBase(
+            f"{base.name} takes a second picture, as for inpainting or editing, which the data does not hold. Name the "
+            "plain model in base.checkpoint."
         )
 
 
@@ -348,6 +420,14 @@ def checkpointed(*parts: nn.Module) -> Shadowed:
     modules = (module for part in parts for module in part.modules())
     blocks = [m for m in modules if type(m).__name__ in ("ResBlock", "BasicTransformerBlock")]
     return Shadowed((module, {"forward": forward_of(module)}) for module in blocks)
+
+
+def recomputed(base: BaseModel, learned: Callable[[str], Sequence[Tensor]]) -> Shadowed:
+    """As `checkpointed`, for the blocks of a transformer. learned: what a block's layers learn, or what it comes from,
+    by the block's name; asked once the block is entered."""
+    model, family = base.unet, base.family
+    blocks = ((model.get_submodule(name), partial(learned, name)) for name in family.blocks(model))
+    return recomputed_blocks(blocks, family.channels(model))
 
 
 def load_for_training(base: BaseModel) -> torch.device:
@@ -386,11 +466,11 @@ def sample_pictures(
     batch: int = 60,
     progress=None,
     encode: Callable[[list[str]], Tensor] | None = None,
-    scheduler: str = "normal",
+    scheduler: str | None = None,
 ) -> Tensor:
-    """Pictures `[N, 3, 64, 64]` in [0, 1] of toy prompts, by the host's DDIM sampler; noise n depends on seed and n.
+    """Pictures `[N, 3, 64, 64]` in [0, 1] of toy prompts, by the base's sampler; noise n depends on seed and n.
 
-    encode: from prompts to their context [B, 16, 128], instead of the base's own.
+    encode: from prompts to their context [B, 16, 128], instead of the base's own. scheduler: instead of the base's.
     """
     import comfy.sample
 
@@ -410,8 +490,8 @@ def sample_pictures(
             part,
             steps,
             cfg,
-            "ddim",
-            scheduler,
+            base.sampler[0],
+            scheduler or base.sampler[1],
             [[context, {}]],
             [[empty, {}]],
             torch.zeros_like(part),

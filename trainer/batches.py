@@ -1,7 +1,8 @@
 """What a step of training sees: a function of seed and step number alone, whoever computes which part of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from maskunet_core.errors import MaskUNetError
 
 from .config import Config
 from .data.buckets import Order
+from .data.texts import by_length, joined
 from .seeds import seeded
 
 
@@ -56,6 +58,11 @@ class Batch:
         rows = torch.tensor(which).nonzero()[:, 0]
         return self._each(lambda value: value[rows.to(value.device)])
 
+    def by_length(self) -> list[tuple[Tensor | slice, "Batch"]]:
+        """The rows whose texts are equally long, and a batch of each."""
+        groups = by_length(self.conditions)
+        return [(rows, replace(self._each(itemgetter(rows)), conditions=group)) for rows, group in groups]
+
 
 class Batches:
     """The batches of a run, on the CPU.
@@ -97,7 +104,7 @@ class Batches:
             of_class = self._class_orders[clean.shape[1:]].rows(step)
             others = _read(self.prior, of_class, dropped[len(rows) :], flips if flips is None else flips[len(rows) :])
             clean = torch.cat([clean, others[0]])
-            conditions = {key: torch.cat([value, others[1][key]]) for key, value in conditions.items()}
+            conditions = joined(conditions, others[1])
         noise = torch.randn(clean.shape, generator=stream)
         return Batch(clean, conditions, drawn, noise, self._weights(len(rows)))
 

@@ -14,6 +14,7 @@ OF_WEIGHTS = ("maskunet", "static_mask", "lora", "full")
 """Methods that change the U-Net."""
 METHODS = (*OF_WEIGHTS, "embedding", *(f"embedding+{method}" for method in OF_WEIGHTS))
 KINDS = ("object", "style", "relation")
+BODIES = ("unet", "transformer")
 OBJECTIVES = ("diffusion", "reward")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -22,12 +23,14 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 class Base:
     """The frozen model.
 
-    checkpoint: a checkpoint file (SD 1.5, SD 2.x, SDXL), as a path or as ComfyUI's folders of checkpoints name it, or
-    "toy", the embedded model. weights: folder of other toy weights, "" for the shipped ones. lora: files that are
-    merged into the base, named in the same way, with their strengths.
+    checkpoint: a checkpoint file (SD 1.5, SD 2.x, SDXL, or a transformer), as a path or as ComfyUI's folders of
+    checkpoints name it, or "toy", the embedded model. body: the toy's `unet` or its `transformer`. weights: folder of
+    other toy weights, "" for the shipped ones. lora: files that are merged into the base, named in the same way, with
+    their strengths.
     """
 
     checkpoint: str = TOY
+    body: str = "unet"
     weights: str = ""
     lora: dict[str, float] = field(default_factory=dict)
 

@@ -14,7 +14,7 @@ from maskunet_core.masks.generator import BIASES, CODES, LowRankGenerator, LowRa
 from maskunet_core.masks.reference import ReferenceGenerator
 from maskunet_core.models.structure import TARGETS
 
-from .config import KINDS, METHODS, OBJECTIVES, PRECISIONS, TOY, TOY_RESOLUTION, Config
+from .config import BODIES, KINDS, METHODS, OBJECTIVES, PRECISIONS, TOY, TOY_RESOLUTION, Config
 from .embedding.toy import TAUGHT
 from .files import user_path
 from .host import GENERATORS, REWARD, model_choice, model_file
@@ -64,6 +64,7 @@ _RULES = {
     "output": (lambda v: Path(v).name not in ("", ".", ".."), "must name a folder"),
     "method": _one_of(METHODS),
     "objective": _one_of(OBJECTIVES),
+    "base.body": _one_of(BODIES),
     "targets": _one_of(TARGETS),
     "data.resolution": (lambda v: v >= 64 and v % 8 == 0, "must be a multiple of 8 from 64 on"),
     "data.caption_dropout": _SHARE,
@@ -220,6 +221,29 @@ def _contradicting_architecture(config: Config) -> list[str]:
     return problems
 
 
+def _contradicting_body(config: Config) -> list[str]:
+    if config.base.body == "unet":
+        return []
+    if not config.is_toy:
+        return [f'base.body: is of the toy model alone; leave it out, or name "{TOY}" in base.checkpoint']
+    return for_unets_alone(config)
+
+
+def for_unets_alone(config: Config) -> list[str]:
+    """What is asked for that no transformer can be trained by, a sentence each."""
+    problems = []
+    if config.objective == "reward":
+        problems.append('objective: rewards train U-Nets alone; for a transformer it must be "diffusion"')
+    if config.learns_word:
+        problems.append("method: words are learned for U-Nets alone; name another method for a transformer")
+    if config.generator.architecture == ReferenceGenerator.architecture:
+        problems.append(
+            f"generator.architecture: {ReferenceGenerator.architecture} is made for U-Nets alone; for a transformer it "
+            f"must be {LowRankGenerator.architecture}"
+        )
+    return problems
+
+
 def _contradicting_reward(config: Config) -> list[str]:
     reward, data = config.reward, config.data
     if config.objective != "reward":
@@ -306,6 +330,7 @@ def _contradictions(config: Config) -> list[str]:
     problems += _contradicting_word(config)
     if not config.is_toy and not data.path and config.objective == "diffusion":
         problems.append("data.path: is missing; name a folder of pictures with captions, or a data set")
+    problems += _contradicting_body(config)
     if config.is_toy and base.lora:
         problems.append("base.lora: the toy model takes none")
     if base.weights and not Path(base.weights).is_dir():

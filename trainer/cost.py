@@ -80,8 +80,7 @@ class Cost:
 def _pass(base: BaseModel, method: Any, accelerator: Any, device: torch.device, count: int, size: tuple[int, int]):
     """One forward and backward pass of `count` samples of noise; (peak bytes, seconds, those of the forward pass)."""
     stream = torch.Generator().manual_seed(0)
-    channels = base.model.latent_format.latent_channels
-    clean, noise = torch.randn(2, count, channels, size[1] // 8, size[0] // 8, generator=stream).to(device)
+    clean, noise = torch.randn(2, count, *base.latent_shape(*size), generator=stream).to(device)
     conditions = {key: value.to(device) for key, value in method.example(count).items()}
     timesteps = torch.linspace(100, 900, count).long().to(device)
     load_for_training(base)

@@ -34,7 +34,7 @@ KINDS = ("one", "two", "relation")
 @dataclass(frozen=True)
 class Protocol:
     """loss_pictures: pairs for the held-out loss. prompts: distinct held-out prompts of each kind, as many as there
-    are; pictures: of each kind. steps, cfg: of the host's DDIM sampler."""
+    are; pictures: of each kind. steps, cfg: of the base's sampler."""
 
     loss_pictures: int = 6144
     prompts: int = 240
@@ -103,9 +103,11 @@ def judge_pictures(pictures: Tensor, prompts: list[Caption], real: Tensor, judge
     return scores
 
 
-def evaluate(generator_file: Path | None, protocol: Protocol, output: Path, weights: str = "") -> list[dict[str, Any]]:
+def evaluate(
+    generator_file: Path | None, protocol: Protocol, output: Path, weights: str = "", body: str = "unet"
+) -> list[dict[str, Any]]:
     """A row for the base and one for base + generator; written to `output/table.md` and `.json`, and printed."""
-    base = load_toy_base(weights)
+    base = load_toy_base(weights, body)
     models: list[tuple[str, Any, GeneratorMasks | None]] = [("base", base.patcher, None)]
     if generator_file is not None:
         loaded = checkpoint.load(generator_file)

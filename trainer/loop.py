@@ -184,12 +184,15 @@ class Run:
                     continue
             part = self.objective.prepared(part)
             torch.manual_seed(self.step * parts + index)
-            with self.method.acting():
-                with self.accelerator.autocast():
-                    weighted = self.objective.losses(part)
-                share = len(weighted) / size / self.config.loop.accumulate
-                self.accelerator.backward(weighted.mean() * share)
-            losses.append(weighted.detach())
+            weighted = torch.empty(len(part.clean), device=self.device)
+            for rows, group in part.by_length():
+                with self.method.acting():
+                    with self.accelerator.autocast():
+                        of_group = self.objective.losses(group)
+                    share = len(of_group) / size / self.config.loop.accumulate
+                    self.accelerator.backward(of_group.mean() * share)
+                weighted[rows] = of_group.detach()
+            losses.append(weighted)
         return torch.cat(losses) if losses else torch.empty(0, device=self.device)
 
     def _gradients(self) -> tuple[list[float], int, bool]:

@@ -6,7 +6,7 @@ A method owns its parameters, says how they act on the U-Net while training and 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maskunet_core.files import checkpoint
+from maskunet_core.masks.call import Call
 from maskunet_core.masks.generator import LowRankGenerator, LowRankSettings, key_of
 from maskunet_core.masks.reference import ReferenceGenerator, authors_maps
 from maskunet_core.masks.sources import GeneratorMasks, LearningGenerator
-from maskunet_core.models.structure import Structure
+from maskunet_core.models.families.unet import UNET
+from maskunet_core.models.structure import Layer, Structure
 from maskunet_core.seam.attach import attach, structure_of
-from maskunet_core.seam.layers import masked, modules_of, replaced_linears
+from maskunet_core.seam.layers import Linear, masked, modules_of, replaced_linears
 
-from .base import BaseModel, checkpointed
+from .base import BaseModel, checkpointed, recomputed
 from .config import Config
 from .files import replacing
 
@@ -79,10 +81,18 @@ class _Method:
         self.structure = structure_of(base.patcher, config.targets)
         self.modules = modules_of(base.unet)
 
-    def _checkpointing(self) -> contextlib.AbstractContextManager[None]:
-        return (
-            checkpointed(self.base.unet.output_blocks) if self.config.loop.checkpointing else contextlib.nullcontext()
-        )
+    @contextlib.contextmanager
+    def _passes(self, training: bool, learned: Callable[[str], Sequence[Tensor]]) -> Iterator[None]:
+        """Around a call of the model and, while training, its backward pass. learned: see `recomputed`."""
+        with contextlib.ExitStack() as stack:
+            if training:
+                stack.enter_context(self.base.differentiable())
+            if training and self.config.loop.checkpointing:
+                unet = self.base.family is UNET
+                stack.enter_context(
+                    checkpointed(self.base.unet.output_blocks) if unet else recomputed(self.base, learned)
+                )
+            yield
 
     def observe(self, on: bool) -> None:
         """Collect statistics from now on, or stop; nothing to see in most methods."""
@@ -150,7 +160,9 @@ class MaskMethod(_Method):
     def acting(self, training: bool = True) -> Iterator[None]:
         """The method acts on the U-Net, for one call of it and, while training, its backward pass."""
         source = self.source if training else GeneratorMasks(self.module, observe=self.source.observe)
-        with self._checkpointing(), masked(self.modules, [(source, 1.0)]):
+        call = Call()
+        learned = lambda block: [leaf for of_source in call.leaves for leaf in of_source(block)]  # noqa: E731
+        with self._passes(training, learned), masked(self.modules, [(source, 1.0)], call):
             yield
 
     @contextlib.contextmanager
@@ -163,25 +175,43 @@ class MaskMethod(_Method):
 
 
 class _LayerMethod(_Method):
-    """A method that computes linear layers in another way, the same for every step and sample."""
+    """A method that computes linear layers in another way, the same for every step and sample.
+
+    Of a layer that computes several things at once the parts that are trained are layers of the structure.
+    """
 
     destination = ("loras", "press R in ComfyUI and choose it in Load LoRA")
 
     def groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters()), "lr": self.config.optimiser.lr}]
 
-    def linear(self, layer: str):
+    def _by_module(self) -> dict[str, list[Layer]]:
+        """The layers of the structure by the names of the linear layers that they are, or are parts of."""
+        found: dict[str, list[Layer]] = {}
+        for layer in self.structure.layers.values():
+            found.setdefault(layer.module_name, []).append(layer)
+        return found
+
+    def _learned(self, block: str) -> list[Tensor]:
+        layers = (layer.name for found in self.structure.blocks if found.name == block for layer in found.layers)
+        return [parameter for name in layers for parameter in self._parameters(name)]
+
+    def _parameters(self, layer: str) -> Iterable[Tensor]:
+        raise NotImplementedError
+
+    def linear(self, layers: Sequence[Layer]) -> Linear:
+        """layers: one linear layer, or parts of it."""
         raise NotImplementedError
 
     @contextlib.contextmanager
     def acting(self, training: bool = True) -> Iterator[None]:
-        linears = {name: self.linear(name) for name in self.structure.layers}
-        with self._checkpointing(), replaced_linears(self.modules, linears):
+        linears = {name: self.linear(layers) for name, layers in self._by_module().items()}
+        with self._passes(training, self._learned), replaced_linears(self.modules, linears):
             yield
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[Any]:
-        with self.acting():
+        with self.acting(training=False):
             yield self.base.patcher
 
     def tensors(self) -> dict[str, Tensor]:
@@ -194,8 +224,13 @@ class _LayerMethod(_Method):
             save_file(tensors, temporary, {"training": json.dumps(record)})
 
 
-def _file_key(layer: str) -> str:
-    return "lora_unet_" + layer.replace(".", "_")
+def _file_key(module: str) -> str:
+    return "lora_unet_" + module.replace(".", "_")
+
+
+def _around(part: Tensor, span: tuple[int, int] | None, size: int) -> Tensor:
+    """`[..., size]`: zeros with a part `[..., n]` at its place. span: None where it is the whole."""
+    return part if span is None else F.pad(part, (span[0], size - span[1]))
 
 
 class LoraMethod(_LayerMethod):
@@ -213,22 +248,32 @@ class LoraMethod(_LayerMethod):
             nn.init.zeros_(up.weight)
             self.module[key_of(name)] = nn.ModuleDict({"down": down, "up": up})
 
-    def linear(self, layer: str):
-        pair = self.module[key_of(layer)]
+    def _parameters(self, layer: str) -> Iterable[Tensor]:
+        return self.module[key_of(layer)].parameters()
 
+    def _pair(self, layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
+        """(down [n * rank, in], up [out, n * rank]) of a linear layer with n parts that are trained."""
+        rows, columns = self.modules[layers[0].module_name].weight.shape
+        pairs = [(layer, self.module[key_of(layer.name)]) for layer in layers]
+        downs = [_around(pair["down"].weight, layer.columns, columns) for layer, pair in pairs]
+        ups = [_around(pair["up"].weight.T, layer.rows, rows).T for layer, pair in pairs]
+        return torch.cat(downs), torch.cat(ups, 1)
+
+    def linear(self, layers: Sequence[Layer]) -> Linear:
         def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            down, up = pair["down"].weight.to(x.dtype), pair["up"].weight.to(x.dtype)
+            down, up = (matrix.to(x.dtype) for matrix in self._pair(layers))
             return F.linear(x, weight, bias) + self.scale * F.linear(F.linear(x, down), up)
 
         return forward
 
     def tensors(self) -> dict[str, Tensor]:
         found = {}
-        for name in self.structure.layers:
-            pair = self.module[key_of(name)]
-            found[f"{_file_key(name)}.lora_down.weight"] = pair["down"].weight
-            found[f"{_file_key(name)}.lora_up.weight"] = pair["up"].weight
-            found[f"{_file_key(name)}.alpha"] = torch.tensor(self.config.lora.alpha)
+        for name, layers in self._by_module().items():
+            down, up = self._pair(layers)
+            found[f"{_file_key(name)}.lora_down.weight"] = down
+            found[f"{_file_key(name)}.lora_up.weight"] = up
+            # Readers divide it by the rank.
+            found[f"{_file_key(name)}.alpha"] = torch.tensor(self.config.lora.alpha * len(layers))
         return found
 
 
@@ -238,23 +283,31 @@ class FullMethod(_LayerMethod):
     def __init__(self, base: BaseModel, config: Config):
         super().__init__(base, config)
         self._start = {
-            name: base.unet.get_submodule(name).weight.detach().float().clone() for name in self.structure.layers
+            name: layer.part_of(self.modules[layer.module_name].weight.detach()).float().clone()
+            for name, layer in self.structure.layers.items()
         }
         self.module = nn.ParameterDict({key_of(name): nn.Parameter(w.clone()) for name, w in self._start.items()})
 
-    def linear(self, layer: str):
-        trained = self.module[key_of(layer)]
+    def _parameters(self, layer: str) -> Iterable[Tensor]:
+        return [self.module[key_of(layer)]]
 
+    def linear(self, layers: Sequence[Layer]) -> Linear:
         def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return F.linear(x, trained.to(weight.dtype), bias)
+            weight = weight.clone()
+            for layer in layers:
+                layer.part_of(weight).copy_(self.module[key_of(layer.name)])
+            return F.linear(x, weight, bias)
 
         return forward
 
     def tensors(self) -> dict[str, Tensor]:
         found = {}
-        for name, start in self._start.items():
-            trained = self.module[key_of(name)]
-            found[f"{_file_key(name)}.diff"] = trained - start.to(trained.device)
+        for name, layers in self._by_module().items():
+            difference = torch.zeros_like(self.modules[name].weight, dtype=torch.float32)
+            for layer in layers:
+                trained = self.module[key_of(layer.name)].detach()
+                layer.part_of(difference).copy_(trained - self._start[layer.name].to(trained.device))
+            found[f"{_file_key(name)}.diff"] = difference
         return found
 
 

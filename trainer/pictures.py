@@ -51,7 +51,7 @@ def _embeddings(records: list[Record], base: Any) -> str:
 def base_digest(base: Base) -> str:
     """Names everything that decides what the base draws: the files of its parts, and LoRAs."""
     if base.checkpoint == TOY:
-        return _toy_digest(base, "autoencoder", "text_encoder", "unet")
+        return _toy_digest(base, "autoencoder", "text_encoder", base.body)
     return file_digest(checkpoint_file(base)) + _merged(base)
 
 

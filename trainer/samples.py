@@ -19,9 +19,8 @@ from .sheets import side_by_side
 
 
 def _conditioning(base: BaseModel, prompt: str) -> list:
-    found = base.encode_text(prompt)
-    options = {"pooled_output": found["pooled_output"][None]} if "pooled_output" in found else {}
-    return [[found["cross_attn"][None], options]]
+    found = {key: value[None] for key, value in base.encode_text(prompt).items()}
+    return [[found.pop("cross_attn"), found]]
 
 
 @torch.no_grad()
@@ -34,28 +33,28 @@ def drawn(
     steps: int,
     cfg: float,
 ) -> Iterator[Tensor]:
-    """A picture `[height, width, 3]` in [0, 1] for each (prompt, seed), by the host's DDIM sampler, one after another.
+    """A picture `[height, width, 3]` in [0, 1] for each (prompt, seed), by the base's sampler, one after another.
 
     size: (width, height).
     """
     import comfy.sample
 
-    width, height = size
     # All texts first: text encoder and U-Net need not lie in memory together.
     conditionings = {prompt: _conditioning(base, prompt) for prompt in {"", *(prompt for prompt, _ in wanted)}}
     for prompt, seed in wanted:
-        latent = torch.zeros(1, base.model.latent_format.latent_channels, height // 8, width // 8)
+        latent = torch.zeros(1, *base.latent_shape(*size))
         noise = torch.randn(latent.shape, generator=seeded(41, seed))
         both = conditionings[prompt], conditionings[""]
         options = {"disable_pbar": True, "seed": seed}
-        found = comfy.sample.sample(patcher, noise, steps, cfg, "ddim", "normal", *both, latent, **options)
-        yield base.vae.decode(found)[0, ..., :3].clamp(0, 1).cpu()
+        found = comfy.sample.sample(patcher, noise, steps, cfg, *base.sampler, *both, latent, **options)
+        # Models of films give a film of one picture.
+        yield base.vae.decode(found).flatten(0, -4)[0, ..., :3].clamp(0, 1).cpu()
 
 
 def draw_prompts(
     base: BaseModel, patcher: Any, prompts: Sequence[str], *, size: int, seed: int, steps: int, cfg: float
 ) -> Tensor:
-    """Pictures `[N, size, size, 3]` in [0, 1] by the host's DDIM sampler; picture n has the seed `seed + n`."""
+    """Pictures `[N, size, size, 3]` in [0, 1] by the base's sampler; picture n has the seed `seed + n`."""
     wanted = [(prompt, seed + number) for number, prompt in enumerate(prompts)]
     return torch.stack(list(drawn(base, patcher, wanted, size=(size, size), steps=steps, cfg=cfg)))
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.models.families.unet import UNET
 from maskunet_core.seam.attention import attention_notice
 
 from . import base as bases
 from .config import Config
-from .config_file import warnings
+from .config_file import BadConfig, for_unets_alone, warnings
 from .host import cpu_has_bf16
 from .loop import Run, held_out_count
 from .run_folder import claimed, clear, earlier_run, occupied, read_state, reopened, require_same, stopped, write_config
@@ -158,10 +159,13 @@ def check(config: Config) -> list[str]:
 
 
 def load(config: Config, accelerator: Any) -> bases.BaseModel:
-    """The base of a configuration, its U-Net in half precision where a GPU trains in it. Raises BadBase."""
+    """The base of a configuration, its U-Net in half precision where a GPU trains in it. Raises BadBase, or BadConfig
+    where a transformer cannot be trained so."""
     half = config.loop.precision != "fp32" and accelerator.device.type != "cpu"
     base = bases.load_base(config.base, DTYPES[config.loop.precision] if half else torch.float32)
     bases.require_trainable(base)
+    if base.family is not UNET and (problems := for_unets_alone(config)):
+        raise BadConfig("\n".join(problems))
     return base
 
 

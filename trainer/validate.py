@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .data.texts import by_length
 from .seeds import seeded
 
 DRAWS = 4
@@ -69,11 +70,13 @@ class Validator:
         clean = self.held_out.latents(rows, None)
         noise = torch.randn(clean.shape, generator=stream)
         with run.method.acting(training=False) if acting else run.method.idle():
-            conditions = {key: value.to(run.device) for key, value in self._conditions(rows, stream).items()}
-            with run.accelerator.autocast():
-                return run.base.diffusion_loss(
-                    clean.to(run.device), conditions, timesteps.to(run.device), noise.to(run.device)
-                ).float()
+            losses = torch.empty(len(clean), device=run.device)
+            for part, conditions in by_length(self._conditions(rows, stream)):
+                conditions = {key: value.to(run.device) for key, value in conditions.items()}
+                drawn = (value[part].to(run.device) for value in (timesteps, noise))
+                with run.accelerator.autocast():
+                    losses[part] = run.base.diffusion_loss(clean[part].to(run.device), conditions, *drawn).float()
+            return losses
 
     def _conditions(self, rows: Tensor, stream: torch.Generator) -> dict[str, Tensor]:
         return self.held_out.conditions(rows, torch.zeros(len(rows), dtype=torch.bool))

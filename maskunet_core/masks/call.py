@@ -33,6 +33,8 @@ class Call:
     noise levels of the images, on the device, where they are known.
     on_block: whoever wants to know what enters a block; called with the block's name, the feature map [B, C, H, W] and
     t_emb [B, E], before the block's layers ask for masks.
+    leaves: of sources that learn; called with the name of a block that was entered, they give the tensors that its
+    masks are computed from.
     """
 
     rows: int = 0
@@ -43,6 +45,7 @@ class Call:
     sampling: Any = None
     sigmas: Tensor | None = None
     on_block: list[Callable[[str, Tensor, Tensor], None]] = field(default_factory=list)
+    leaves: list[Callable[[str], list[Tensor]]] = field(default_factory=list)
     tokens: int = 0
 
     @property

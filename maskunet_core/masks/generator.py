@@ -175,5 +175,9 @@ class LowRankGenerator(nn.Module):
         """Logits of one layer for B masks, from what `condition` gave for it."""
         return self.logits[key_of(layer)](condition)
 
+    def parameters_of(self, layer: str) -> list[nn.Parameter]:
+        """What `layer_logits` takes besides the condition."""
+        return list(self.logits[key_of(layer)].parameters())
+
     def noise(self, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         return logistic_noise(shape, generator, dtype)

@@ -63,6 +63,12 @@ class _Conditions:
     def _gradients(self) -> torch.set_grad_enabled:
         return torch.set_grad_enabled(self.learning and torch.is_grad_enabled())
 
+    def leaves(self, block: str) -> list[Tensor]:
+        """What the masks of a block that was entered are computed from, as far as gradients go."""
+        names = [layer.name for layer in self._blocks[block].layers] if block in self._blocks else []
+        found = [leaf for name in names for leaf in (self._conditions[name], *self.generator.parameters_of(name))]
+        return [leaf for leaf in found if leaf.requires_grad]
+
     def logits(self, layer: str) -> MaskLogits:
         condition = self._conditions[layer]
         with without_autocast(condition.device), self._gradients():
@@ -121,11 +127,16 @@ class LearningGenerator:
 
     def begin(self, call: Call) -> MaskOf:
         conditions = _Conditions(self.generator, call, learning=True)
+        call.leaves.append(conditions.leaves)
+        noises: dict[str, Callable[[torch.Size], Tensor]] = {}
         threshold = self.generator.noisy_threshold if self.noise else self.generator.threshold
 
         def mask(layer: str, weight: Tensor) -> LearnedMask:
             logits = conditions.logits(layer)
-            noise = self._noise(logits.static.device) if self.noise else None
+            if self.noise and layer not in noises:
+                # A layer that runs again in the backward pass gets the same.
+                noises[layer] = self._noise(logits.static.device)
+            noise = noises.get(layer)
             if self.observe is not None:
                 with torch.no_grad():
                     full = logits.full()

@@ -3,6 +3,7 @@
 The host's blocks write into their inputs, which recomputation by PyTorch's `checkpoint` would take for what came in.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +16,15 @@ from .fused import gradients_of
 from .gradients import kept_weights, of_this_call, run_again
 from .shadow import Shadowed
 
+Leaves = Callable[[], Sequence[Tensor]]
+"""Gives what is learned in a block, or what that is computed from; called once the block is entered."""
 
-def recomputed_blocks(blocks: Iterable[tuple[nn.Module, Sequence[Tensor]]], width: int) -> Shadowed:
+
+def recomputed_blocks(blocks: Iterable[tuple[nn.Module, Leaves]], width: int) -> Shadowed:
     """Inside the block these blocks keep their streams alone for the backward pass, and run once more in it.
 
-    They run as they did, see `recomputed`. blocks: (block, what is learned in it). width: channels of the streams; what
-    else a block is given must not change, and passes no gradients on. Both passes must lie inside of
+    They run as they did, see `recomputed`. blocks: (block, its leaves). width: channels of the streams; what else a
+    block is given must not change, and passes no gradients on. Both passes must lie inside of
     `torch.autograd.graph.allow_mutation_on_saved_tensors`.
     """
     return Shadowed(
@@ -28,7 +32,7 @@ def recomputed_blocks(blocks: Iterable[tuple[nn.Module, Sequence[Tensor]]], widt
     )
 
 
-def _recomputed(block: nn.Module, forward: Callable, leaves: Sequence[Tensor], width: int, *args, **kwargs) -> Any:
+def _recomputed(block: nn.Module, forward: Callable, leaves: Leaves, width: int, *args, **kwargs) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     places = len(args)
@@ -45,7 +49,8 @@ def _recomputed(block: nn.Module, forward: Callable, leaves: Sequence[Tensor], w
     for name in streams:
         # What was given lives on here until the backward pass.
         given[name] = None
-    return _Recomputed.apply(_Run(block, compute, run_again(block)), len(streams), *entering, *leaves)
+    run = _Run(block, compute, run_again(block), _autocast_of_now(entering[0].device))
+    return _Recomputed.apply(run, len(streams), *entering, *leaves())
 
 
 def _is_stream(tensor: Tensor, width: int) -> bool:
@@ -54,11 +59,21 @@ def _is_stream(tensor: Tensor, width: int) -> bool:
 
 @dataclass(frozen=True)
 class _Run:
-    """block: what runs. compute: its results from its streams. once_more: see `run_again`."""
+    """block: what runs. compute: its results from its streams. once_more: see `run_again`. autocast: of the forward
+    pass."""
 
     block: nn.Module
     compute: Callable[[Sequence[Tensor]], Any]
-    once_more: Callable
+    once_more: Callable[[], contextlib.AbstractContextManager]
+    autocast: Callable[[], contextlib.AbstractContextManager]
+
+
+def _autocast_of_now(device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind):
+        return contextlib.nullcontext
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return partial(torch.autocast, kind, dtype=dtype, enabled=enabled)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -75,7 +90,7 @@ class _Recomputed(torch.autograd.Function):
         streams, ctx.streams = ctx.streams, None
         of_streams = ctx.needs_input_grad[2 : 2 + count]
         moving = [stream.requires_grad_() for stream, needed in zip(streams, of_streams) if needed]
-        with torch.enable_grad(), run.once_more(), kept_weights([run.block]):
+        with torch.enable_grad(), run.autocast(), run.once_more(), kept_weights([run.block]):
             # The block may write into what it gets, which a leaf does not allow.
             results = run.compute([stream.clone() for stream in streams])
             results = results if isinstance(results, tuple) else (results,)

@@ -134,8 +134,9 @@ def masked(
     """Masks act on a diffusion model inside the block, and leave no trace after it, however it ends.
 
     modules: of the diffusion model, by name. sources: (source, strength); several on one layer act as the product of
-    their masks, and at most one of them learns. observe: called with each mask that is given. Training keeps the block
-    open around forward and backward, because checkpointing runs layers again in the backward pass.
+    their masks, and at most one of them learns. call: without noise levels of its own it takes those that the diffusion
+    model is called with. observe: called with each mask that is given. Training keeps the block open around forward and
+    backward, because checkpointing runs layers again in the backward pass.
     """
     call = Call() if call is None else call
     masks: dict[str, tuple[Layer, list[tuple[MaskOf, float]]]] = {}
@@ -163,7 +164,13 @@ def masked(
     def embed(rows: int) -> Tensor:
         return time_embedding(call.sigmas, rows)
 
+    def called(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        call.sigmas = kwargs.get("transformer_options", {}).get("sigmas")
+        embed.cache_clear()
+
     with contextlib.ExitStack() as stack:
+        if call.sigmas is None:
+            stack.callback(modules[""].register_forward_pre_hook(called, with_kwargs=True).remove)
         for block, anchor in anchors.items():
 
             def entered(module: nn.Module, args: tuple, kwargs: dict, block: str = block) -> None:

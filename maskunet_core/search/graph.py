@@ -3,6 +3,7 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,8 +124,11 @@ class TransformerGraph(StepGraph):
         blocks = [model.get_submodule(name) for name in names]
         before = [block for stack in family.prelude for block in model.get_submodule(stack)] + blocks[:first]
         super().__init__(family.wrapper, TransformerPrefix(before if first else ()), recompute, lent)
-        leaves = [[leaf for layer, leaf in learned.items() if layer.startswith(f"{name}.")] for name in names]
-        self._blocks = list(zip(blocks, leaves))[first:]
+
+        def leaves(name: str) -> list[Tensor]:
+            return [leaf for layer, leaf in learned.items() if layer.startswith(f"{name}.")]
+
+        self._blocks = [(block, partial(leaves, name)) for block, name in zip(blocks, names)][first:]
         self._width = family.channels(model)
         inside = {module for block in blocks for module in block.modules()}
         self._others = [m for m in model.modules() if m not in inside and next(m.children(), None) is None]

@@ -11,6 +11,7 @@ from trainer.data.cache import prepare
 from trainer.data.decoding import Record
 from trainer.data.problems import BadData
 from trainer.data.store import TensorStore, key_of
+from trainer.data.texts import by_length, joined
 
 SQUARE = [(32, 32)]
 
@@ -319,7 +320,27 @@ def test_values_that_are_not_finite_are_refused(tmp_path, encoders):
 def test_embeddings_that_do_not_fit_into_one_batch_are_refused(tmp_path, encoders):
     shapes = "'red' has the shapes {'cross': .3,.}, that of the empty caption {'cross': .0,.}"
     with pytest.raises(BadData, match=shapes):
-        encoders.prepare(records_of("red"), tmp_path, encode_text=lambda caption: {"cross": torch.ones(len(caption))})
+        encoders.prepare(
+            records_of("red"), tmp_path, encode_text=lambda caption: {"cross": torch.ones(5, len(caption))}
+        )
+
+
+def test_texts_of_any_length_share_a_batch(tmp_path, encoders):
+    def encode(caption: str) -> dict[str, torch.Tensor]:
+        letters = torch.tensor([float(ord(letter)) for letter in caption or " "])
+        return {"cross": letters[:, None].expand(-1, 3).contiguous(), "pooled": letters[:1]}
+
+    data = encoders.prepare(records_of("red", "tan", "orange"), tmp_path, encode_text=encode)
+    conditions = data.conditions(torch.tensor([2, 0, 1, 1]), torch.tensor([False, False, False, True]))
+    seen = {}
+    for rows, group in by_length(conditions):
+        assert set(group) == {"cross", "pooled"}
+        for row, cross, pooled in zip(rows.tolist(), group["cross"], group["pooled"]):
+            seen[row] = {"cross": cross, "pooled": pooled}
+    for row, caption in enumerate([data.captions[2], data.captions[0], data.captions[1], ""]):
+        assert all(torch.equal(seen[row][name], value) for name, value in encode(caption).items())
+    both = joined(conditions, conditions)
+    assert [rows.tolist() for rows, _ in by_length(both)] == [[3, 7], [1, 2, 5, 6], [0, 4]]
 
 
 # Splits

@@ -18,6 +18,7 @@ from .buckets import Size, fit, nearest_bucket
 from .decoding import BadPicture, Record, decode_bytes, picture_size, read_bytes
 from .problems import NAMED, BadData
 from .store import TensorStore, key_of, sha256
+from .texts import stacked
 
 TEXTS_IN_MEMORY = 4096
 
@@ -91,14 +92,15 @@ class CachedData:
         return torch.stack([self._read_latent(key)["latent"].float() for key in keys])
 
     def conditions(self, rows: Tensor, dropped: Tensor) -> dict[str, Tensor]:
-        """The text encoder's tensors, each [B, ...], fp32 unless they are integers.
+        """The text encoder's tensors, each [B, ...], fp32 unless they are integers; of texts of unequal lengths as
+        `texts.stacked` has them.
 
         rows: [B]; dropped: [B] bool, where the empty caption takes the caption's place. Raises BadData where the
         cache was damaged meanwhile.
         """
         keys = [self._empty if drop else self.samples[row].text for row, drop in zip(rows.tolist(), dropped.tolist())]
         texts = [self._read_text(key) for key in keys]
-        return {name: torch.stack([_single(text[name]) for text in texts]) for name in texts[0]}
+        return stacked([{name: _single(value) for name, value in text.items()} for text in texts])
 
     def split(self, held_out: int, seed: int) -> tuple["CachedData", "CachedData"]:
         """(the rest, a held-out part of at least `held_out` pictures).
@@ -141,10 +143,11 @@ def prepare(
 ) -> CachedData:
     """Encodes what is not in the cache yet, and gives access to all of it. Interrupted, it loses the current item.
 
-    sizes: of the buckets; encode_picture: [3, h, w] in [0, 1] to a latent [C, h/8, w/8]; encode_text: a caption to its
-    conditioning without the batch dimension, of the same shapes for all captions; picture_key, text_key: name weights
-    and settings of the encoders; flip: keep mirrored latents too; broken_limit: the largest share of pictures that may
-    be broken and left out. Raises BadData where more are broken, none is left, or an encoder's values are not usable.
+    sizes: of the buckets; encode_picture: [3, H, W] in [0, 1] to a latent [C, ..., h, w]; encode_text: a caption to its
+    conditioning without the batch dimension, the first of which may be the text's length; picture_key, text_key: name
+    weights and settings of the encoders; flip: keep mirrored latents too; broken_limit: the largest share of pictures
+    that may be broken and left out. Raises BadData where more are broken, none is left, or an encoder's values are not
+    usable.
     """
     latents, texts = TensorStore(folder / "latents"), TensorStore(folder / "text")
     mirrored = (False, True) if flip else (False,)
@@ -196,12 +199,12 @@ def _prepare_texts(captions: dict[str, str], store: TensorStore, encode: EncodeT
         text = store.read(key)
         if text is None:
             text = store.write(key, _finite(encode(caption), f"The text embedding of '{caption}'"))
-        shapes = {name: tuple(tensor.shape) for name, tensor in text.items()}
+        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in text.items()}
         expected = expected or shapes
         if shapes != expected:
             raise BadData(
-                f"The text embedding of '{caption}' has the shapes {shapes}, that of the empty caption {expected}, so "
-                "that they do not fit into one batch: shorten the caption."
+                f"The text embedding of '{caption}' has the shapes {shapes}, that of the empty caption {expected}, "
+                "lengths aside, so that they do not fit into one batch: leave the caption out."
             )
 
 
