@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trainer.toy.judge import read
 
 from maskunet_core.toy.captions import Caption
 from maskunet_core.toy.model import load_reader
 from maskunet_core.toy.readers import Reading
 from trainer.evaluate import mean_and_error
 from trainer.toy.held_out import TABLE, held_out_prompts
-from trainer.toy.judge import read
 
 FRAMES, STEPS, MOTION = 4, 10, 24.0
 PUBLISHED, OF_THE_TOY = (0.058, 0.118), (0.45, 0.55)
