@@ -152,6 +152,27 @@ def test_a_method_is_measured_once_and_stands_in_the_table(tmp_path, monkeypatch
     assert jobs.result_of(tmp_path, plan.DIFFICULTY)["draws"] == 2
 
 
+def test_attention_guidance_acts_on_each_prompts_own_words(stage, captions):
+    before = stage.base.patcher
+    costs, found = {}, {}
+    for method in ("base", "Attend-and-Excite", "SynGen", "SynGen, and a generator"):
+        with Operations() as counted:
+            found[method] = plan.METHODS[method](stage, captions[:2], 0)
+        costs[method] = counted.total
+    assert stage.base.patcher is before
+    base = found.pop("base")
+    for latents in found.values():
+        assert all(not torch.equal(mine, plain) for mine, plain in zip(latents, base))
+    alone = plan.METHODS["SynGen"](stage, captions[1:2], 0)
+    torch.testing.assert_close(found["SynGen"][1:], alone)
+    assert 1.1 < costs["SynGen"] / costs["base"] < 1.6
+
+
+def test_some_methods_alone_are_planned():
+    names = [job.name for job in plan.make_plan(plan.Scale.quick(), ("base", "SynGen"))]
+    assert names == ["base/seed-0", "SynGen/seed-0", plan.DIFFICULTY]
+
+
 def test_the_transformer_is_measured_by_the_same_methods(tmp_path, monkeypatch):
     scale = dataclasses.replace(plan.Scale.quick("transformer"), prompts=2, batch=2, draws=2)
     monkeypatch.setattr(plan, "ON_TRANSFORMER", ("base", "best of 4"))

@@ -5,14 +5,23 @@ each costs is measured, and stands in the table. Settings were chosen on the pro
 those of TABLE.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from maskunet_core.attention.guidance import AttentionGuidance, GuidanceSettings
+from maskunet_core.attention.words import read, sets_in
+from maskunet_core.files import checkpoint
+from maskunet_core.masks.sources import GeneratorMasks
+from maskunet_core.seam.attach import attach
 from maskunet_core.search.run import search_images
 from maskunet_core.search.settings import PRESETS, SearchSettings
 from maskunet_core.toy.captions import Caption
+from maskunet_core.toy.model import WEIGHTS
 
 from ..toy.bodies import TRANSFORMER_CFG, TRANSFORMER_SCHEDULER, TRANSFORMER_STEPS
 from .rivals import drawn_plainly, optimised_noise, steered
@@ -40,6 +49,43 @@ def searched(settings: SearchSettings) -> Draw:
         return found.latents
 
     return draw
+
+
+def on_another_model(changed: Callable[[Stage, Caption], Any], draw: Draw) -> Draw:
+    """A method on the MODEL that `changed` makes for a prompt, one prompt after another."""
+
+    def drawn(stage: Stage, captions: list[Caption], seed: int) -> Tensor:
+        found = []
+        for caption in captions:
+            other = copy.copy(stage)
+            other.base = replace(stage.base, patcher=changed(stage, caption))
+            found.append(draw(other, [caption], seed))
+        return torch.cat(found)
+
+    return drawn
+
+
+def guided(method: str, draw: Draw) -> Draw:
+    """Attention guidance by a method of `maskunet_core.attention.guidance`, under another method."""
+    settings = GuidanceSettings(method, step=5.0, share=0.5)
+
+    def changed(stage: Stage, caption: Caption) -> Any:
+        words = read(stage.base.clip, str(caption))
+        words = replace(words, sets=sets_in(words.words))
+        # The stage's sampler looks at each step once.
+        return AttentionGuidance(words, settings, lambda *_: True).guiding(stage.base.patcher)
+
+    return on_another_model(changed, draw)
+
+
+def generated(name: str, draw: Draw) -> Draw:
+    """A generator that ships, under another method."""
+    file = WEIGHTS.with_name("generators") / name
+
+    def changed(stage: Stage, caption: Caption) -> Any:
+        return attach(stage.base.patcher, GeneratorMasks(checkpoint.load(file).generator), 1.0, 0.0, 1.0)
+
+    return on_another_model(changed, draw)
 
 
 def best_of(count: int) -> Draw:
@@ -79,6 +125,11 @@ METHODS: dict[str, Draw] = {
     "reference": searched(PRESETS["reference"]),
     "paper": searched(PRESETS["paper"]),
     **STUDENT_METHODS,
+    "Attend-and-Excite": guided("attend-and-excite", drawn_plainly),
+    "SynGen": guided("syngen", drawn_plainly),
+    "SynGen, and fast": guided("syngen", searched(PRESETS["fast"])),
+    "SynGen, and quality": guided("syngen", searched(_QUALITY)),
+    "SynGen, and a generator": generated("toy_shapes.safetensors", guided("syngen", drawn_plainly)),
 }
 """In the order of their jobs: what the others are held against comes first."""
 BODIES = {
@@ -114,6 +165,11 @@ PAIRS = (
     ("quality", "quality, noisy latents for masks"),
     ("quality", "paper"),
     ("4 steps, few_step", "4 steps, best of 23"),
+    ("Attend-and-Excite", "base"),
+    ("SynGen", "base"),
+    ("SynGen, and fast", "fast"),
+    ("SynGen, and quality", "quality"),
+    ("SynGen, and a generator", "SynGen"),
 )
 """Compared prompt by prompt."""
 SHOWN = ("base", "paper", "best of 4", "fast", "best of 16", "FK steering, 16 particles", "quality")
@@ -167,14 +223,14 @@ class Job:
 DIFFICULTY, STUDENT = "difficulty", "student"
 
 
-def make_plan(scale: Scale) -> list[Job]:
-    """All jobs, seed by seed, so that what is done at any time makes a whole table."""
+def make_plan(scale: Scale, only: Collection[str] = ()) -> list[Job]:
+    """All jobs, or those of some methods, seed by seed, so that what is done at any time makes a whole table."""
     jobs = []
     for seed in range(scale.seeds):
-        for method in scale.methods:
+        for method in (name for name in scale.methods if not only or name in only):
             needs = (STUDENT,) if method in STUDENT_METHODS else ()
             jobs.append(Job(f"{method}/seed-{seed}", method, seed, needs))
         if seed == 0:
             jobs.append(Job(DIFFICULTY, DIFFICULTY))
-            jobs += [Job(STUDENT, STUDENT)] if STUDENT_METHODS.keys() & set(scale.methods) else []
+            jobs += [Job(STUDENT, STUDENT)] if any(job.needs for job in jobs) else []
     return jobs
