@@ -270,7 +270,7 @@ class MaskUNetRewardSamplerCustom(io.ComfyNode):
             category="MaskUNet/search",
             description="SamplerCustomAdvanced that makes the image follow a reward, as MaskUNet Reward Sampler does: "
             "for graphs with a guider, a sampler and noise levels of their own, as those of Flux and Qwen-Image.",
-            search_aliases=["custom sampler", "guider", "sigmas", "flux", "best of n", "reward", "prompt adherence"],
+            search_aliases=["custom sampler", "guider", "sigmas", "flux", "best of n", "reward"],
             inputs=[
                 io.Noise.Input(
                     "starting_noise",
