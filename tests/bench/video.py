@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trainer.toy.judge import read
 
 from maskunet_core.toy.captions import Caption
+from maskunet_core.toy.judge import read
 from maskunet_core.toy.model import load_reader
 from maskunet_core.toy.readers import Reading
 from trainer.evaluate import mean_and_error
