@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.masks.call import NEGATIVE, POSITIVE, Call, Chunk
@@ -195,6 +196,15 @@ def test_the_first_frame_is_what_it_is_alone_and_others_are_not(scene):
     assert not torch.allclose(found[1], plain[1], atol=1e-2)
     alone = scene.noise()[:1]
     assert torch.equal(scene.draw(CrossFrameAttention().crossing(scene.model), alone), scene.draw(noise=alone))
+
+
+def test_a_step_computes_no_more_than_without(scene):
+    def operations(model):
+        with FlopCounterMode(display=False) as counter:
+            scene.draw(model)
+        return counter.get_total_flops()
+
+    assert operations(CrossFrameAttention().crossing(scene.model)) == operations(scene.model) > 0
 
 
 def test_the_last_setting_counts(scene):
