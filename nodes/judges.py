@@ -149,8 +149,9 @@ class MaskUNetCheckPicture(io.ComfyNode):
         lines = [f"{number}: {verdict}" for number, verdict in enumerate(verdicts, 1)]
         wrong = [line for line, verdict in zip(lines, verdicts) if verdict.faults]
         shown = [f"{len(lines) - len(wrong)} of {len(lines)} right", *wrong[:_TOLD]]
-        shown += ["..."] if len(wrong) > _TOLD else []
-        tell("\n".join(shown + unread_words(bound, judge.judge.name)), cls.hidden.unique_id)
+        shown += ["and more"] if len(wrong) > _TOLD else []
+        # The newer way of drawing shows all in one line.
+        tell(".\n".join(shown + unread_words(bound, judge.judge.name)), cls.hidden.unique_id)
         scores = [verdict.score for verdict in verdicts]
         return io.NodeOutput(scores, captioned(drawn, list(map(lines_of, verdicts))), "\n".join(lines))
 

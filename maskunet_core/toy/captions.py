@@ -59,6 +59,10 @@ class Caption:
         return zlib.crc32(str(self).encode()) % 5 == 0
 
 
+_CANNOT = {
+    "reward": "The toy reward cannot read the prompt",
+    "judge": "The toy judge cannot read the prompt",
+}
 SHOWN = 200
 """Letters of a prompt in a message."""
 
@@ -77,7 +81,7 @@ def parse(prompt: str, reader: str = "reward") -> Caption:
     shown = prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}..."
     if found is None:
         raise UnreadablePrompt(
-            f'The toy {reader} cannot read the prompt "{shown}": name one object, or two joined by "and" or by '
+            f'{_CANNOT[reader]} "{shown}": name one object, or two joined by "and" or by '
             f'{", ".join(RELATIONS)}, each as [{" or ".join(SIZES)}] colour shape, such as "a red circle left of a '
             f'small blue square" (colours: {", ".join(COLOURS)}; shapes: {", ".join(SHAPES)}). '
             f"Other prompts need another {reader}: see MaskUNet {reader.title()} Loader."
@@ -88,7 +92,7 @@ def parse(prompt: str, reader: str = "reward") -> Caption:
     phrases = (_phrase(*first), _phrase(*second))
     if phrases[0].pair == phrases[1].pair:
         raise UnreadablePrompt(
-            f'The toy {reader} cannot read the prompt "{shown}": it names the same coloured shape twice, and the toy '
+            f'{_CANNOT[reader]} "{shown}": it names the same coloured shape twice, and the toy '
             "world never holds two of a kind; change a colour or a shape."
         )
     return Caption(phrases, None if joint == "and" else RELATIONS.index(joint))

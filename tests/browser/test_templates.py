@@ -121,6 +121,58 @@ def test_it_can_be_read_in_the_newer_way_of_drawing_too(newer_desk, name):
     assert misplaced(newer_desk) == []
 
 
+CHECK = {
+    "nodes": [
+        {
+            "id": 1,
+            "type": "EmptyImage",
+            "pos": [0, 0],
+            "widgets_values": [64, 64, 2, 8421504],
+            "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [1]}],
+        },
+        {
+            "id": 2,
+            "type": "MaskUNetJudgeLoader",
+            "pos": [0, 300],
+            "widgets_values": ["toy judge (bundled)"],
+            "outputs": [{"name": "MASKUNET_JUDGE", "type": "MASKUNET_JUDGE", "links": [2]}],
+        },
+        {
+            "id": 3,
+            "type": "MaskUNetCheckPicture",
+            "pos": [400, 0],
+            "size": [300, 300],
+            "widgets_values": ["a red ring"],
+            "inputs": [
+                {"name": "images", "type": "IMAGE", "link": 1},
+                {"name": "judge", "type": "MASKUNET_JUDGE", "link": 2},
+            ],
+            "outputs": [
+                {"name": "scores", "type": "FLOAT", "links": []},
+                {"name": "IMAGE", "type": "IMAGE", "links": [3]},
+            ],
+        },
+        {
+            "id": 4,
+            "type": "PreviewImage",
+            "pos": [800, 0],
+            "inputs": [{"name": "images", "type": "IMAGE", "link": 3}],
+        },
+    ],
+    "links": [[1, 1, 0, 3, 0, "IMAGE"], [2, 2, 0, 3, 1, "MASKUNET_JUDGE"], [3, 3, 1, 4, 0, "IMAGE"]],
+    "version": 0.4,
+}
+"""Two grey pictures, checked by the toy judge."""
+
+
+def test_verdicts_stand_on_the_node_in_the_newer_way_of_drawing_too(newer_desk):
+    newer_desk.sent(CHECK)
+    newer_desk.press_run()
+    assert newer_desk.wait_for_end() == "success"
+    newer_desk.page.get_by_text("0 of 2 right").wait_for()
+    newer_desk.screenshot("check_newer")
+
+
 @to_be_run
 def test_it_runs_and_shows_how_far_it_is(run):
     samplers = {node["title"] for node in run.queued["nodes"] if node["type"] in SAMPLERS}

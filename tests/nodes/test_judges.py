@@ -138,7 +138,7 @@ def test_the_nodes_themselves_tell_what_they_found(nodes, comparing, scene, monk
     checked(nodes, images.repeat(2, 1, 1, 1), f"{prompt} on a table")
     compared(comparing, images, images, prompt, loaded(nodes))
     first, *wrong, more, unread = said[0].splitlines()
-    assert (first, more, unread) == ("2 of 8 right", "...", "The toy judge did not read: on, table")
+    assert (first, more, unread) == ("2 of 8 right.", "and more.", "The toy judge did not read: on, table")
     assert [line.split(": no: ")[0] for line in wrong] == ["2", "3", "4", "6"]
     assert said[1] == "A and B score alike: 4 pairs"
 
