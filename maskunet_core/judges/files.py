@@ -15,14 +15,16 @@ from ..rewards.files import BadRewardFile, naming, read_shapes, read_tensors
 from ..rewards.layers import BadTensors
 from .blip_vqa import BlipVqa
 from .inception import Inception
-from .mask2former import Mask2Former, to_mmdet2
+from .mask2former import Mask2Former
+from .mask2former_names import to_mmdet2, transformers_to_mmdet2
 
 
 @dataclass(frozen=True)
 class JudgeFile:
     """name, address, size: of the published file. holds: whether tensors, on the meta device, are those of one.
 
-    read: the model, from its file, on the CPU in fp32.
+    read: the model, from its file, on the CPU in fp32. stand_in: a file of other weights that serves where this
+    one is missing; its scores are told apart.
     """
 
     name: str
@@ -30,6 +32,12 @@ class JudgeFile:
     size: str
     holds: Callable[[Mapping[str, Tensor]], bool]
     read: Callable[[Path], Any]
+    stand_in: "JudgeFile | None" = None
+
+    @property
+    def choices(self) -> tuple["JudgeFile", ...]:
+        """What serves, the best first."""
+        return (self,) if self.stand_in is None else (self, self.stand_in)
 
     def find(self, files: Iterable[Path]) -> Path | None:
         """The first of the files that is one."""
@@ -48,7 +56,8 @@ class JudgeFile:
             return self.read(path)
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.size}, {self.address}), to models/judges"
+        other = f"; {self.stand_in.name} ({self.stand_in.address}) stands in for it" if self.stand_in else ""
+        return f"{self.name} ({self.size}, {self.address}), to models/judges{other}"
 
 
 @lru_cache(maxsize=1024)
@@ -63,6 +72,10 @@ def _holds(judge: JudgeFile, path: Path, changed: int, size: int) -> bool:
 
 def _read_detector(path: Path) -> Mask2Former:
     return Mask2Former.from_tensors(to_mmdet2(read_tensors(path)))
+
+
+def _read_stand_in(path: Path) -> Mask2Former:
+    return Mask2Former.from_tensors(transformers_to_mmdet2(read_tensors(path)))
 
 
 def _read_inception(path: Path) -> Inception:
@@ -107,12 +120,20 @@ def _clip(model: str, size: str, width: int, patch: int, side: int = 224) -> Jud
     return JudgeFile(f"model.safetensors of openai/{model}", address, size, _holds_clip(width, patch, side), _read_clip)
 
 
+DETECTOR_STAND_IN = JudgeFile(
+    "model.safetensors of facebook/mask2former-swin-small-coco-instance",
+    "https://huggingface.co/facebook/mask2former-swin-small-coco-instance",
+    "0.3 GB",
+    lambda tensors: {"transformer_module.queries_features.weight", "class_predictor.weight"} <= tensors.keys(),
+    _read_stand_in,
+)
 DETECTOR = JudgeFile(
     "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
     "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco",
     "275 MB",
     lambda tensors: {"panoptic_head.query_feat.weight", "panoptic_head.cls_embed.weight"} <= tensors.keys(),
     _read_detector,
+    DETECTOR_STAND_IN,
 )
 INCEPTION = JudgeFile(
     "pt_inception-2015-12-05-6726825d.pth",

@@ -1,10 +1,9 @@
 """Mask2Former (arXiv 2112.01527) on Swin, as mmdetection trained and runs it: GenEval's detector of COCO's 80 classes.
 
-Parameters have the names of mmdetection 2's files; `to_mmdet2` renames those of mmdetection 3.
+Parameters have the names of mmdetection 2's files; `mask2former_names` has those of others.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,12 +21,6 @@ _LONG, _SHORT, _GREY = 1333, 800, 128
 """Sides in pixels that a picture is scaled to, and the level of the border that brings it to multiples of 32."""
 _KEPT = 100
 """Detections of a picture, at most."""
-_RENAMED = {
-    r"(pixel_decoder\.encoder\.layers\.\d+)\.self_attn\.": r"\1.attentions.0.",
-    r"(transformer_decoder\.layers\.\d+)\.cross_attn\.": r"\1.attentions.0.",
-    r"(transformer_decoder\.layers\.\d+)\.self_attn\.": r"\1.attentions.1.",
-    r"(layers\.\d+)\.ffn\.layers": r"\1.ffns.0.layers",
-}
 
 
 @dataclass(frozen=True)
@@ -39,17 +32,6 @@ class Detections:
     scores: Tensor
     boxes: Tensor
     masks: Tensor
-
-
-def to_mmdet2(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of mmdetection 3 under the names of mmdetection 2."""
-    renamed = {}
-    for name, value in tensors.items():
-        for old, new in _RENAMED.items():
-            if name.startswith("panoptic_head."):
-                name = re.sub(old, new, name)
-        renamed[name] = value
-    return renamed
 
 
 class Mask2Former(nn.Module):

@@ -45,17 +45,28 @@ def _video(quick: bool):
     return rows, {"frames": video.FRAMES, "steps": video.STEPS, "motion": video.MOTION, "cfg": 5.0}
 
 
-TABLES = {"starting": _starting, "sampling": _sampling, "training": _training, "search": _search, "video": _video}
-ALONE = ("training", "search", "video")
-"""Measured where they are asked for: at full size they take a quarter of an hour, and more than an hour."""
+def _judges(quick: bool):
+    from tests.bench import judges
+
+    return judges.measure(1 if quick else 3), {"seed": 0, "precision": "fp32"}
+
+
+TABLES = {
+    "starting": _starting,
+    "sampling": _sampling,
+    "training": _training,
+    "search": _search,
+    "video": _video,
+    "judges": _judges,
+}
+ALONE = ("training", "search", "video", "judges")
+"""Measured where they are asked for: at full size they take minutes to hours."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: 3 minutes")
-    parser.add_argument(
-        "--only", choices=TABLES, help="one table alone; training, search and video are not among the others"
-    )
+    parser.add_argument("--only", choices=TABLES, help=f"one table alone; {', '.join(ALONE)} are not among the others")
     arguments = parser.parse_args()
     enter_host()
     # Seconds of the processor are those of work, and a process that has used several threads cannot be forked.

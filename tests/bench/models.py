@@ -7,6 +7,7 @@ import torch
 
 from maskunet_core.rewards.blip import ImageReward, ImageRewardModel
 from maskunet_core.rewards.clip import ImageTower
+from maskunet_core.rewards.clip_layout import ClipLayout
 from maskunet_core.rewards.preprocess import normalise
 from maskunet_core.rewards.reward import BoundModel, BoundReward, BoundSum
 from tests.builders import SD15, SDXL, sd15_unet
@@ -44,7 +45,7 @@ def random_base(
     config = kind({**SD15, **changes, "disable_unet_model_creation": True})
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, device="cpu")
-    model.diffusion_model = (_drawn(sd15_unet(**changes)) if small else random_unet(**changes)).to(dtype)
+    model.diffusion_model = (randomly_filled(sd15_unet(**changes)) if small else random_unet(**changes)).to(dtype)
     patcher = comfy.model_patcher.ModelPatcher(model, torch.device(device), torch.device("cpu"))
     return RandomBase(patcher, None, None, f"{family}, random weights")
 
@@ -58,7 +59,7 @@ def _pool() -> torch.Tensor:
     return torch.randn(_POOL, generator=torch.Generator().manual_seed(0))
 
 
-def _drawn(module: torch.nn.Module, std: float = 0.02) -> torch.nn.Module:
+def randomly_filled(module: torch.nn.Module, std: float = 0.02) -> torch.nn.Module:
     """A module of the meta device on the CPU, frozen: small random weights, and norms that pass what they get.
 
     Modules of 8 GB are cut from few numbers, so that a search fits beside them into the memory of a small machine.
@@ -87,7 +88,7 @@ def random_vae(small: bool) -> SimpleNamespace:
     torch.manual_seed(1)
     with torch.device("meta"):
         network = comfy.taesd.taesd.TAESD() if small else AutoencoderKL(ddconfig=layout, embed_dim=4)
-    network = _drawn(network, std=0.05)
+    network = randomly_filled(network, std=0.05)
     if small:
         torch.nn.init.ones_(network.vae_scale)
     cpu = torch.device("cpu")
@@ -99,8 +100,8 @@ def random_rewards() -> BoundReward:
     torch.manual_seed(2)
     with torch.device("meta"):
         blip = ImageRewardModel(_image_reward_shapes())
-        tower = ImageTower(_vit_h_shapes(), quick=False)
-    image_reward, image = ImageReward("ImageReward", _drawn(blip)), _drawn(tower)
+        tower = ImageTower(vit_shapes(1280, 14, 224, 32, 1024), ClipLayout(quick=False, image_heads=16, text_heads=16))
+    image_reward, image = ImageReward("ImageReward", randomly_filled(blip)), randomly_filled(tower)
     told = torch.nn.functional.normalize(torch.randn(1024), dim=0)
 
     def cosine(pictures: torch.Tensor) -> torch.Tensor:
@@ -112,21 +113,36 @@ def random_rewards() -> BoundReward:
 
 def _image_reward_shapes() -> dict[str, torch.Tensor]:
     """Those that tell ImageReward's size: ViT-L/16 at 224 and BERT-base."""
-    vision, text = "blip.visual_encoder.", "blip.text_encoder."
-    shapes = {f"{vision}cls_token": (1, 1, 1024), f"{vision}pos_embed": (1, 197, 1024)}
-    shapes |= {f"{vision}patch_embed.proj.weight": (1024, 3, 16, 16)}
-    shapes |= {f"{vision}blocks.{n}.mlp.fc1.bias": (4096,) for n in range(24)}
-    shapes |= {f"{text}embeddings.LayerNorm.bias": (768,), f"{text}embeddings.word_embeddings.weight": (30524, 768)}
-    shapes |= {f"{text}embeddings.position_embeddings.weight": (512, 768)}
-    shapes |= {f"{text}encoder.layer.{n}.intermediate.dense.bias": (3072,) for n in range(12)}
-    shapes |= {f"{text}encoder.layer.0.crossattention.self.key.weight": (768, 1024)}
+    shapes = _blip_vision("blip.visual_encoder.", 1024, 14, 24) | _bert("blip.text_encoder.", 1024)
     widths = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
     shapes |= {f"mlp.layers.{n}.weight": width for n, width in widths.items()}
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def _vit_h_shapes() -> dict[str, torch.Tensor]:
-    """Those that tell the size of HPSv2's image tower, ViT-H/14 at 224."""
-    shapes = {"positional_embedding": (257, 1280), "conv1.weight": (1280, 3, 14, 14), "proj": (1280, 1024)}
-    shapes |= {"class_embedding": (1280,)} | {f"transformer.resblocks.{n}.mlp.c_fc.bias": (5120,) for n in range(32)}
+def blip_vqa_shapes() -> dict[str, torch.Tensor]:
+    """Those that tell BLIP-VQA's size: ViT-B/16 at 480, and BERT-base twice."""
+    shapes = _blip_vision("visual_encoder.", 768, 30, 12) | _bert("text_encoder.", 768)
+    shapes |= _bert("text_decoder.bert.", 768) | {"text_decoder.cls.predictions.transform.dense.bias": (768,)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _blip_vision(prefix: str, width: int, patches: int, depth: int) -> dict[str, tuple[int, ...]]:
+    shapes = {f"{prefix}cls_token": (1, 1, width), f"{prefix}pos_embed": (1, patches**2 + 1, width)}
+    shapes |= {f"{prefix}patch_embed.proj.weight": (width, 3, 16, 16)}
+    return shapes | {f"{prefix}blocks.{n}.mlp.fc1.bias": (4 * width,) for n in range(depth)}
+
+
+def _bert(prefix: str, seen: int) -> dict[str, tuple[int, ...]]:
+    """BERT-base that looks at what is `seen` wide."""
+    shapes = {f"{prefix}embeddings.LayerNorm.bias": (768,), f"{prefix}embeddings.word_embeddings.weight": (30524, 768)}
+    shapes |= {f"{prefix}embeddings.position_embeddings.weight": (512, 768)}
+    shapes |= {f"{prefix}encoder.layer.{n}.intermediate.dense.bias": (3072,) for n in range(12)}
+    return shapes | {f"{prefix}encoder.layer.0.crossattention.self.key.weight": (768, seen)}
+
+
+def vit_shapes(width: int, patch: int, side: int, depth: int, embedding: int) -> dict[str, torch.Tensor]:
+    """Those that tell the size of an image tower of CLIP."""
+    shapes = {"positional_embedding": ((side // patch) ** 2 + 1, width), "conv1.weight": (width, 3, patch, patch)}
+    shapes |= {"class_embedding": (width,), "proj": (width, embedding)}
+    shapes |= {f"transformer.resblocks.{n}.mlp.c_fc.bias": (4 * width,) for n in range(depth)}
     return {f"visual.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}

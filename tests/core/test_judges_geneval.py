@@ -9,8 +9,11 @@ from safetensors.torch import load_file
 
 from maskunet_core.judges import geneval
 from maskunet_core.judges.clip import embedded
+from maskunet_core.judges.files import DETECTOR as DETECTOR_FILE
+from maskunet_core.judges.files import DETECTOR_STAND_IN
 from maskunet_core.judges.geneval import Colours, Found
-from maskunet_core.judges.mask2former import Detections, Mask2Former, prepare, to_mmdet2
+from maskunet_core.judges.mask2former import Detections, Mask2Former, prepare
+from maskunet_core.judges.mask2former_names import to_mmdet2
 from maskunet_core.judges.pictures import levels
 from maskunet_core.rewards.clip import ClipReward
 from maskunet_core.rewards.clip_layout import ClipLayout
@@ -65,6 +68,29 @@ def test_files_of_mmdetection_3_are_read_too():
     newer = {names[name]: value for name, value in tensors.items()}
     assert newer.keys() != tensors.keys()
     assert to_mmdet2(newer).keys() == tensors.keys()
+
+
+def test_transformers_detector_is_read_from_its_file_and_gives_its_logits(tmp_path):
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+    stages = [f"stage{n}" for n in range(1, 5)]
+    swin = SwinConfig(embed_dim=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], out_features=stages)
+    widths = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32}
+    layers = {"encoder_layers": 1, "decoder_layers": 4, "num_attention_heads": 4, "num_queries": 12, "num_labels": 80}
+    config = Mask2FormerConfig(backbone_config=swin, **widths, **layers, encoder_feedforward_dim=64, dim_feedforward=64)
+    model = Mask2FormerForUniversalSegmentation(config).eval()
+    stream = torch.Generator().manual_seed(3)
+    for value in model.parameters():
+        value.data += 0.1 * torch.randn(value.shape, generator=stream)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    assert DETECTOR_STAND_IN.find([path]) == path
+    assert DETECTOR_FILE.find([path]) is None
+    pictures = torch.randn(1, 3, 288, 320, generator=stream)
+    with torch.no_grad():
+        expected, (classes, masks) = model(pictures), DETECTOR_STAND_IN.load(path)(pictures)
+    for found, of_reference in ((classes, expected.class_queries_logits), (masks, expected.masks_queries_logits)):
+        assert float((found - of_reference).abs().max() / of_reference.abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("case", RULES["cases"], ids=lambda case: case["name"])

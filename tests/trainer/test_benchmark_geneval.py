@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from maskunet_core.judges.files import CLIP_B16, CLIP_B32, CLIP_L, DETECTOR
+from maskunet_core.judges.files import CLIP_B16, CLIP_B32, CLIP_L, DETECTOR, DETECTOR_STAND_IN
 from maskunet_core.judges.geneval import Colours
 from maskunet_core.judges.mask2former import Mask2Former
 from maskunet_core.rewards.clip import ClipReward
 from maskunet_core.rewards.clip_layout import ClipLayout
 from tests.judge_weights import blobs, scaled, weights
 from trainer.__main__ import parse
-from trainer.benchmark import geneval, plan
+from trainer.benchmark import files, geneval, plan
 from trainer.benchmark.clip_score import ClipScore
 from trainer.benchmark.files import BadSuite
 from trainer.benchmark.folder import RunFolder
@@ -99,6 +99,24 @@ def test_judges_are_recognised_by_their_tensors(tmp_path):
     for sizes, kind in kinds.items():
         assert [one for one in kinds.values() if one.holds(shapes(*sizes))] == [kind]
     assert not any(one.holds(shapes(1280, 14)) for one in kinds.values())
+
+
+def test_scores_by_another_detector_are_told_apart(data, clip, tmp_path, monkeypatch):
+    own, other, of_clip = tmp_path / "own.pth", tmp_path / "other.safetensors", tmp_path / "clip.safetensors"
+    detector = Mask2Former.from_tensors(weights(layout("mask2former"), 6))
+    names = ("model.transformer_module.queries_features.weight", "class_predictor.weight")
+    save_file({name: torch.zeros(1) for name in names}, other)
+    save_file({"clip": torch.zeros(1)}, of_clip)
+    read_as_clip = replace(CLIP_L, holds=lambda tensors: "clip" in tensors, read=lambda path: clip)
+    monkeypatch.setattr(geneval, "CLIP_L", read_as_clip)
+    monkeypatch.setattr(geneval, "DETECTOR_STAND_IN", replace(DETECTOR_STAND_IN, read=lambda path: detector))
+    monkeypatch.setattr(files, "_in_host", lambda: [of_clip, other])
+    assert [judge.name for judge in geneval.judges(data)] == ["geneval-other-detector", "clip-l14"]
+    missing = plan.SUITES["geneval"].missing(data)
+    assert not any("mask2former" in line for line in missing)
+    torch.save({"state_dict": weights(layout("mask2former"), 6)}, own)
+    monkeypatch.setattr(files, "_in_host", lambda: [of_clip, other, own])
+    assert [judge.name for judge in geneval.judges(data)] == ["geneval", "clip-l14"]
 
 
 def test_the_score_is_the_cosine_of_a_picture_and_its_prompt(data, clip):

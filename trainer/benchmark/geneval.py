@@ -9,13 +9,13 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from maskunet_core.judges.files import CLIP_L, DETECTOR
+from maskunet_core.judges.files import CLIP_L, DETECTOR, DETECTOR_STAND_IN
 from maskunet_core.judges.geneval import Colours, by_class, judge, kept
 from maskunet_core.judges.mask2former import Mask2Former
 from maskunet_core.judges.pictures import levels
 
 from .clip_score import ClipScore
-from .files import PromptList, loaded
+from .files import PromptList, find, loaded
 from .suites import PictureJudge, Prompt
 
 _SOURCE = "https://github.com/djghosh13/geneval"
@@ -31,6 +31,10 @@ NAMES = PromptList(
 )
 
 
+NOT_ITS_DETECTOR = "geneval-other-detector"
+"""The judge's name where another training of the same network stands in: its scores are no GenEval scores."""
+
+
 def prompts(data: Path | None) -> list[Prompt]:
     """Raises BadSuite."""
     lines = [json.loads(line) for line in PROMPTS.read(data).splitlines() if line.strip()]
@@ -40,9 +44,12 @@ def prompts(data: Path | None) -> list[Prompt]:
 def judges(data: Path | None) -> list[PictureJudge]:
     """Raises BadSuite."""
     names = NAMES.read(data).split("\n")[:80]
-    (detector, of_detector), (clip, of_clip) = loaded(DETECTOR), loaded(CLIP_L)
-    files = {"detector": of_detector, "clip": of_clip}
-    return [GenevalJudge(detector, Colours(clip), names, files), ClipScore("clip-l14", clip, of_clip)]
+    stands_in = find(DETECTOR) is None and find(DETECTOR_STAND_IN) is not None
+    (detector, of_detector), (clip, of_clip) = loaded(DETECTOR_STAND_IN if stands_in else DETECTOR), loaded(CLIP_L)
+    found = GenevalJudge(detector, Colours(clip), names, {"detector": of_detector, "clip": of_clip})
+    if stands_in:
+        found.name = NOT_ITS_DETECTOR
+    return [found, ClipScore("clip-l14", clip, of_clip)]
 
 
 class GenevalJudge:

@@ -63,7 +63,8 @@ class Suite:
 
     def missing(self, data: Path | None) -> list[str]:
         """A line for each file that is not there."""
-        files = [one for one in self.lists if not one.is_in(data)] + [one for one in self.weights if find(one) is None]
+        files = [one for one in self.lists if not one.is_in(data)]
+        files += [one for one in self.weights if not any(map(find, one.choices))]
         return [str(file) for file in files]
 
     def unused(self) -> list[str]:
