@@ -68,12 +68,15 @@ def sample(arguments: argparse.Namespace) -> None:
     require_free(output, arguments.overwrite)
     enter_host()
     from .config import Base
+    from .config_file import load_config
     from .embedding.word import training_of
     from .samples import sample, sample_word
 
     is_word = training_of(arguments.generator) is not None
     draw, sides = (sample_word, "its start left, the word right") if is_word else (sample, _MASKED_SIDES)
-    base = Base(checkpoint=str(user_path(arguments.base)), body=arguments.body)
+    named = str(user_path(arguments.base))
+    of_training = named.endswith(".toml")
+    base = load_config(named).base if of_training else Base(checkpoint=named, body=arguments.body)
     path = draw(base, arguments.generator, arguments.prompt, output, arguments.seed, arguments.steps)
     print(f"wrote {path}: {sides}")
 
@@ -251,7 +254,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command = commands.add_parser("sample", help="draw prompts without and with a generator or a learned word")
     command.add_argument("generator", type=user_path, help="generator file, or a learned word: {} in prompts")
     command.add_argument("--prompt", action="append", required=True, help="a prompt; may be given several times")
-    command.add_argument("--base", default="toy", help='a checkpoint file, or "toy" (default)')
+    command.add_argument(
+        "--base", default="toy", help='a checkpoint file, the TOML file of a training, or "toy" (default)'
+    )
     _add_body(command)
     command.add_argument(
         "--output", type=user_path, help=f"the picture to write (default: {SHEET}, with a number where it exists)"

@@ -1,7 +1,6 @@
 """The frozen base model as the trainer uses it: loaded by the host, its conditioning, its loss, its sampler."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,16 +23,12 @@ from maskunet_core.seam.shadow import Shadowed
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.model import load_toy_model
 
-from .config import TOY, Base
-from .host import model_choice, model_file
+from .base_files import BadBase, load_checkpoint, load_parts, lora_files, with_lora
+from .config import Base
 from .seeds import seeded
 
 SHORT = 75
 """Letters of a prompt that fits into CLIP's first chunk whatever they are."""
-
-
-class BadBase(MaskUNetError):
-    """A base model that cannot be trained on; the message names the file and says what to do."""
 
 
 class UnfitEmbedding(MaskUNetError):
@@ -269,107 +264,14 @@ def load_toy_base(weights: str = "", body: str = "unet") -> BaseModel:
 def load_base(settings: Base, dtype: torch.dtype = torch.float32) -> BaseModel:
     """The base of a configuration through the host's loaders, its U-Net in `dtype` (the toy's in fp32), frozen.
 
-    Raises BadBase where the host does not know the checkpoint, or where it lacks a part.
+    Raises BadBase where the host does not know the files, or where a part is lacking.
     """
-    import comfy.sd
-    import comfy.utils
-    import folder_paths
-
-    if settings.checkpoint == TOY:
+    if settings.is_toy:
         return load_toy_base(settings.weights, settings.body)
-    path = checkpoint_file(settings)
-    try:
-        patcher, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
-            str(path),
-            embedding_directory=folder_paths.get_folder_paths("embeddings"),
-            model_options={"dtype": dtype},
-            disable_dynamic=True,
-        )
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadBase(
-            f"'{settings.checkpoint}' is no checkpoint that ComfyUI can load ({reason[0]}). Name a full checkpoint "
-            "file with U-Net, text encoder and VAE in base.checkpoint."
-        ) from None
-    for part, found in (("U-Net", patcher), ("text encoder", clip), ("VAE", vae)):
-        if found is None:
-            raise BadBase(f"'{settings.checkpoint}' holds no {part}. Name a full checkpoint file in base.checkpoint.")
+    patcher, clip, vae = load_parts(settings, dtype) if settings.parts else load_checkpoint(settings, dtype)
     for file, strength in lora_files(settings).items():
         patcher, clip = with_lora(patcher, clip, file, strength)
-    return _frozen(BaseModel(patcher, clip, vae, path.name))
-
-
-def checkpoint_file(settings: Base) -> Path:
-    """Where the checkpoint lies. Raises BadBase."""
-    path = model_file("checkpoints", settings.checkpoint)
-    if path is None:
-        raise BadBase(
-            f"'{settings.checkpoint}' does not exist; {model_choice('checkpoints')}. Name a file in it, a path or "
-            f'"{TOY}" as the base.'
-        )
-    return path
-
-
-def lora_files(settings: Base) -> dict[Path, float]:
-    """Where the LoRAs lie, with their strengths. Raises BadBase."""
-    found = {}
-    for name, strength in settings.lora.items():
-        path = model_file("loras", name)
-        if path is None:
-            raise BadBase(
-                f"'{name}' does not exist; {model_choice('loras')}. Name a file in it, or a path, in base.lora."
-            )
-        found[path] = strength
-    return found
-
-
-def with_lora(patcher: Any, clip: Any, file: Path, strength: float) -> tuple[Any, Any]:
-    """The two with a LoRA. Raises BadBase where none of its tensors fits them; warns where some do not."""
-    import comfy.sd
-    import comfy.utils
-
-    try:
-        lora = comfy.utils.load_torch_file(str(file), safe_load=True)
-    except Exception as error:  # the host raises errors of every kind over damaged files
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadBase(f"The LoRA '{file}' cannot be read ({reason[0]}). Copy or download it again.") from None
-    with _unmatched() as lost:
-        merged = comfy.sd.load_lora_for_models(patcher, clip, lora, strength, strength)
-    pairs = ((patcher, merged[0]), (clip.patcher, merged[1].patcher))
-    if all(_patches(before) == _patches(after) for before, after in pairs):
-        raise BadBase(
-            f"None of the {len(lora):,} tensors of '{file}' fits the base: it is no LoRA, or one of another model. "
-            "Name another file, or none."
-        )
-    if lost:
-        logging.getLogger(__name__).warning(
-            f"{len(lost):,} of the {len(lora):,} tensors of '{file}' fit nothing in the base and are left out."
-        )
-    return merged
-
-
-def _patches(patcher: Any) -> int:
-    return sum(len(patches) for patches in patcher.patches.values())
-
-
-@contextlib.contextmanager
-def _unmatched() -> Iterator[list[str]]:
-    """The host's log lines about tensors of a LoRA that it cannot place, which are kept from the screen."""
-    lines: list[str] = []
-
-    def note(record: logging.LogRecord) -> bool:
-        told = record.getMessage()
-        if not told.startswith(("lora key not loaded", "NOT LOADED")):
-            return True
-        lines.append(told)
-        return False
-
-    logger = logging.getLogger()
-    logger.addFilter(note)
-    try:
-        yield lines
-    finally:
-        logger.removeFilter(note)
+    return _frozen(BaseModel(patcher, clip, vae, Path(settings.named).name))
 
 
 def require_trainable(base: BaseModel) -> None:

@@ -14,6 +14,8 @@ OF_WEIGHTS = ("maskunet", "static_mask", "lora", "full")
 """Methods that change the U-Net."""
 METHODS = (*OF_WEIGHTS, "embedding", *(f"embedding+{method}" for method in OF_WEIGHTS))
 KINDS = ("object", "style", "relation")
+PARTS = {"diffusion_model": "diffusion_models", "text_encoders": "text_encoders", "vae": "vae"}
+"""Keys of a base from separate files, and ComfyUI's folders of such files."""
 BODIES = ("unet", "transformer")
 OBJECTIVES = ("diffusion", "reward")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -24,15 +26,35 @@ class Base:
     """The frozen model.
 
     checkpoint: a checkpoint file (SD 1.5, SD 2.x, SDXL, or a transformer), as a path or as ComfyUI's folders of
-    checkpoints name it, or "toy", the embedded model. body: the toy's `unet` or its `transformer`. weights: folder of
-    other toy weights, "" for the shipped ones. lora: files that are merged into the base, named in the same way, with
-    their strengths.
+    checkpoints name it, or "toy", the embedded model. diffusion_model, text_encoders, vae: separate files instead, as
+    ComfyUI's folders of these names hold them; text_encoder_type: as its Load CLIP calls it (`flux`, `lumina2`,
+    `qwen_image`, ...). body: the toy's `unet` or its `transformer`. weights: folder of other toy weights, "" for the
+    shipped ones. lora: files that are merged into the base, named as checkpoints are, with their strengths.
     """
 
     checkpoint: str = TOY
+    diffusion_model: str = ""
+    text_encoders: tuple[str, ...] = ()
+    text_encoder_type: str = "stable_diffusion"
+    vae: str = ""
     body: str = "unet"
     weights: str = ""
     lora: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Names of separate files by the keys of PARTS; none for a checkpoint or the toy."""
+        names = (self.diffusion_model and (self.diffusion_model,), self.text_encoders, self.vae and (self.vae,))
+        return {key: tuple(of_key) for key, of_key in zip(PARTS, names)} if any(names) else {}
+
+    @property
+    def is_toy(self) -> bool:
+        return self.checkpoint == TOY and not self.parts
+
+    @property
+    def named(self) -> str:
+        """What stands for the whole."""
+        return self.diffusion_model or self.checkpoint
 
 
 @dataclass(frozen=True)
@@ -213,7 +235,7 @@ class Loop:
 
     schedule: of the learning rates, after `warm_up` steps. min_snr: gamma of min-SNR weighting, 0 for none. ema: decay
     of the averaged weights, 0 for none. precision: of the network; a CPU without bf16 trains in fp32 instead.
-    checkpointing: of the U-Net's blocks, less memory for more time. save_every: steps between saved states.
+    checkpointing: of the model's blocks, less memory for more time. save_every: steps between saved states.
     """
 
     steps: int = 1200
@@ -272,7 +294,7 @@ class Config:
 
     @property
     def is_toy(self) -> bool:
-        return self.base.checkpoint == TOY
+        return self.base.is_toy
 
     @property
     def learns_word(self) -> bool:

@@ -14,7 +14,7 @@ from maskunet_core.masks.generator import BIASES, CODES, LowRankGenerator, LowRa
 from maskunet_core.masks.reference import ReferenceGenerator
 from maskunet_core.models.structure import TARGETS
 
-from .config import BODIES, KINDS, METHODS, OBJECTIVES, PRECISIONS, TOY, TOY_RESOLUTION, Config
+from .config import BODIES, KINDS, METHODS, OBJECTIVES, PARTS, PRECISIONS, TOY, TOY_RESOLUTION, Base, Config
 from .embedding.toy import TAUGHT
 from .files import user_path
 from .host import GENERATORS, REWARD, model_choice, model_file
@@ -37,6 +37,9 @@ class BadConfig(MaskUNetError):
 _PATHS = (
     "output",
     "base.checkpoint",
+    "base.diffusion_model",
+    "base.text_encoders",
+    "base.vae",
     "base.weights",
     "base.lora",
     "data.path",
@@ -188,7 +191,9 @@ def _read(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -
 
 
 def _expanded(value: Any) -> Any:
-    """A path, or a table of paths, with `~` for the user's home."""
+    """A path, a list of paths, or a table of them, with `~` for the user's home."""
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
     if isinstance(value, dict):
         return {_expanded(path): strength for path, strength in value.items()}
     return str(user_path(value)) if value.startswith("~") else value
@@ -218,6 +223,28 @@ def _contradicting_architecture(config: Config) -> list[str]:
             f"method: static_mask is a {LowRankGenerator.architecture} generator of rank 0; with "
             f'generator.architecture = "{ReferenceGenerator.architecture}" the method is maskunet'
         )
+    return problems
+
+
+def _contradicting_parts(base: Base) -> list[str]:
+    if not base.parts:
+        return []
+    import comfy.sd
+
+    problems = []
+    if base.checkpoint != TOY:
+        problems.append("base.checkpoint: leave it out where separate files are named, or leave those out")
+    kinds = [kind.lower() for kind in comfy.sd.CLIPType.__members__]
+    if base.text_encoder_type not in kinds:
+        problems.append(f"base.text_encoder_type: is '{base.text_encoder_type}', but must be one of {', '.join(kinds)}")
+    for key, names in base.parts.items():
+        if not names:
+            problems.append(f"base.{key}: is missing; a base of separate files needs {', '.join(PARTS)}")
+        problems += [
+            f"base.{key}: '{name}' does not exist; {model_choice(PARTS[key])}; name a file in it, or a path"
+            for name in names
+            if model_file(PARTS[key], name) is None
+        ]
     return problems
 
 
@@ -322,7 +349,8 @@ def _contradictions(config: Config) -> list[str]:
     """What is wrong between keys, and what they name that does not exist."""
     problems = []
     base, data = config.base, config.data
-    if not config.is_toy and model_file("checkpoints", base.checkpoint) is None:
+    problems += _contradicting_parts(base)
+    if not config.is_toy and not base.parts and model_file("checkpoints", base.checkpoint) is None:
         problems.append(
             f"base.checkpoint: '{base.checkpoint}' does not exist; {model_choice('checkpoints')}; name a file in it, "
             f'a path or "{TOY}"'

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from maskunet_core.toy.model import WEIGHTS
 
-from .base import checkpoint_file, lora_files
-from .config import TOY, Base, Config
+from .base_files import checkpoint_file, lora_files, part_files
+from .config import Base, Config
 from .data.buckets import Size, bucket_sizes, nearest_bucket
 from .data.cache import CachedData, EncodeText, prepare
 from .data.decoding import BadPicture, Record, picture_size, read_bytes
@@ -35,6 +35,12 @@ def _toy_digest(base: Base, *parts: str) -> str:
     return sha256(b"".join((folder / f"{part}.safetensors").read_bytes() for part in parts))
 
 
+def _parts_digest(base: Base, *keys: str) -> str:
+    files = part_files(base)
+    digests = [file_digest(path) for key in keys for path in files[key]]
+    return sha256(" ".join([base.text_encoder_type, *digests]).encode())
+
+
 def _merged(base: Base) -> str:
     """Names the LoRAs in the base."""
     return "".join(f" {sha256(file.read_bytes())}*{s}" for file, s in sorted(lora_files(base).items()))
@@ -50,8 +56,10 @@ def _embeddings(records: list[Record], base: Any) -> str:
 
 def base_digest(base: Base) -> str:
     """Names everything that decides what the base draws: the files of its parts, and LoRAs."""
-    if base.checkpoint == TOY:
+    if base.is_toy:
         return _toy_digest(base, "autoencoder", "text_encoder", base.body)
+    if base.parts:
+        return _parts_digest(base, *base.parts) + _merged(base)
     return file_digest(checkpoint_file(base)) + _merged(base)
 
 
@@ -60,8 +68,10 @@ def encoders_digest(base: Base) -> str:
 
     Loaded modules would not do: the host leaves parameters that a checkpoint lacks as the memory was.
     """
-    if base.checkpoint == TOY:
+    if base.is_toy:
         return _toy_digest(base, "autoencoder", "text_encoder")
+    if base.parts:
+        return _parts_digest(base, "text_encoders", "vae")
     path = checkpoint_file(base)
     if path.suffix != ".safetensors":
         return file_digest(path)

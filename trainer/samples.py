@@ -12,7 +12,7 @@ from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.seam.attach import attach, structure_of
 
 from .base import BaseModel, load_base
-from .config import TOY, TOY_RESOLUTION, Base
+from .config import TOY_RESOLUTION, Base
 from .files import replacing
 from .seeds import seeded
 from .sheets import side_by_side
@@ -90,4 +90,4 @@ def sample_word(settings: Base, file: Path, prompts: Sequence[str], output: Path
 
 def _side(settings: Base) -> int:
     """Of the pictures, in pixels."""
-    return TOY_RESOLUTION if settings.checkpoint == TOY else 512
+    return TOY_RESOLUTION if settings.is_toy else 512

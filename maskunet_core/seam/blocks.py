@@ -90,9 +90,10 @@ class _Recomputed(torch.autograd.Function):
         streams, ctx.streams = ctx.streams, None
         of_streams = ctx.needs_input_grad[2 : 2 + count]
         moving = [stream.requires_grad_() for stream, needed in zip(streams, of_streams) if needed]
-        with torch.enable_grad(), run.autocast(), run.once_more(), kept_weights([run.block]):
-            # The block may write into what it gets, which a leaf does not allow.
-            results = run.compute([stream.clone() for stream in streams])
+        with torch.enable_grad(), run.once_more(), kept_weights([run.block]):
+            with run.autocast():
+                # The block may write into what it gets, which a leaf does not allow.
+                results = run.compute([stream.clone() for stream in streams])
             results = results if isinstance(results, tuple) else (results,)
             found = gradients_of(results, gradients, [*moving, *ctx.leaves])
         own = iter(found)

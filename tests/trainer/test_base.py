@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from maskunet_core.seam.attach import structure_of
 from tests.builders import write_tiny_checkpoint
 from trainer.base import BadBase, load_base, load_for_training, load_toy_base
 from trainer.config import Base
-from trainer.config_file import parse_config
+from trainer.config_file import BadConfig, parse_config
 from trainer.cost import PeakMemory
 from trainer.pictures import base_digest, cached_pictures, encoders_digest
 from trainer.train import check, start
@@ -142,6 +143,73 @@ def test_checkpoint_and_lora_are_loaded_by_comfyuis_names(tiny, tmp_path, monkey
     assert load_base(named).patcher.patches
     assert base_digest(named) == base_digest(whole)
     assert encoders_digest(named) == encoders_digest(whole)
+
+
+@pytest.fixture(scope="module")
+def parts(tiny):
+    """The checkpoint's parts as separate files, by key of a configuration."""
+    prefixes = {
+        "diffusion_model": "model.diffusion_model.",
+        "text_encoders": "cond_stage_model.transformer.",
+        "vae": "first_stage_model.",
+    }
+    tensors, found = load_file(tiny), {}
+    for key, prefix in prefixes.items():
+        found[key] = str(tiny.with_name(f"{key}.safetensors"))
+        own = {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
+        save_file(own, found[key])
+    return found | {"text_encoders": [found["text_encoders"]]}
+
+
+def test_separate_files_are_the_checkpoint_that_they_came_from(tiny, parts, pictures, tmp_path):
+    config = config_of(tiny, pictures, tmp_path, base=parts)
+    whole, found = load_base(Base(str(tiny))), load_base(config.base)
+    weights = found.unet.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in whole.unet.state_dict().items())
+    text, picture = "a flat picture", torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(found.encode_text(text)["cross_attn"], whole.encode_text(text)["cross_attn"])
+    assert torch.equal(found.encode_picture(picture), whole.encode_picture(picture))
+    assert found.name == "diffusion_model.safetensors"
+    assert structure_of(found.patcher, "decoder attention") == structure_of(whole.patcher, "decoder attention")
+
+
+def test_the_cache_is_keyed_by_the_separate_files_that_encode(parts, tmp_path):
+    def digests(**changes) -> tuple[str, str]:
+        values = parts | changes
+        base = Base(**values | {"text_encoders": tuple(values["text_encoders"])})
+        return base_digest(base), encoders_digest(base)
+
+    def changed(file: str) -> str:
+        tensors = load_file(file)
+        name = next(name for name in sorted(tensors) if tensors[name].ndim > 1)
+        path = tmp_path / Path(file).name
+        save_file(tensors | {name: torch.ones_like(tensors[name].float()).to(tensors[name].dtype)}, path)
+        return str(path)
+
+    stock = digests()
+    other_model = digests(diffusion_model=changed(parts["diffusion_model"]))
+    assert (other_model[0] != stock[0], other_model[1] == stock[1]) == (True, True)
+    others = [digests(vae=changed(parts["vae"])), digests(text_encoders=[changed(parts["text_encoders"][0])])]
+    others.append(digests(text_encoder_type="sd3"))
+    assert len({stock[1], *(encoders for _, encoders in others)}) == 4
+
+
+def test_what_is_wrong_with_separate_files_is_told_at_once(tiny, parts):
+    wrong = {"checkpoint": str(tiny), "diffusion_model": "none.safetensors", "text_encoder_type": "other"}
+    with pytest.raises(BadConfig) as told:
+        parse_config({"base": wrong, "data": {"path": "nowhere"}})
+    for sentence in (
+        "base.checkpoint: leave it out where separate files are named",
+        "base.diffusion_model: 'none.safetensors' does not exist",
+        "base.text_encoders: is missing; a base of separate files needs diffusion_model, text_encoders, vae",
+        "base.vae: is missing",
+        "base.text_encoder_type: is 'other', but must be one of stable_diffusion",
+    ):
+        assert sentence in str(told.value)
+    with pytest.raises(BadBase, match=r"ComfyUI cannot load '.*vae\.safetensors' .*Name another file in base\.diff"):
+        load_base(Base(diffusion_model=parts["vae"], text_encoders=tuple(parts["text_encoders"]), vae=parts["vae"]))
+    with pytest.raises(BadBase, match=r"'gone\.safetensors' does not exist; .* in base\.vae"):
+        load_base(Base(diffusion_model=parts["diffusion_model"], vae="gone.safetensors"))
 
 
 def test_a_file_that_is_no_checkpoint_gets_a_sentence(tmp_path):

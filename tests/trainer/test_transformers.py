@@ -93,6 +93,19 @@ def test_gradients_are_those_of_plain_operations(base, method, tmp_path, monkeyp
             torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
 
 
+def test_blocks_run_again_with_the_same_noise(base, tmp_path):
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        changes = {"loop": {"checkpointing": checkpointing}, "generator": {"noise": True}}
+        trained = build_method(base, config_of(tmp_path, **changes))
+        torch.manual_seed(5)
+        with trained.acting():
+            base.diffusion_loss(*batch_of(base)).mean().backward()
+        return [parameter.grad for parameter in trained.module.parameters()]
+
+    for kept, again in zip(gradients(False), gradients(True)):
+        torch.testing.assert_close(again, kept, rtol=1e-4, atol=1e-4 * float(kept.abs().max()))
+
+
 def test_masks_learn_from_the_noise_level(base, tmp_path):
     """Training, validation and sampling give a block the same embedding of it."""
     trained = build_method(base, config_of(tmp_path))
