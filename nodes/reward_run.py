@@ -18,12 +18,11 @@ from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.records.recorder import without_recording
 from ..maskunet_core.rewards.reward import BoundReward, value_and_gradient
 from ..maskunet_core.seam.attention import attention_notice
+from ..maskunet_core.seam.sampling import SEARCH, loaded_with_room
 from ..maskunet_core.search.decoder import is_plain, latent_decoder, pictures_by_host
-from ..maskunet_core.search.graph import KEY
 from ..maskunet_core.search.judge import Judge
 from ..maskunet_core.search.memory import bytes_of_blocks, bytes_of_masks, room_for
 from ..maskunet_core.search.run import SearchResult, search_images, structure_for
-from ..maskunet_core.search.sampling import loaded_with_room
 from ..maskunet_core.search.settings import SMALL_SIDE, SearchSettings
 from .candidate_sheet import candidate_sheets, small
 from .host_sampling import GuiderSampling, KSampling
@@ -95,8 +94,8 @@ class RewardRun:
         self.gradient_vae = gradient_vae or vae
         self.reward_patchers = [*reward.patchers(), *(watch.patchers() if watch else ())]
         helpers = [self.gradient_vae.patcher, *self.reward_patchers]
-        self.model.set_additional_models(KEY, list({id(patcher): patcher for patcher in helpers}.values()))
-        self.model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, partial(loaded_with_room, 0))
+        self.model.set_additional_models(SEARCH, list({id(patcher): patcher for patcher in helpers}.values()))
+        self.model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, SEARCH, partial(loaded_with_room, 0))
         # A host knows just those ratios that its own nodes put into a latent.
         ratios = {key: value for key, value in latent.items() if key.startswith("downscale_ratio_")}
         self.samples = comfy.sample.fix_empty_latent_channels(self.model, latent["samples"], **ratios)

@@ -13,11 +13,9 @@ from torch import Tensor
 from ..errors import MaskUNetError
 from ..models.structure import family_name
 from ..seam.gradients import LeanGraph
-from ..seam.latent import SamplerLatent, UnchangeableLatent, before_each_call
+from ..seam.latent import SamplerLatent, UnchangeableLatent, before_each_call, per_image
+from ..seam.sampling import NoRoomForGradients, has_hooks, loaded_with_room, mutable, step_of
 from ..seam.state import CallState
-from ..search.graph import has_hooks, mutable
-from ..search.sampling import NoRoomForGradients, loaded_with_room, step_of
-from ..search.slopes import per_image
 from .losses import bind_loss, excite_loss
 from .maps import KEY, MapReader, NoAttentionMaps, map_layers
 from .words import PromptWords

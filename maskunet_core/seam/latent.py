@@ -18,6 +18,11 @@ _OWN = "maskunet_own_function"
 """Attribute of a function in a sampler function's place, under which that lies."""
 
 
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """`[N]` as `[N, 1, ...]`, which broadcasts over `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
 class UnchangeableLatent(MaskUNetError):
     """A sampler that does not go on from a latent that was changed, or that is not known to do so."""
 

@@ -13,17 +13,14 @@ from ..masks.call import POSITIVE
 from ..models.families.transformer import Transformer
 from ..models.families.unet import UNET, execution_order
 from ..models.structure import Structure
-from ..seam.attach import OPTION, options_of, with_options
+from ..seam.attach import options_of, with_options
 from ..seam.attention import with_differentiable_attention
 from ..seam.blocks import recomputed_blocks
 from ..seam.gradients import kept_weights, on_a_copy, recomputed
 from ..seam.prefix import Prefix, TransformerPrefix, UNetPrefix, same
 from ..seam.run import RUN
+from ..seam.sampling import SEARCH, acts_in_blocks, joins_branches
 from ..seam.shadow import Shadowed
-
-KEY = "maskunet_search"
-"""Of the search's wrappers, and of the additional models on the MODEL."""
-_OWN = {OPTION, KEY}
 
 
 class StepGraph(ABC):
@@ -46,7 +43,7 @@ class StepGraph(ABC):
         kind = getattr(WrappersMP, self._kind)
         options = model_options["transformer_options"]
         wrappers = options.get("wrappers", {})
-        more = {"wrappers": wrappers | {kind: wrappers.get(kind, {}) | {KEY: [self._call]}}}
+        more = {"wrappers": wrappers | {kind: wrappers.get(kind, {}) | {SEARCH: [self._call]}}}
         return with_options(model_options, with_differentiable_attention(more))
 
     @staticmethod
@@ -151,37 +148,6 @@ def first_masked(blocks: Sequence[str], structure: Structure) -> int:
     return next(masked, len(blocks))
 
 
-def acts_in_blocks(options: dict[str, Any]) -> bool:
-    """Whether anything of other nodes acts inside the blocks of a U-Net, or in place of them, in a call with these
-    `transformer_options`: what it does may differ between calls with the same input."""
-    from comfy.patcher_extension import WrappersMP
-
-    wrappers = options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
-    foreign = [key for key, found in wrappers.items() if found and key not in _OWN]
-    return bool(foreign or any(options.get("patches", {}).values()) or any(options.get("patches_replace", {}).values()))
-
-
-def joins_branches(model_options: dict[str, Any], conditions: Iterable[Any]) -> bool:
-    """Whether the branches of guidance may have to be computed together: other nodes may act on both at once."""
-    from comfy.patcher_extension import WrappersMP
-
-    options = model_options.get("transformer_options", {})
-    wrappers = options.get("wrappers", {})
-    around = [
-        key
-        for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
-        for key, found in wrappers.get(kind, {}).items()
-        if found and key not in _OWN
-    ]
-    others = {"model_function_wrapper", "context_handler", "multigpu_clones"} & model_options.keys()
-    return bool(around or others or acts_in_blocks(options) or has_hooks(conditions))
-
-
-def has_hooks(conditions: Iterable[Any]) -> bool:
-    """Whether one of the conditionings changes the model's weights while it is computed."""
-    return any("hooks" in entry for condition in conditions for entry in condition or ())
-
-
 class FixedBranches:
     """In place of the host's `sampler_calc_cond_batch_function`: branches that no mask reaches are computed once.
 
@@ -215,41 +181,6 @@ class FixedBranches:
                     self._kept[branch] = alone(branch, self._unmasked)[branch]
             results[branch] = self._kept[branch]
         return results
-
-
-_AROUND_THE_MODEL = {
-    "context_handler",
-    "model_function_wrapper",
-    "sampler_calc_cond_batch_function",
-    "sampler_cfg_function",
-    "sampler_post_cfg_function",
-    "sampler_pre_cfg_function",
-}
-"""What other nodes put into the options of a MODEL to act between its network and the estimate."""
-
-
-def mutable(model_options: dict[str, Any], writes_in_place: bool = False) -> contextlib.AbstractContextManager:
-    """Around forward and backward pass: other nodes, where they act, may write into what autograd keeps, as some models
-    do themselves."""
-    from comfy.patcher_extension import WrappersMP
-
-    options = model_options["transformer_options"]
-    kinds = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
-    wrapped = {key for kind in kinds for key in options.get("wrappers", {}).get(kind, {})} - _OWN
-    foreign = acts_in_blocks(options) or wrapped or _AROUND_THE_MODEL & model_options.keys()
-    if not (foreign or writes_in_place):
-        return contextlib.nullcontext()
-    return torch.autograd.graph.allow_mutation_on_saved_tensors()
-
-
-def controls_of(conditions: Iterable[Any]) -> list[Any]:
-    """The ControlNets of conditionings, also those in front of others."""
-    controls = {}
-    for control in (entry.get("control") for condition in conditions for entry in condition or ()):
-        while control is not None:
-            controls[id(control)] = control
-            control = control.previous_controlnet
-    return list(controls.values())
 
 
 def computed_once(controls: Iterable[Any]) -> Shadowed:

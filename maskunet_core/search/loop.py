@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..seam.latent import per_image
 from .settings import SearchSettings
-from .slopes import Slope, norms, per_image, size_of, slopes_of
+from .slopes import Slope, norms, size_of, slopes_of
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ So every sampler, scheduler, guidance and ControlNet of the host works as it doe
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import MaskUNetError
 from ..models.families import family_of
 from ..models.families.transformer import Transformer
 from ..models.structure import Structure
@@ -21,33 +19,14 @@ from ..records.recorded import RecordedMasks, RecordedSource
 from ..seam.attach import Attachment, structure_of, with_attachment, with_masks
 from ..seam.gradients import LeanGraph, kept_weights
 from ..seam.latent import SamplerLatent, before_each_call
+from ..seam.sampling import SEARCH, NoRoomForGradients, controls_of, has_hooks, loaded_with_room, mutable, step_of
 from ..seam.state import CallState
-from .graph import (
-    KEY,
-    FixedBranches,
-    StepGraph,
-    TransformerGraph,
-    UNetGraph,
-    computed_once,
-    controls_of,
-    has_hooks,
-    mutable,
-)
+from .graph import FixedBranches, StepGraph, TransformerGraph, UNetGraph, computed_once
 from .judge import Judge, views_of
 from .loop import Evaluation, Group, search_step
 from .masks import SearchedMasks
 from .memory import PeakMeter, dtype_of_logits
 from .settings import SearchSettings
-
-
-class NoRoomForGradients(MaskUNetError):
-    """The device's memory does not hold what a search needs beside the models; the message says what to lower."""
-
-
-def step_of(sigma: float, model_options: dict) -> tuple[int, int]:
-    """The sampler's step that is nearest to `sigma`, counted from 0, and how many there are."""
-    sigmas = model_options["transformer_options"]["sample_sigmas"]
-    return int((sigmas[:-1] - sigma).abs().argmin()), len(sigmas) - 1
 
 
 class RewardSearch:
@@ -98,10 +77,10 @@ class RewardSearch:
         from comfy.patcher_extension import WrappersMP
 
         clone = with_masks(model)
-        clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, partial(loaded_with_room, self._room))
-        clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, self._predict_noise)
+        clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, SEARCH, partial(loaded_with_room, self._room))
+        clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, SEARCH, self._predict_noise)
         if self.settings.latent_lr:
-            clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self._note_latents)
+            clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, SEARCH, self._note_latents)
         return clone
 
     def close(self) -> None:
@@ -158,7 +137,7 @@ class RewardSearch:
                 return executor(seen, timestep, graph.of_a_look(options), seed)
 
         def current() -> dict[str, Tensor]:
-            found = {} if shift is None else {KEY: shift.detach().clone()}
+            found = {} if shift is None else {SEARCH: shift.detach().clone()}
             return found if masks is None else found | masks.bits()
 
         # The same at all looks of a step, or their scores would not compare.
@@ -196,7 +175,7 @@ class RewardSearch:
         self.peak = max(self.peak, meter.bytes)
         self._watch_for_falls(self.history[first:])
         if shift is not None:
-            change = best.items.pop(KEY)
+            change = best.items.pop(SEARCH)
             if self._latent.masked:
                 x.add_(self._latent.seen_change(change))
             self._latent.value.add_(change)
@@ -286,16 +265,3 @@ class RewardSearch:
         chosen = max(seen, key=lambda evaluation: float(evaluation.scores.nan_to_num(-torch.inf).mean()))
         fell = bool(chosen.watched.mean() < seen[0].watched.mean())
         self._falls = self._falls + 1 if fell else 0
-
-
-def loaded_with_room(room: int, executor, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
-    """PREPARE_SAMPLING wrapper: the host loads the models of a run, and leaves `room` bytes more than it would.
-
-    It plans by the size of the latents, so it is told of more of them. It loads in inference mode, as it always does,
-    although a search runs outside of it: what a model registers anew while it is loaded there could not be moved again
-    in the inference mode of the next graph.
-    """
-    planned = model.model.memory_required([2 * shape[0], *shape[1:]])
-    images = shape[0] + math.ceil(shape[0] * room / max(planned, 1)) if room else shape[0]
-    with torch.inference_mode():
-        return executor(model, [images, *shape[1:]], *args, **kwargs)

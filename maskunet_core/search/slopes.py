@@ -6,12 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..seam.latent import per_image
+
 _LEVELS = 127
-
-
-def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """`[N]` as `[N, 1, ...]`, which broadcasts over `like`."""
-    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from ..models.families import family_of
 from ..models.families.unet import UNET
 from ..models.structure import family_name
 from ..seam.attach import OPTION, with_options
+from ..seam.sampling import SEARCH, controls_of
 from ..seam.window import acts_at, is_whole, require_order
-from ..search.graph import KEY as SEARCH
-from ..search.graph import controls_of
 from .shared_masks import FirstFrameMasks
 
 KEY = "maskunet_cross_frame"

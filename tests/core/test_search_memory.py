@@ -9,9 +9,10 @@ import comfy.sampler_helpers
 import pytest
 import torch
 
+from maskunet_core.seam.sampling import NoRoomForGradients
 from maskunet_core.search.judge import Judge
 from maskunet_core.search.memory import bytes_of_masks
-from maskunet_core.search.sampling import NoRoomForGradients, RewardSearch
+from maskunet_core.search.sampling import RewardSearch
 from maskunet_core.search.settings import SearchSettings
 
 SETTINGS = SearchSettings(iterations=1)

@@ -13,9 +13,9 @@ from maskunet_core.models.families import family_of
 from maskunet_core.models.structure import Structure
 from maskunet_core.seam.attach import Attachment, with_attachment, with_masks
 from maskunet_core.seam.gradients import LeanGraph, ordinary_tensors
-from maskunet_core.search.graph import TransformerGraph, mutable
+from maskunet_core.seam.sampling import loaded_with_room, mutable
+from maskunet_core.search.graph import TransformerGraph
 from maskunet_core.search.masks import SearchedMasks
-from maskunet_core.search.sampling import loaded_with_room
 from tests.families.models import Tiny, conditioning, noises
 
 CFG = 3.0

@@ -14,10 +14,10 @@ from torch import Tensor
 from maskunet_core.rewards.files import load, others_in_host
 from maskunet_core.rewards.reward import BoundReward, CombinedReward, Reward, value_and_gradient
 from maskunet_core.rewards.toy import ToyReward
+from maskunet_core.seam.sampling import loaded_with_room
 from maskunet_core.search.decoder import latent_decoder
 from maskunet_core.search.judge import Judge
 from maskunet_core.search.run import search_images
-from maskunet_core.search.sampling import loaded_with_room
 from maskunet_core.search.settings import SMALL_SIDE, SearchSettings
 
 from ..base import BaseModel

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskunet_core.seam.gradients import LeanGraph
-from maskunet_core.search.sampling import step_of
+from maskunet_core.seam.sampling import step_of
 from maskunet_core.toy.captions import Caption
 
 from ..seeds import seeded
