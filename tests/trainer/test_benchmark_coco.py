@@ -53,7 +53,7 @@ def judges_folder(tmp_path, monkeypatch) -> Path:
     save_file(weights(clip["layout"], 21), judges[1])
     tiny = replace(coco.CLIP_L336, holds=lambda tensors: "visual.proj" in tensors, read=_tiny_clip)
     monkeypatch.setattr(coco, "CLIP_L336", tiny)
-    monkeypatch.setattr(files, "_in_host", lambda: judges)
+    monkeypatch.setattr(files, "files_in_host", lambda *kinds: judges)
     monkeypatch.setattr(coco, "REFERENCES", tmp_path / "reference")
     return tmp_path
 

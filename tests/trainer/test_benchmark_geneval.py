@@ -110,12 +110,12 @@ def test_scores_by_another_detector_are_told_apart(data, clip, tmp_path, monkeyp
     read_as_clip = replace(CLIP_L, holds=lambda tensors: "clip" in tensors, read=lambda path: clip)
     monkeypatch.setattr(geneval, "CLIP_L", read_as_clip)
     monkeypatch.setattr(geneval, "DETECTOR_STAND_IN", replace(DETECTOR_STAND_IN, read=lambda path: detector))
-    monkeypatch.setattr(files, "_in_host", lambda: [of_clip, other])
+    monkeypatch.setattr(files, "files_in_host", lambda *kinds: [of_clip, other])
     assert [judge.name for judge in geneval.judges(data)] == ["geneval-other-detector", "clip-l14"]
     missing = plan.SUITES["geneval"].missing(data)
     assert not any("mask2former" in line for line in missing)
     torch.save({"state_dict": weights(layout("mask2former"), 6)}, own)
-    monkeypatch.setattr(files, "_in_host", lambda: [of_clip, other, own])
+    monkeypatch.setattr(files, "files_in_host", lambda *kinds: [of_clip, other, own])
     assert [judge.name for judge in geneval.judges(data)] == ["geneval", "clip-l14"]
 
 

@@ -47,7 +47,7 @@ def published(tmp_path_factory) -> Path:
 @pytest.fixture
 def lists(published, monkeypatch) -> Path:
     monkeypatch.setattr(noun_chunks, "CHUNKS", published / "chunks.json")
-    monkeypatch.setattr(files, "_in_host", lambda: [published / "blip.pth"])
+    monkeypatch.setattr(files, "files_in_host", lambda *kinds: [published / "blip.pth"])
     tiny = replace(plan.SUITES["t2i-compbench"], sampling=replace(plan.OF_THE_PAPER, steps=2), side=64)
     monkeypatch.setitem(plan.SUITES, "t2i-compbench", tiny)
     return published
@@ -107,7 +107,7 @@ def test_check_names_the_files_and_what_is_not_judged(lists, monkeypatch, capsys
     told = capsys.readouterr().out
     assert "4 prompts, 40 pictures" in told
     assert "UniDet, its detector, is missing" in told
-    monkeypatch.setattr(files, "_in_host", lambda: [])
+    monkeypatch.setattr(files, "files_in_host", lambda *kinds: [])
     run("check", "t2i-compbench")
     told = capsys.readouterr().out
     for part in (
