@@ -5,7 +5,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import comfy.samplers
 import torch
 from comfy_api.latest import io
 
@@ -15,7 +14,7 @@ from ..maskunet_core.seam.gradients import ordinary_tensors
 from .host_sampling import GuiderSampling, KSampling
 from .reward_settings import PRESETS_IN_WORDS, advice_on, chosen_settings, custom_inputs
 from .rewards import LoadedReward
-from .types import MasksType, RewardType, seed_input
+from .types import MasksType, RewardType, ksampler_inputs
 
 
 def search_inputs() -> list[io.Input]:
@@ -184,7 +183,6 @@ def search(
 class MaskUNetRewardSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        sampling = comfy.samplers.KSampler
         return io.Schema(
             node_id="MaskUNetRewardSampler",
             display_name="MaskUNet Reward Sampler",
@@ -212,31 +210,15 @@ class MaskUNetRewardSampler(io.ComfyNode):
                     "for on transformers (Z-Image, Flux, Krea 2, Qwen-Image, ...), which nobody has tried with "
                     "published weights yet.",
                 ),
-                seed_input("Seed of the starting noise, as in KSampler. Candidates use the seeds after it."),
-                io.Int.Input("steps", default=15, min=1, max=10000, step=1, tooltip="Steps of the sampler."),
-                io.Float.Input(
-                    "cfg",
-                    default=7.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance, as in KSampler.",
+                *ksampler_inputs(
+                    "Seed of the starting noise, as in KSampler. Candidates use the seeds after it.",
+                    steps=15,
+                    fewest=1,
+                    sampler="dpmpp_2m",
+                    about_samplers="Any sampler of ComfyUI. Those that look at each step once cost the least.",
+                    scheduler="karras",
+                    shown="image",
                 ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=sampling.SAMPLERS,
-                    default="dpmpp_2m",
-                    tooltip="Any sampler of ComfyUI. Those that look at each step once cost the least.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=sampling.SCHEDULERS,
-                    default="karras",
-                    tooltip="How noise is removed over the steps.",
-                ),
-                io.Conditioning.Input("positive", tooltip="What the image should show."),
-                io.Conditioning.Input("negative", tooltip="What it should not show."),
                 io.Latent.Input(
                     "latent_image",
                     tooltip="The latent to start from. Each image of a batch is searched for on its own.",

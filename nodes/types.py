@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import comfy.samplers
 from comfy_api.latest import io
 
 MaskUNetType = io.Custom("MASKUNET")
@@ -59,3 +60,33 @@ def seed_input(tooltip: str, fixed: bool = False, **options: Any) -> io.Input:
         tooltip=tooltip,
         **options,
     )
+
+
+def ksampler_inputs(
+    seed: str, steps: int, fewest: int, sampler: str, about_samplers: str, scheduler: str, shown: str
+) -> list[io.Input]:
+    """KSampler's, from seed to negative: tooltips of seed and sampler_name, defaults, and what the prompts show."""
+    return [
+        seed_input(seed),
+        io.Int.Input("steps", default=steps, min=fewest, max=10000, step=1, tooltip="Steps of the sampler."),
+        io.Float.Input(
+            "cfg",
+            default=7.5,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Classifier-free guidance, as in KSampler.",
+        ),
+        io.Combo.Input(
+            "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default=sampler, tooltip=about_samplers
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=comfy.samplers.KSampler.SCHEDULERS,
+            default=scheduler,
+            tooltip="How noise is removed over the steps.",
+        ),
+        io.Conditioning.Input("positive", tooltip=f"What the {shown} should show."),
+        io.Conditioning.Input("negative", tooltip="What it should not show."),
+    ]

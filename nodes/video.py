@@ -15,7 +15,7 @@ from ..maskunet_core.video.cross_frame import FIRST, REFERENCES, CrossFrameAtten
 from ..maskunet_core.video.motion import PUBLISHED_SIDE, Motion
 from ..maskunet_core.video.sampling import VideoSettings, draw_video
 from .sampler_trial import SamplerTrial
-from .types import seed_input, window_inputs
+from .types import ksampler_inputs, window_inputs
 
 _SHARE_MASKS = (
     "On: a mask generator looks at the first frame alone, and all frames get its masks. Off: each frame has masks of "
@@ -60,7 +60,6 @@ class MaskUNetCrossFrame(io.ComfyNode):
 class MaskUNetVideoSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        sampling = comfy.samplers.KSampler
         return io.Schema(
             node_id="MaskUNetVideoSampler",
             display_name="MaskUNet Video Sampler",
@@ -71,31 +70,15 @@ class MaskUNetVideoSampler(io.ComfyNode):
             search_aliases=["video", "text2video-zero", "text to video", "animation", "frames", "sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="SD 1.5, SD 2.x, SDXL or the toy model, with any LoRAs and masks."),
-                seed_input("Seed of the starting noise, as in KSampler. Each frame's own noise comes from it, too."),
-                io.Int.Input("steps", default=50, min=2, max=10000, step=1, tooltip="Steps of the sampler."),
-                io.Float.Input(
-                    "cfg",
-                    default=7.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance, as in KSampler.",
+                *ksampler_inputs(
+                    "Seed of the starting noise, as in KSampler. Each frame's own noise comes from it, too.",
+                    steps=50,
+                    fewest=2,
+                    sampler="ddim",
+                    about_samplers="ddim as published. One that adds noise of its own needs all frames in one chunk.",
+                    scheduler="ddim_uniform",
+                    shown="video",
                 ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=sampling.SAMPLERS,
-                    default="ddim",
-                    tooltip="ddim as published. One that adds noise of its own needs all frames in one chunk.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=sampling.SCHEDULERS,
-                    default="ddim_uniform",
-                    tooltip="How noise is removed over the steps.",
-                ),
-                io.Conditioning.Input("positive", tooltip="What the video should show."),
-                io.Conditioning.Input("negative", tooltip="What it should not show."),
                 io.Latent.Input("latent_image", tooltip="One empty latent, of the size of a frame."),
                 io.Int.Input(
                     "frames",
