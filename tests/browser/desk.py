@@ -43,6 +43,14 @@ ON_SCREEN = """([title, right, down]) => {
     return [canvas.left + x, canvas.top + y]
 }"""
 
+SLOT = """([title, side, name]) => {
+    const node = app.graph._nodes.find(node => node.title === title)
+    const index = node[side].findIndex(slot => slot.name === name)
+    const [x, y] = app.canvas.ds.convertOffsetToCanvas(node.getConnectionPos(side === 'inputs', index))
+    const canvas = app.canvas.canvas.getBoundingClientRect()
+    return [canvas.left + x, canvas.top + y]
+}"""
+
 PICTURES = """() => Object.fromEntries(app.graph._nodes
     .filter(node => ['SaveImage', 'PreviewImage'].includes(node.type))
     .map(node => [node.title, (node.imgs ?? []).map(({src, complete, naturalWidth}) => {
@@ -297,13 +305,28 @@ class Desk:
         self.page.keyboard.press("Escape")
         expect(self.page.get_by_placeholder("Add a node")).to_be_hidden()
 
-    def take(self, found: str) -> None:
-        """Puts a node from the list of `search` onto the canvas, and selects it."""
+    def take(self, found: str, at: tuple[int, int] = (700, 400)) -> None:
+        """Puts a node from the list of `search` onto the canvas, at a point of the screen, and selects it."""
+        before = self.page.evaluate("() => app.graph._nodes.length")
         self.page.get_by_test_id("result-item").filter(has_text=found).first.click()
         expect(self.page.get_by_placeholder("Add a node")).to_be_hidden()
-        self.page.mouse.move(700, 400)
-        self.page.mouse.click(700, 400)
+        # It hangs on the pointer until a click; a blueprint is read first.
+        self.page.wait_for_function("before => app.graph._nodes.length > before", arg=before)
+        self.page.mouse.move(*at)
+        self.page.mouse.click(*at)
         self.select(found)
+
+    def connect(self, origin: str, output: str, target: str, input: str) -> None:
+        """Drags a link from an output of one node to an input of another."""
+        self.page.mouse.move(*self.page.evaluate(SLOT, [origin, "outputs", output]))
+        self.page.mouse.down()
+        self.page.mouse.move(*self.page.evaluate(SLOT, [target, "inputs", input]), steps=4)
+        self.page.mouse.up()
+        self.page.wait_for_function(
+            "([title, name]) => app.graph._nodes.find(node => node.title === title)"
+            ".inputs.find(input => input.name === name).link !== null",
+            arg=[target, input],
+        )
 
     def choose(self, title: str, name: str, entry: str) -> None:
         """Takes an entry of the list that is a node's widget of that name."""

@@ -28,8 +28,13 @@ TEMPLATES = {
     "sdxl_random_masks": "MaskUNet SDXL - random masks",
 }
 """The graphs that ship: short names, and the names of their files, which the template browser shows as titles."""
+SUBGRAPHS = PROJECT / "subgraphs"
+BLUEPRINTS = ("MaskUNet best of 6", "MaskUNet masks off and on", "MaskUNet score my pictures")
+"""The subgraphs that ship: names of their files, under which the front end lists them."""
 MUTED, BYPASSED = 2, 4
 _NOT_SENT = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")
+_SUBGRAPH_INPUTS, _SUBGRAPH_OUTPUTS = -10, -20
+"""Ids of what stands for a subgraph's own inputs and outputs in its links."""
 _WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 
 
@@ -108,6 +113,42 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str
             "_meta": {"title": node.get("title", node["type"])},
         }
     return prompt
+
+
+def load_blueprint(name: str) -> dict[str, Any]:
+    return json.loads((SUBGRAPHS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def expanded(
+    name: str, given: dict[str, Any], object_info: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, tuple[str, int]]]:
+    """What the front end would send for the nodes inside a blueprint, and where its outputs come from.
+
+    given: by the blueprint's inputs, a link ([node id, output index]) or a widget's value. Widgets that are not given
+    keep the value inside. The second is (node id, output index) by the blueprint's outputs. Node ids start with the
+    blueprint's name.
+    """
+    (subgraph,) = load_blueprint(name)["definitions"]["subgraphs"]
+    nodes = {node["id"]: node for node in subgraph["nodes"]}
+    links, outputs, inputs = [], {}, []
+    for link in subgraph["links"]:
+        if link["origin_id"] == _SUBGRAPH_INPUTS:
+            entry = nodes[link["target_id"]]["inputs"][link["target_slot"]]
+            inputs.append((subgraph["inputs"][link["origin_slot"]]["name"], link["target_id"], entry["name"]))
+            entry["link"] = None
+        elif link["target_id"] == _SUBGRAPH_OUTPUTS:
+            source = f"{name} {link['origin_id']}", link["origin_slot"]
+            outputs[subgraph["outputs"][link["target_slot"]]["name"]] = source
+        else:
+            links.append([link["id"], link["origin_id"], link["origin_slot"]])
+    for node in nodes.values():
+        node["id"] = f"{name} {node['id']}"
+    links = [[key, f"{name} {origin}", slot] for key, origin, slot in links]
+    prompt = to_prompt({"nodes": subgraph["nodes"], "links": links}, object_info)
+    for outer, node, inner in inputs:
+        if outer in given:
+            prompt[f"{name} {node}"]["inputs"][inner] = given[outer]
+    return prompt, outputs
 
 
 def nodes_of(prompt: dict[str, Any], class_type: str) -> list[str]:

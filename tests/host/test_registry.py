@@ -11,7 +11,17 @@ from tests.host.graph import WORKFLOWS, load_workflow, to_prompt
 from tests.host.server import FOLDER_NAME, Server
 from trainer.host import PROJECT
 
-NEEDED = ("__init__.py", "LICENSE", "README.md", "maskunet_core", "nodes", "pyproject.toml", "trainer", "workflows")
+NEEDED = (
+    "__init__.py",
+    "LICENSE",
+    "README.md",
+    "maskunet_core",
+    "nodes",
+    "pyproject.toml",
+    "subgraphs",
+    "trainer",
+    "workflows",
+)
 """What ComfyUI loads, what the registry shows, and what the README tells people to run."""
 
 
