@@ -6,10 +6,12 @@ from PIL import Image
 
 from maskunet_core.search.settings import PRESETS
 from tests.host.graph import (
+    BLUEPRINTS,
     BYPASSED,
     MUTED,
     TEMPLATES,
     WORKFLOWS,
+    load_blueprint,
     load_workflow,
     nodes_of,
     template_file,
@@ -161,13 +163,21 @@ def test_files_that_do_not_ship_come_with_their_address(name):
         assert f"`models/{model['directory']}`" in note
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+def nodes_that_ship() -> dict[str, list[dict]]:
+    """By the name of the template or blueprint."""
+    inside = {name: load_blueprint(name) for name in BLUEPRINTS}
+    found = {name: [*graph["nodes"], *graph["definitions"]["subgraphs"][0]["nodes"]] for name, graph in inside.items()}
+    return found | {name: load_workflow(name)["nodes"] for name in SHIPPED}
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, *BLUEPRINTS])
 def test_nodes_of_shipped_graphs_say_which_pack_they_come_from(name):
     """So that the manager can offer what is missing."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for node in load_workflow(name)["nodes"]:
+    for node in nodes_that_ship()[name]:
         properties = node["properties"]
-        if node["type"].startswith("MaskUNet"):
+        # The node outside of a blueprint has the subgraph's id for its type.
+        if node["type"].startswith("MaskUNet") or node.get("title") in BLUEPRINTS:
             assert (properties["cnr_id"], properties["ver"]) == (project["name"], project["version"])
         else:
             assert properties["cnr_id"] == "comfy-core"
