@@ -216,7 +216,8 @@ class _FrameSampler:
 
     def _require_same_in_chunks(self, settings: VideoSettings) -> None:
         """Each chunk draws the first frame anew, to the same picture."""
-        trial = SamplerTrial(self._model, {**self._sampling, "denoise": 1.0}, self._empty.repeat(2, 1, 1, 1))
+        sampler = comfy.samplers.sampler_object(self._sampling["sampler_name"])
+        trial = SamplerTrial(self._model, sampler, self.sigmas, self._empty.repeat(2, 1, 1, 1))
         if len(settings.chunks()) > 1 and not trial.draws_each_alone():
             raise MaskUNetError(
                 f"{self._sampling['sampler_name']} adds noise of its own, so frames that are drawn apart do not fit "
