@@ -57,7 +57,7 @@ def test_a_clone_is_light(cloned):
     """The toy model is most of it; what tests need is drawn from names, see tests/drawn.py, but for golden values."""
     sizes = {name: (PROJECT / name).stat().st_size for name in cloned if (PROJECT / name).is_file()}
     assert sum(sizes.values()) < 33_000_000
-    assert sum(size for name, size in sizes.items() if name.startswith("tests/")) < 2_500_000
+    assert sum(size for name, size in sizes.items() if name.startswith("tests/")) < 2_600_000
 
 
 def test_the_registry_gets_all_that_is_needed_and_nothing_else(cloned, packed):
