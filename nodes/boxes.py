@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..maskunet_core.judges.verdict import Seen, Verdict
-from .pictures import enlarged, reduced, to_pillow
+from .pictures import brought_to, to_pillow
 
 LEAST = 384
 """Side in pixels to which small pictures are enlarged: labels are readable there."""
@@ -21,7 +21,7 @@ def boxed(picture: Tensor, verdict: Verdict, least: int = LEAST, most: float = m
 
     picture: `[h, w, 3]` in [0, 1]. least, most: of the longer side, to which small and large pictures are brought.
     """
-    large = enlarged(reduced(picture, most), least)
+    large = brought_to(picture, least, most)
     factor = large.shape[0] / picture.shape[0]
     canvas = to_pillow(large)
     draw = ImageDraw.Draw(canvas)

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .legend import captioned
+from .pictures import reduced
 
 LARGEST = 256
 """Side in pixels to which pictures of candidates are scaled down, and to a half of which small ones are scaled up."""
@@ -19,10 +19,7 @@ NONE = "No candidates were judged: set candidates to 2 or more."
 
 def small(pictures: Tensor) -> Tensor:
     """Pictures `[N, 3, H, W]` as bytes on the CPU, no larger than LARGEST: what is kept of a candidate."""
-    factor = LARGEST / max(pictures.shape[-2:])
-    if factor < 1:
-        pictures = F.interpolate(pictures.float(), scale_factor=factor, mode="area")
-    return (pictures.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    return (reduced(pictures, LARGEST).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
 
 
 def candidate_sheets(pictures: list[Tensor], scores: list[Tensor], seeds: list[int], chosen: Tensor) -> Tensor:

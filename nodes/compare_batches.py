@@ -15,7 +15,7 @@ from .candidate_sheet import CHOSEN, LARGEST, PAPER, Colour, sheet_of
 from .judges import LoadedJudge, lines_of, unread_words
 from .legend import captioned
 from .node_text import tell, words_in_a_line
-from .pictures import coloured, enlarged, padded, reduced
+from .pictures import brought_to, coloured, padded
 from .rewards import CROP, LoadedReward, for_json, scored, total
 from .types import JudgeType, RewardType
 
@@ -131,7 +131,7 @@ def told(differences: Tensor) -> tuple[str, dict[str, float | int | list[float]]
 def _sheet(a: ScoredBatch, b: ScoredBatch, verdict: str) -> Tensor:
     """`[1, H, W, 3]`."""
     count = min(len(a.pictures), _SHOWN)
-    halves = [enlarged(reduced(picture, LARGEST), LARGEST) for one in (a, b) for picture in one.pictures[:count]]
+    halves = [brought_to(picture, LARGEST, LARGEST) for one in (a, b) for picture in one.pictures[:count]]
     lines = [[f"{name}  {first}", *more] for name, one in zip("AB", (a, b)) for first, *more in one.lines[:count]]
     tiles = captioned(padded(halves, PAPER), lines)
     tiles = torch.cat([tiles[:count], tiles[count:]], 2)

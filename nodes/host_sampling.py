@@ -1,6 +1,7 @@
 """The host's two ways to sample, as a search asks for them: KSampler's, and that of custom samplers with a guider."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -20,40 +21,54 @@ def _shown() -> dict[str, bool]:
     return {"disable_pbar": not comfy.utils.PROGRESS_BAR_ENABLED}
 
 
-class KSampling:
-    """As KSampler does it.
-
-    model: the MODEL. seed: of the first starting noise; others have those after it. name, sampler: of the sampler, and
-    itself. sigmas: `[steps + 1]`, which for some schedulers are not as many as asked for. branches: of guidance, that
-    are computed in a step. record: what a file of masks tells of it; drawer: the node that it stands for.
+class HostSampling(ABC):
+    """model: the MODEL. seed: of the first starting noise; others have those after it. name, sampler: of the sampler,
+    and itself. sigmas: `[steps + 1]`, which for some schedulers are not as many as asked for. branches: of guidance,
+    that are computed in a step. masks_one_branch: whether the model is asked for the positive branch first, as masks of
+    this branch alone take for granted. record: what a file of masks tells of it; drawer: the node that it stands for.
     """
 
-    drawer = "KSampler"
-    masks_one_branch = True
-    """Whether the model is asked for the positive branch first, as masks of this branch alone take for granted."""
+    drawer: str
+    model: Any
+    seed: int
+    name: str
+    sampler: Any
+    sigmas: Tensor
+    branches: int
+    masks_one_branch: bool
+    record: dict[str, Any]
+
+    def seed_of(self, candidate: int) -> int:
+        return (self.seed + candidate) % _SEEDS
+
+    @abstractmethod
+    def noise(self, latent: dict[str, Any], candidate: int) -> Tensor:
+        """Starting noise for the `samples` of a LATENT."""
+
+    @abstractmethod
+    def draw(self, model: Any, noise: Tensor, latent: dict[str, Any], candidate: int, callback: Callable) -> Tensor:
+        """Finished latents by a MODEL that this one was changed to."""
+
+
+class KSampling(HostSampling):
+    """As KSampler does it."""
+
+    drawer, masks_one_branch = "KSampler", True
 
     def __init__(self, model: Any, positive: Any, negative: Any, settings: dict[str, Any]):
         self.model, self._settings = model, settings
         self._conditioning = ordinary_tensors(positive), ordinary_tensors(negative)
         self.seed, self.name = settings["seed"], settings["sampler_name"]
+        self.sampler = comfy.samplers.sampler_object(self.name)
         self.branches = 1 if settings["cfg"] == 1.0 else 2
         self.record = settings
         options = {"sampler": self.name, "scheduler": settings["scheduler"], "denoise": settings["denoise"]}
         self.sigmas = comfy.samplers.KSampler(model, settings["steps"], model.load_device, **options).sigmas
 
-    @property
-    def sampler(self) -> Any:
-        return comfy.samplers.sampler_object(self.name)
-
-    def seed_of(self, candidate: int) -> int:
-        return (self.seed + candidate) % _SEEDS
-
     def noise(self, latent: dict[str, Any], candidate: int) -> Tensor:
-        """Starting noise for the `samples` of a LATENT."""
         return comfy.sample.prepare_noise(latent["samples"], self.seed_of(candidate), latent.get("batch_index"))
 
     def draw(self, model: Any, noise: Tensor, latent: dict[str, Any], candidate: int, callback: Callable) -> Tensor:
-        """Finished latents by a MODEL that this one was changed to."""
         plan = (self._settings[name] for name in ("steps", "cfg", "sampler_name", "scheduler"))
         return comfy.sample.sample(
             model,
@@ -69,8 +84,8 @@ class KSampling:
         )
 
 
-class GuiderSampling:
-    """As SamplerCustomAdvanced does it: by a GUIDER, SAMPLER, SIGMAS and NOISE of the host. Else see KSampling."""
+class GuiderSampling(HostSampling):
+    """As SamplerCustomAdvanced does it: by a GUIDER, SAMPLER, SIGMAS and NOISE of the host."""
 
     drawer = "the custom sampler"
 
@@ -89,9 +104,6 @@ class GuiderSampling:
         steps = max(len(sigmas) - 1, 0)
         self.record = {"seed": self.seed, "steps": steps, "cfg": guider.cfg, "sampler_name": self.name}
         self.record |= {"guider": type(guider).__name__, "drawn_by": self.drawer}
-
-    def seed_of(self, candidate: int) -> int:
-        return (self.seed + candidate) % _SEEDS
 
     def noise(self, latent: dict[str, Any], candidate: int) -> Tensor:
         """Raises MaskUNetError where the NOISE has no seed on which it depends."""

@@ -41,10 +41,12 @@ def padded(pictures: list[Tensor], paper: float) -> Tensor:
     return result
 
 
-def reduced(picture: Tensor, most: float) -> Tensor:
-    """`[H, W, 3]` with a longer side of `most` pixels at most."""
-    factor = most / max(picture.shape[:2])
-    if factor >= 1:
-        return picture
-    smaller = F.interpolate(picture.movedim(-1, 0)[None], scale_factor=factor, mode="area")
-    return smaller[0].movedim(0, -1)
+def reduced(pictures: Tensor, most: float) -> Tensor:
+    """`[N, 3, H, W]` with longer sides of `most` pixels at most."""
+    factor = most / max(pictures.shape[-2:])
+    return F.interpolate(pictures.float(), scale_factor=factor, mode="area") if factor < 1 else pictures
+
+
+def brought_to(picture: Tensor, least: int, most: float) -> Tensor:
+    """`[H, W, 3]` with a longer side of at least so many pixels, as `enlarged`, and of at most so many."""
+    return enlarged(reduced(picture.movedim(-1, 0)[None], most)[0].movedim(0, -1), least)

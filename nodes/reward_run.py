@@ -25,7 +25,7 @@ from ..maskunet_core.search.memory import bytes_of_blocks, bytes_of_masks, room_
 from ..maskunet_core.search.run import SearchResult, search_images, structure_for
 from ..maskunet_core.search.settings import SMALL_SIDE, SearchSettings
 from .candidate_sheet import candidate_sheets, small
-from .host_sampling import GuiderSampling, KSampling
+from .host_sampling import HostSampling
 from .masks import not_by_seeds, seeds_in_words
 from .node_text import words_in_a_line
 from .sampler_trial import SamplerTrial
@@ -73,7 +73,7 @@ class RewardRun:
     def __init__(
         self,
         *,
-        sampling: KSampling | GuiderSampling,
+        sampling: HostSampling,
         vae: Any,
         gradient_vae: Any,
         reward: Any,

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.models.structure import TARGETS
 from ..maskunet_core.seam.gradients import ordinary_tensors
-from .host_sampling import GuiderSampling, KSampling
+from .host_sampling import GuiderSampling, HostSampling, KSampling
 from .reward_settings import PRESETS_IN_WORDS, advice_on, chosen_settings, custom_inputs
 from .rewards import LoadedReward
 from .types import MasksType, RewardType, ksampler_inputs
@@ -124,7 +124,7 @@ def search_outputs() -> list[io.Output]:
 
 
 def search(
-    sampling: Callable[[], Any],
+    sampling: Callable[[], HostSampling],
     node_id: str,
     *,
     vae: Any,

@@ -27,6 +27,8 @@ from .base_files import BadBase, load_checkpoint, load_parts, lora_files, with_l
 from .config import Base
 from .seeds import seeded
 
+FLOW_SAMPLER = ("euler", "simple")
+"""The host's sampler and scheduler for models that have learned a flow."""
 SHORT = 75
 """Letters of a prompt that fits into CLIP's first chunk whatever they are."""
 
@@ -94,7 +96,7 @@ class BaseModel:
     @property
     def sampler(self) -> tuple[str, str]:
         """The host's sampler and scheduler that pictures are drawn by."""
-        return ("euler", "simple") if self.is_flow else ("ddim", "normal")
+        return FLOW_SAMPLER if self.is_flow else ("ddim", "normal")
 
     @property
     def timesteps(self) -> int:
@@ -235,11 +237,6 @@ def _plain(tensor: Tensor) -> Tensor:
     return (tensor.float() if tensor.is_floating_point() else tensor).cpu()
 
 
-def spread_over(sigma: Tensor, latents: Tensor) -> Tensor:
-    """`[B]` as `[B, 1, ...]`, for products with latents `[B, ...]`."""
-    return sigma.view(-1, *[1] * (latents.ndim - 1))
-
-
 def load_toy_base(weights: str = "", body: str = "unet") -> BaseModel:
     """The toy model, from its shipped weights or a folder; its U-Net (or transformer) in fp32, frozen."""
     from comfy.cli_args import args
@@ -368,11 +365,10 @@ def sample_pictures(
     batch: int = 60,
     progress=None,
     encode: Callable[[list[str]], Tensor] | None = None,
-    scheduler: str | None = None,
 ) -> Tensor:
     """Pictures `[N, 3, 64, 64]` in [0, 1] of toy prompts, by the base's sampler; noise n depends on seed and n.
 
-    encode: from prompts to their context [B, 16, 128], instead of the base's own. scheduler: instead of the base's.
+    encode: from prompts to their context [B, 16, 128], instead of the base's own.
     """
     import comfy.sample
 
@@ -392,8 +388,7 @@ def sample_pictures(
             part,
             steps,
             cfg,
-            base.sampler[0],
-            scheduler or base.sampler[1],
+            *base.sampler,
             [[context, {}]],
             [[empty, {}]],
             torch.zeros_like(part),

@@ -161,7 +161,10 @@ class MaskMethod(_Method):
         """The method acts on the U-Net, for one call of it and, while training, its backward pass."""
         source = self.source if training else GeneratorMasks(self.module, observe=self.source.observe)
         call = Call()
-        learned = lambda block: [leaf for of_source in call.leaves for leaf in of_source(block)]  # noqa: E731
+
+        def learned(block: str) -> list[Tensor]:
+            return [leaf for of_source in call.leaves for leaf in of_source(block)]
+
         with self._passes(training, learned), masked(self.modules, [(source, 1.0)], call):
             yield
 

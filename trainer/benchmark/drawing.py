@@ -22,10 +22,10 @@ from maskunet_core.search.settings import SMALL_SIDE, SearchSettings
 
 from ..base import BaseModel
 from ..config import TOY
+from ..data.texts import stacked
 from ..host import REWARD, model_choice, model_file
 from ..pictures import file_digest
 from ..reward_compare.stage import Sampling
-from ..rewarded.drawing import stacked
 from ..seeds import seeded
 from .methods import BadMethod, Method
 

@@ -6,6 +6,7 @@ those of TABLE.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,8 @@ from maskunet_core.search.settings import PRESETS, SearchSettings
 from maskunet_core.toy.captions import Caption
 from maskunet_core.toy.model import WEIGHTS
 
-from ..toy.bodies import TRANSFORMER_CFG, TRANSFORMER_SCHEDULER, TRANSFORMER_STEPS
+from ..base import FLOW_SAMPLER
+from ..toy.bodies import TRANSFORMER_CFG, TRANSFORMER_STEPS
 from .rivals import drawn_plainly, optimised_noise, steered
 from .stage import Sampling, Stage
 
@@ -80,10 +82,13 @@ def guided(method: str, draw: Draw) -> Draw:
 
 def generated(name: str, draw: Draw) -> Draw:
     """A generator that ships, under another method."""
-    file = WEIGHTS.with_name("generators") / name
+
+    @functools.cache
+    def masks() -> GeneratorMasks:
+        return GeneratorMasks(checkpoint.load(WEIGHTS.with_name("generators") / name).generator)
 
     def changed(stage: Stage, caption: Caption) -> Any:
-        return attach(stage.base.patcher, GeneratorMasks(checkpoint.load(file).generator), 1.0, 0.0, 1.0)
+        return attach(stage.base.patcher, masks(), 1.0, 0.0, 1.0)
 
     return on_another_model(changed, draw)
 
@@ -134,7 +139,7 @@ METHODS: dict[str, Draw] = {
 """In the order of their jobs: what the others are held against comes first."""
 BODIES = {
     "unet": Sampling(),
-    "transformer": Sampling(TRANSFORMER_STEPS, TRANSFORMER_CFG, scheduler=TRANSFORMER_SCHEDULER),
+    "transformer": Sampling(TRANSFORMER_STEPS, TRANSFORMER_CFG, *FLOW_SAMPLER),
 }
 """How each body of the toy model draws, at an equal number of operations per picture."""
 ON_TRANSFORMER = (

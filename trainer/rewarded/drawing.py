@@ -7,11 +7,7 @@ from torch import Tensor
 
 from ..base import BaseModel
 from ..config import TOY_RESOLUTION, Config
-
-
-def stacked(conditions: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Conditions of single prompts as those of a batch."""
-    return {key: torch.stack([one[key] for one in conditions]) for key in conditions[0]}
+from ..data.texts import stacked
 
 
 def picture_side(config: Config) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import load_for_training, spread_over
+from ..base import load_for_training
 from ..batches import Batch
 from ..data.buckets import Order
 from ..seeds import seeded
@@ -147,7 +147,7 @@ class RewardObjective:
         """The clean latents by what the U-Net is at the moment, guided where pictures are drawn guided."""
         base = self.run.base
         sigma = base.sigmas(part.clean, part.timesteps)
-        noisy = part.clean + spread_over(sigma, part.clean) * part.noise
+        noisy = base.noised(part.clean, sigma, part.noise)
         positive = {key: value for key, value in part.conditions.items() if not key.startswith(_NEGATIVE)}
         if self.settings.cfg == 1:
             return base.denoised(noisy, sigma, positive)

@@ -13,8 +13,8 @@ from ..base import BaseModel, load_toy_base, sample_pictures
 from ..evaluate import Protocol, held_out_prompts, judge_pictures
 from ..tables import write_table
 
-TRANSFORMER_CFG, TRANSFORMER_SCHEDULER, TRANSFORMER_STEPS = 5.0, "simple", 21
-"""The U-Net's are the protocol's and "normal"; so many steps cost no more operations than its 15."""
+TRANSFORMER_CFG, TRANSFORMER_STEPS = 5.0, 21
+"""The U-Net's are the protocol's; so many steps cost no more operations than its 15."""
 
 
 @torch.no_grad()
@@ -35,18 +35,13 @@ def compare_bodies(protocol: Protocol, output: Path, weights: str = "") -> list[
     prompts, real = held_out_prompts(protocol)
     texts = [str(prompt) for prompt in prompts]
     rows, budget = [], 0
-    for body, cfg, scheduler in (
-        ("unet", protocol.cfg, "normal"),
-        ("transformer", TRANSFORMER_CFG, TRANSFORMER_SCHEDULER),
-    ):
+    for body, cfg in (("unet", protocol.cfg), ("transformer", TRANSFORMER_CFG)):
         base = load_toy_base(weights, body)
         step = 2 * operations(base)
         steps = budget // step if budget else protocol.steps
         budget = budget or steps * step
         with tqdm(total=len(texts), desc=body, mininterval=1) as bar:
-            pictures = sample_pictures(
-                base, base.patcher, texts, protocol.seed, steps, cfg, 60, bar.update, scheduler=scheduler
-            )
+            pictures = sample_pictures(base, base.patcher, texts, protocol.seed, steps, cfg, 60, bar.update)
         row = {"body": body, "steps": steps, "cfg": cfg, "operations": f"{steps * step / 1e9:.2f} G"}
         rows.append(row | judge_pictures(pictures, prompts, real, judge))
     print(write_table(output, rows, vars(protocol)))
