@@ -16,8 +16,10 @@ def takes_no_gradient(function: Any, arguments: tuple) -> bool:
     Those that write into their arguments are left to autograd's refusal.
     """
     name = getattr(function, "_qualified_op_name", "")
+    if not name.startswith(_PREFIX):
+        return False
     in_graph = any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
-    return name.startswith(_PREFIX) and in_graph and hasattr(_references(), name.removeprefix(_PREFIX))
+    return in_graph and hasattr(_references(), name.removeprefix(_PREFIX))
 
 
 def with_gradient(fused: Callable, arguments: tuple, named: dict[str, Any]) -> Any:

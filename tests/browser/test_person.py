@@ -56,7 +56,7 @@ def test_a_deleted_apply_node_gives_the_stock_image_bit_for_bit(desk, stock):
         ("quality", {"MaskUNet Reward Sampler"}),
         ("prompt adherence", {"MaskUNet Reward Sampler"}),
         ("reward", {"MaskUNet Reward Sampler", "MaskUNet Reward Loader", "MaskUNet Reward Score"}),
-        ("best of n", {"MaskUNet Reward Sampler"}),
+        ("best of n", {"MaskUNet best of 6", "MaskUNet Reward Sampler"}),
         ("aesthetic", {"MaskUNet Reward Loader"}),
         ("count objects", {"MaskUNet Check Picture"}),
         ("significance", {"MaskUNet Compare Batches"}),

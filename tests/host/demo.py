@@ -33,6 +33,8 @@ PROMPTS = (
     "a black ring left of an orange cross",
 )
 """The first of those that `reward-compare` makes its table of, not chosen among others: nothing was trained on them."""
+USUAL = 4
+"""So many of them are drawn in less than a minute."""
 SEED = 0
 SERVERS = 2
 PRESETS = ("fast", "quality")
@@ -180,10 +182,11 @@ def main() -> int:
         "--port", type=int, help="port on the loopback interface; the next is used, too (default: free ones)"
     )
     parser.add_argument("--folder-name", default=FOLDER_NAME, help="the extension's name inside custom_nodes")
-    parser.add_argument("prompts", nargs="*", help="prompts to draw instead of the usual six")
+    parser.add_argument("--count", type=int, choices=range(1, len(PROMPTS) + 1), default=USUAL, help="how many prompts")
+    parser.add_argument("prompts", nargs="*", help="prompts to draw instead of the usual ones")
     arguments = parser.parse_args()
     try:
-        demo(arguments.port, arguments.folder_name, tuple(arguments.prompts) or PROMPTS)
+        demo(arguments.port, arguments.folder_name, tuple(arguments.prompts) or PROMPTS[: arguments.count])
     except ServerError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

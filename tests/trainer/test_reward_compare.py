@@ -168,6 +168,21 @@ def test_attention_guidance_acts_on_each_prompts_own_words(stage, captions):
     assert 1.1 < costs["SynGen"] / costs["base"] < 1.6
 
 
+def test_without_guidance_a_picture_costs_half_with_a_generator_too(stage, captions):
+    before, costs, found = (stage.base.patcher, stage.sampling), {}, {}
+    for method in ("base", "CFG 1", "CFG 1, a generator"):
+        with Operations() as counted:
+            found[method] = plan.METHODS[method](stage, captions[:2], 0)
+        costs[method] = counted.total
+    assert (stage.base.patcher, stage.sampling) == before
+    assert costs["CFG 1"] / costs["base"] == pytest.approx(0.5, abs=0.01)
+    assert costs["CFG 1, a generator"] / costs["base"] == pytest.approx(0.5, abs=0.03)
+    assert all(not torch.equal(*pair) for pair in zip(found["CFG 1"], found["CFG 1, a generator"]))
+    alone = plan.METHODS["CFG 1, a generator"](stage, captions[1:2], 0)
+    # Batches of other sizes round otherwise.
+    torch.testing.assert_close(found["CFG 1, a generator"][1:], alone, atol=1e-3, rtol=0)
+
+
 def test_some_methods_alone_are_planned():
     names = [job.name for job in plan.make_plan(plan.Scale.quick(), ("base", "SynGen"))]
     assert names == ["base/seed-0", "SynGen/seed-0", plan.DIFFICULTY]

@@ -11,7 +11,7 @@ from .plan import SHOWN
 
 COLUMNS = 8
 """Prompts of the sheet."""
-CHAINS = (("base", "best of "), ("4 steps", "4 steps, best of "))
+CHAINS = (("base", "best of "), ("4 steps", "4 steps, best of "), ("CFG 1", "CFG 1, best of "))
 """What is drawn plainly, and how its best of N are called."""
 TICKS = (0.25, 1, 4, 16, 64)
 
@@ -30,7 +30,7 @@ def _accuracy(row: dict[str, Any]) -> tuple[float, float]:
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     """The judge's accuracy over operations, a point per method, the best named first. rows: of the table.
 
-    Plain drawing and best of N are joined by a line, and so are those of the student.
+    Plain drawing and best of N are joined by a line, of the student and without guidance, too.
     """
     from matplotlib.figure import Figure
 

@@ -53,18 +53,11 @@ def searched(settings: SearchSettings) -> Draw:
     return draw
 
 
-def on_another_model(changed: Callable[[Stage, Caption], Any], draw: Draw) -> Draw:
-    """A method on the MODEL that `changed` makes for a prompt, one prompt after another."""
-
-    def drawn(stage: Stage, captions: list[Caption], seed: int) -> Tensor:
-        found = []
-        for caption in captions:
-            other = copy.copy(stage)
-            other.base = replace(stage.base, patcher=changed(stage, caption))
-            found.append(draw(other, [caption], seed))
-        return torch.cat(found)
-
-    return drawn
+def with_base(stage: Stage, patcher: Any) -> Stage:
+    """The stage that draws with this MODEL."""
+    other = copy.copy(stage)
+    other.base = replace(stage.base, patcher=patcher)
+    return other
 
 
 def guided(method: str, draw: Draw) -> Draw:
@@ -77,7 +70,11 @@ def guided(method: str, draw: Draw) -> Draw:
         # The stage's sampler looks at each step once.
         return AttentionGuidance(words, settings, lambda *_: True).guiding(stage.base.patcher)
 
-    return on_another_model(changed, draw)
+    def drawn(stage: Stage, captions: list[Caption], seed: int) -> Tensor:
+        # A guided model is for one prompt.
+        return torch.cat([draw(with_base(stage, changed(stage, each)), [each], seed) for each in captions])
+
+    return drawn
 
 
 def generated(name: str, draw: Draw) -> Draw:
@@ -87,10 +84,21 @@ def generated(name: str, draw: Draw) -> Draw:
     def masks() -> GeneratorMasks:
         return GeneratorMasks(checkpoint.load(WEIGHTS.with_name("generators") / name).generator)
 
-    def changed(stage: Stage, caption: Caption) -> Any:
-        return attach(stage.base.patcher, masks(), 1.0, 0.0, 1.0)
+    def drawn(stage: Stage, captions: list[Caption], seed: int) -> Tensor:
+        return draw(with_base(stage, attach(stage.base.patcher, masks(), 1.0, 0.0, 1.0)), captions, seed)
 
-    return on_another_model(changed, draw)
+    return drawn
+
+
+def unguided(draw: Draw) -> Draw:
+    """A method at CFG 1: a step looks at the prompt alone."""
+
+    def drawn(stage: Stage, captions: list[Caption], seed: int) -> Tensor:
+        other = copy.copy(stage)
+        other.sampling = replace(stage.sampling, cfg=1.0)
+        return draw(other, captions, seed)
+
+    return drawn
 
 
 def best_of(count: int) -> Draw:
@@ -100,6 +108,7 @@ def best_of(count: int) -> Draw:
 _QUALITY = PRESETS["quality"]
 _EARLY = _QUALITY.candidate_percent
 _MASKS_FAST = replace(_QUALITY, candidates=5, iterations=1, start_percent=0.6, end_percent=0.73, lr=3e-2, views=0)
+_FOLLOWS = "toy_follows.safetensors"
 _LATENTS = replace(_QUALITY, masks=False, latent_lr=0.03, iterations=3, views=0)
 
 STUDENT_METHODS: dict[str, Draw] = {
@@ -132,8 +141,15 @@ METHODS: dict[str, Draw] = {
     **STUDENT_METHODS,
     "Attend-and-Excite": guided("attend-and-excite", drawn_plainly),
     "SynGen": guided("syngen", drawn_plainly),
+    "Attend-and-Excite, best of 3": guided("attend-and-excite", best_of(3)),
+    "SynGen, best of 3": guided("syngen", best_of(3)),
     "SynGen, and fast": guided("syngen", searched(PRESETS["fast"])),
     "SynGen, and quality": guided("syngen", searched(_QUALITY)),
+    "CFG 1": unguided(drawn_plainly),
+    "CFG 1, a generator": unguided(generated(_FOLLOWS, drawn_plainly)),
+    "CFG 1, best of 2": unguided(best_of(2)),
+    "CFG 1, fast": unguided(searched(PRESETS["fast"])),
+    "CFG 1, a generator, and fast": unguided(generated(_FOLLOWS, searched(PRESETS["fast"]))),
     "SynGen, and a generator": generated("toy_shapes.safetensors", guided("syngen", drawn_plainly)),
 }
 """In the order of their jobs: what the others are held against comes first."""
@@ -172,9 +188,14 @@ PAIRS = (
     ("4 steps, few_step", "4 steps, best of 23"),
     ("Attend-and-Excite", "base"),
     ("SynGen", "base"),
+    ("Attend-and-Excite, best of 3", "best of 4"),
+    ("SynGen, best of 3", "best of 4"),
     ("SynGen, and fast", "fast"),
     ("SynGen, and quality", "quality"),
     ("SynGen, and a generator", "SynGen"),
+    ("CFG 1, a generator", "CFG 1"),
+    ("CFG 1, a generator, and fast", "CFG 1, fast"),
+    ("CFG 1, a generator, and fast", "best of 2"),
 )
 """Compared prompt by prompt."""
 SHOWN = ("base", "paper", "best of 4", "fast", "best of 16", "FK steering, 16 particles", "quality")
@@ -199,8 +220,10 @@ class Scale:
     student_steps: int = 2500
 
     @classmethod
-    def of(cls, body: str) -> "Scale":
-        return cls(body=body) if body == "unet" else cls(body=body, prompts=60, batch=30)
+    def of(cls, body: str, prompts: int | None = None) -> "Scale":
+        """prompts: another number of them."""
+        whole = cls(body=body) if body == "unet" else cls(body=body, prompts=60, batch=30)
+        return whole if prompts is None else replace(whole, prompts=prompts)
 
     @classmethod
     def quick(cls, body: str = "unet") -> "Scale":
