@@ -132,11 +132,14 @@ def test_a_method_is_measured_once_and_stands_in_the_table(tmp_path, monkeypatch
         monkeypatch.setattr(part, "METHODS", few)
     monkeypatch.setattr(report, "PAIRS", (("best of 2", "base"),))
     job_board.claim(tmp_path, vars(scale))
-    module = "trainer.reward_compare.jobs"
+    planned, module = plan.make_plan(scale), "trainer.reward_compare.jobs"
+    # All but one are done here, those that need others last; what is left has a process of its own.
+    for job in sorted(planned, key=lambda job: len(job.needs)):
+        if job.method != "best of 2":
+            job_board.folder_of(tmp_path, job.name).mkdir(parents=True)
+            job_board.write_result(tmp_path, job.name, jobs.do(tmp_path, job, scale), 0.0)
     for _ in range(2):
-        job_board.run_jobs(
-            plan.make_plan(scale), tmp_path, module, 1, lambda done: report.write_report(tmp_path, scale)
-        )
+        job_board.run_jobs(planned, tmp_path, module, 1, lambda done: report.write_report(tmp_path, scale))
     rows = {row["method"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     assert rows["base"]["operations"] == 1.0
     assert rows["best of 2"]["operations"] == pytest.approx(2.0, abs=0.2)

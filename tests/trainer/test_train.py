@@ -304,7 +304,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, changes):
     killed = small(tmp_path / "killed", **MANY, **prior_in(tmp_path / "killed", changes))
     command = ("train", write_config(killed, tmp_path / "killed.toml"))
     chance = random.Random(0)
-    for at in (chance.randint(4, 12), chance.randint(14, 24), chance.randint(26, 38)):
+    for at in (chance.randint(4, 16), chance.randint(20, 36)):
         process = spawn(*command)
         wait_for_step(Path(killed.output), at, process)
         time.sleep(chance.random() * 0.1)
