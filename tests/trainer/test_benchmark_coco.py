@@ -21,7 +21,7 @@ from trainer.benchmark import coco, files, plan
 from trainer.benchmark.files import BadSuite
 from trainer.benchmark.folder import RunFolder
 from trainer.benchmark.real import read_real
-from trainer.benchmark.report import Verdicts, rows_of
+from trainer.benchmark.verdicts import Verdicts, measures
 
 GOLDEN = Path(__file__).parent.parent / "core" / "judges"
 ANNOTATIONS = [
@@ -93,7 +93,7 @@ def test_distances_by_every_protocol_stand_side_by_side(data, judges_folder, mon
     run("run", "coco2017", "--data", str(data), "--output", str(output))
     folder = RunFolder(output)
     method = folder.methods()[0]
-    rows = {(row["judge"], row["measure"]): row for row in rows_of(Verdicts.of(folder, method))}
+    rows = {(one.judge, one.name): one for one in measures(Verdicts.of(folder, method))}
     of_inception = {(f"fid-{name}", measure) for name in PROTOCOLS for measure in ("Frechet distance", "KID x 1000")}
     assert rows.keys() == of_inception | {("cmmd", "CMMD")}
     inception, _ = files.loaded(coco.INCEPTION)
@@ -106,6 +106,6 @@ def test_distances_by_every_protocol_stand_side_by_side(data, judges_folder, mon
         ("fid-clean", "KID x 1000"): 1000 * kid(of_drawn, of_reals)[0],
         ("cmmd", "CMMD"): 1000 * cmmd(*of_clip)[0],
     }
-    found = {key: float(rows[key]["all"].split(" ")[0]) for key in expected}
+    found = {key: rows[key].whole.mean for key in expected}
     assert found == pytest.approx(expected, abs=2e-3)
     assert all(torch.tensor(list(expected.values())).abs() > 1e-2)

@@ -20,15 +20,15 @@ from trainer.benchmark import files, geneval, plan
 from trainer.benchmark.clip_score import ClipScore
 from trainer.benchmark.files import BadSuite
 from trainer.benchmark.folder import RunFolder
-from trainer.benchmark.report import Verdicts
+from trainer.benchmark.verdicts import Verdicts
 
 GOLDEN = Path(__file__).parent.parent / "core" / "judges"
 FACTS = [
-    {"tag": "single_object", "include": [{"class": "thing 3", "count": 1}], "prompt": "a photo of a thing (3)"},
+    {"tag": "single_object", "include": [{"class": "carrot", "count": 1}], "prompt": "a photo of a carrot (3)"},
     {
         "tag": "colors",
-        "include": [{"class": "thing 4", "count": 1, "color": "red"}],
-        "prompt": "a photo of a red thing",
+        "include": [{"class": "bench", "count": 1, "color": "red"}],
+        "prompt": "a photo of a red bench",
     },
 ]
 
@@ -41,7 +41,6 @@ def layout(name: str):
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lists")
     (folder / "evaluation_metadata.jsonl").write_text("\n".join(map(json.dumps, FACTS)))
-    (folder / "object_names.txt").write_text("\n".join(f"thing {n}" for n in range(80)))
     return folder
 
 
@@ -133,8 +132,7 @@ def test_a_suite_runs_from_lists_to_the_table(data, clip, tmp_path, monkeypatch)
     detector = Mask2Former.from_tensors(weights(layout("mask2former"), 6))
 
     def judges(folder: Path):
-        names = geneval.NAMES.read(folder).split("\n")
-        return [geneval.GenevalJudge(detector, Colours(clip), names, {}), ClipScore("clip-l14", clip, "")]
+        return [geneval.GenevalJudge(detector, Colours(clip), {}), ClipScore("clip-l14", clip, "")]
 
     sampling = replace(plan.OF_THE_PAPER, steps=2)
     tiny = replace(plan.SUITES["geneval"], judges=judges, sampling=sampling, side=64)
@@ -151,6 +149,6 @@ def test_a_suite_runs_from_lists_to_the_table(data, clip, tmp_path, monkeypatch)
         reason = bytes(row["reason"].tolist()).decode().strip()
         assert (reason == "") == bool(row["right"])
         assert not reason or reason.startswith("expected ")
-    assert run.settings["lists"]["object_names.txt"].startswith("not published")
+    assert run.settings["lists"]["evaluation_metadata.jsonl"].startswith("not published")
     with Image.open(run.methods()[0].picture((0, 0))) as picture:
         assert picture.size == (64, 64)

@@ -98,7 +98,6 @@ def run(arguments: argparse.Namespace) -> None:
 def score(arguments: argparse.Namespace) -> None:
     enter_host()
     from .folder import RunFolder, Share
-    from .layouts import LAYOUTS
     from .report import write_report
     from .run import import_pictures, judge
 
@@ -107,7 +106,7 @@ def score(arguments: argparse.Namespace) -> None:
     folder.claim(plan.settings(drawn=False), plan.prompts)
     with folder.working(Share()):
         name = arguments.name or arguments.pictures.name
-        import_pictures(arguments.pictures, LAYOUTS[arguments.layout], name, folder, plan.units)
+        import_pictures(arguments.pictures, arguments.layout, name, folder, plan.units)
         judge(folder, judges, plan.units)
     print(write_report(folder))
 
@@ -218,7 +217,7 @@ def add_benchmark(commands: argparse._SubParsersAction) -> None:
     command.add_argument("pictures", type=user_path, help="folder of COCO's own pictures, such as val2017")
     command.set_defaults(run=reference)
 
-    command = actions.add_parser("report", help="write the tables of what is judged")
+    command = actions.add_parser("report", help="write the tables and the page of what is judged")
     command.add_argument("run_folder", type=user_path, help="the --output of a run")
     command.set_defaults(run=report)
 

@@ -153,8 +153,13 @@ class MethodFolder:
         self.path = path
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What decides how the method draws, under `method` its name."""
+        return json.loads((self.path / "method.json").read_text(encoding="utf-8"))
+
+    @property
     def name(self) -> str:
-        return json.loads((self.path / "method.json").read_text(encoding="utf-8"))["method"]
+        return self.record["method"]
 
     def picture(self, pair: Pair) -> Path:
         return self.path / "pictures" / f"{pair[0]:05}" / "samples" / f"{pair[1]:04}.png"
@@ -208,7 +213,7 @@ def merge(into: RunFolder, others: Sequence[RunFolder]) -> int:
             if other._read(name) != into._read(name):
                 raise BadRun(f"'{other.path}' and '{into.path}' are different runs: their {name} differ.")
         for method in other.methods():
-            into.method(json.loads((method.path / "method.json").read_text(encoding="utf-8")))
+            into.method(method.record)
         for source in sorted(other.path.glob("methods/**/*")):
             target = into.path / source.relative_to(other.path)
             if source.is_file() and not source.name.startswith(".") and not target.exists():

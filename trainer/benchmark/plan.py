@@ -43,7 +43,7 @@ SUITES = {
             OF_THE_PAPER,
             512,
             4,
-            (geneval.PROMPTS, geneval.NAMES),
+            (geneval.PROMPTS,),
             (DETECTOR, CLIP_L),
         ),
         Suite(

@@ -11,7 +11,7 @@ from ..config import Base
 from ..files import replacing
 from .drawing import Drawer, load_rewards, reward_digests, reward_files
 from .folder import MethodFolder, RunFolder, Share, Unit
-from .layouts import Layout
+from .layouts import LAYOUTS, Layout
 from .methods import Method
 from .plan import Plan
 from .real import write_real
@@ -73,12 +73,12 @@ def judge(folder: RunFolder, judges: Sequence[PictureJudge], units: Sequence[Uni
                 method.save_rows(one.name, unit, rows)
 
 
-def import_pictures(source: Path, layout: Layout, name: str, folder: RunFolder, units: Sequence[Unit]) -> None:
-    """Pictures that others drew, as a method of the run. Units that lack one are left out."""
-    method = folder.method({"method": name, "pictures": str(source)})
+def import_pictures(source: Path, layout: str, name: str, folder: RunFolder, units: Sequence[Unit]) -> None:
+    """Pictures that others drew, as a method of the run. layout: of LAYOUTS. Units that lack one are left out."""
+    method = folder.method({"method": name, "pictures": str(source), "layout": layout})
     prompts = folder.prompts
     for unit in units:
-        files = [layout.find(source, prompts, pair) for pair in unit.pairs]
+        files = [LAYOUTS[layout].find(source, prompts, pair) for pair in unit.pairs]
         if None in files or method.is_drawn(unit):
             continue
         for pair, file in zip(unit.pairs, files):
