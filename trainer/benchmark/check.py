@@ -14,9 +14,10 @@ _BYTES = 1.7
 
 def check(plan: Plan, methods: Sequence[Method], rewards: Sequence[str]) -> list[str]:
     """Lines for people. One picture is drawn by each method, to tell the time. Raises MaskUNetError."""
-    missing, notes = plan.suite.missing(plan.data), plan.suite.notes
+    missing = plan.suite.missing(plan.data)
+    notes = [*plan.suite.notes, *(f"Not needed, but used where it is there: {line}" for line in plan.suite.unused())]
     if missing:
-        return ["Missing:", *missing, *notes, "Nothing was drawn; check again when the files are there."]
+        return ["Missing:", *missing, *notes, "Nothing was drawn; check again when all is there."]
     prompts, units = plan.prompts, plan.units
     pictures = sum(len(unit.pairs) for unit in units)
     plan.suite.judges(plan.data)
@@ -30,10 +31,4 @@ def check(plan: Plan, methods: Sequence[Method], rewards: Sequence[str]) -> list
         drawer.pictures(pairs, [prompts[n].text for n, _ in pairs])
         seconds = (time.monotonic() - began) / len(pairs)
         lines.append(f"{method}: {seconds:.2f} s a picture, {pictures * seconds / 3600:.1f} h")
-    unused = plan.suite.unused()
-    return [
-        *lines,
-        "All files are there.",
-        *notes,
-        *(f"Not needed, but used where it is there: {line}" for line in unused),
-    ]
+    return [*lines, "All that is needed is there.", *notes]

@@ -26,6 +26,7 @@ PROMPTS = PromptList(
     "evaluation_metadata.jsonl",
     f"{_SOURCE}/blob/main/prompts/evaluation_metadata.jsonl",
     {"5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13": "GenEval's 553"},
+    "0.1 MB",
 )
 NOT_ITS_DETECTOR = "geneval-other-detector"
 """The judge's name where another training of the same network stands in: its scores are no GenEval scores."""

@@ -27,16 +27,19 @@ LISTS = {
             "1e37a12c1861bf6b11623eaffb0bf6d6eeea9702caf45b95d040f1721bba7f4f": "until 2 September 2025",
             "1634259756dbc77d13093d907d414480080ec9790a8c97ad09efaea7b2534f2d": "since 3 September 2025",
         },
+        "12 kB",
     ),
     "texture": PromptList(
         "texture_val.txt",
         f"{_SOURCE}/texture_val.txt",
         {"fbb5363515b4a28009e360afaaaf389d2dd2289e50dbb0c6ef4ea0c7fe4f3d4f": "T2I-CompBench's 300"},
+        "14 kB",
     ),
     "shape": PromptList(
         "shape_val.txt",
         f"{_SOURCE}/shape_val.txt",
         {"37e1a276906c7ea9516cbd7ac8501be896006c0c17ca7344f260562834455bae": "T2I-CompBench's 300"},
+        "16 kB",
     ),
 }
 OTHER_CATEGORIES = (
