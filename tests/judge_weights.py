@@ -68,7 +68,7 @@ def features(
     return torch.from_numpy(x * scale * np.exp(-decay * np.arange(d) / d) + mean)
 
 
-def inception_weights(convolutions: Mapping[str, list[int]], narrower: int = 1) -> dict[str, Tensor]:
+def inception_weights(convolutions: Mapping[str, list[int]], narrower: int = 1, seed: int = 71) -> dict[str, Tensor]:
     """Of Inception's layout. narrower: by what all widths are divided."""
     layout: dict[str, list[int]] = {"fc.bias": [1008], "fc.weight": [1008, 2048 // narrower]}
     for name, (outputs, inputs, *kernel) in convolutions.items():
@@ -76,7 +76,7 @@ def inception_weights(convolutions: Mapping[str, list[int]], narrower: int = 1) 
         layout[f"{name}.conv.weight"] = [outputs, inputs, *kernel]
         for part in ("weight", "bias", "running_mean", "running_var"):
             layout[f"{name}.bn.{part}"] = [outputs]
-    stream, found = np.random.Generator(np.random.Philox(71)), {}
+    stream, found = np.random.Generator(np.random.Philox(seed)), {}
     for name, shape in sorted(layout.items()):
         x = stream.standard_normal(shape).astype(np.float32)
         if name.endswith("running_var"):
