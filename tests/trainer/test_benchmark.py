@@ -67,8 +67,9 @@ def do(folder: Path, methods: list[Method], share: Share = WHOLE, **options) -> 
     run, made = RunFolder(folder), plan(**options)
     run.claim(made.settings(), made.prompts)
     with run.working(share):
-        draw(made, methods, ["toy"], run, share)
-        judge(run, TINY.judges(None), share.of(made.units))
+        units = share.of(made.units)
+        draw(made, methods, ["toy"], run, units)
+        judge(run, TINY.judges(None), units)
     return run
 
 
@@ -207,6 +208,25 @@ def test_three_parts_that_are_merged_are_the_run(whole, tmp_path, monkeypatch):
     assert merged == {name: data for name, data in content(whole).items() if name.startswith("methods/base/")}
 
 
+def test_where_features_are_enough_pictures_are_removed_when_they_are_judged(whole, tmp_path, monkeypatch):
+    monkeypatch.setitem(plans.SUITES, "toy", replace(TINY, batch=BATCH, kept=3))
+    monkeypatch.setattr("trainer.benchmark.run._AT_ONCE", 4)
+    arguments = parse(["benchmark", "run", "toy", "--output", str(tmp_path)])
+    arguments.run(arguments)
+    found = RunFolder(tmp_path)
+    pictures = sorted(path.parts[-3] for path in tmp_path.glob("methods/base/pictures/*/samples/*.png"))
+    assert pictures == ["00000", "00001", "00002"]
+    expected = {name: data for name, data in content(whole).items() if name.startswith("methods/base/")}
+    assert content(found) == {name: data for name, data in expected.items() if "pictures" not in name} | {
+        name: data for name, data in expected.items() if "0000.png" in name and any(n in name for n in pictures)
+    }
+    assert found.units() == whole.units()
+    monkeypatch.setattr(Drawer, "pictures", None)
+    arguments.run(arguments)
+    told = json.loads((tmp_path / "table.json").read_text())
+    assert told["rows"][0]["pictures"] == PROMPTS * IMAGES
+
+
 def test_parts_of_different_runs_are_not_merged(whole, tmp_path):
     other, made = RunFolder(tmp_path), plan(seed=1)
     other.claim(made.settings(), made.prompts)
@@ -278,7 +298,7 @@ def test_check_tells_time_and_disk_and_keeps_nothing(capsys, tmp_path, monkeypat
     arguments = parse(["benchmark", "check", "toy", "--smoke"])
     arguments.run(arguments)
     told = capsys.readouterr().out
-    assert "8 prompts, 8 pictures by each of 1 methods" in told
+    assert "8 prompts, 8 pictures by each of 1 methods, 0.0 GB on the disk; " in told
     assert "base: " in told
     assert not list(tmp_path.iterdir())
 

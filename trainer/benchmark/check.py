@@ -2,18 +2,19 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from .drawing import reward_files
 from .methods import Method
 from .plan import Plan
-from .run import drawers_of
-
-_BYTES = 1.7
-"""Of a PNG, per pixel."""
+from .run import drawers_of, plan_of
 
 
-def check(plan: Plan, methods: Sequence[Method], rewards: Sequence[str]) -> list[str]:
-    """Lines for people. One picture is drawn by each method, to tell the time. Raises MaskUNetError."""
+def check(
+    plan: Plan, methods: Sequence[Method], rewards: Sequence[str], output: Path, keep_all: bool = False
+) -> list[str]:
+    """Lines for people. One picture is drawn by each method, to tell the time. output: of the run. keep_all: see
+    run_suite. Raises MaskUNetError."""
     missing = plan.suite.missing(plan.data)
     notes = [*plan.suite.notes, *(f"Not needed, but used where it is there: {line}" for line in plan.suite.unused())]
     if missing:
@@ -21,10 +22,7 @@ def check(plan: Plan, methods: Sequence[Method], rewards: Sequence[str]) -> list
     prompts, units = plan.prompts, plan.units
     pictures = sum(len(unit.pairs) for unit in units)
     plan.suite.judges(plan.data)
-    disk = pictures * len(methods) * (plan.side or plan.suite.side) ** 2 * _BYTES / 1e9
-    lines = [
-        f"{len(prompts)} prompts, {pictures} pictures by each of {len(methods)} methods, {disk:.1f} GB of pictures"
-    ]
+    lines = [f"{len(prompts)} prompts, {plan_of(plan, methods, units, output, keep_all)}"]
     for method, drawer in zip(methods, drawers_of(plan, methods, reward_files(rewards))):
         pairs = units[0].pairs
         began = time.monotonic()

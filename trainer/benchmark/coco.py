@@ -34,6 +34,8 @@ REFERENCES = Path("output/benchmark/reference")
 CLIPS = {"clip-b32": CLIP_B32, "clip-b16": CLIP_B16, "clip-l14": CLIP_L}
 """Nobody says by which of them the paper scored."""
 OPTIONAL = (*CLIPS.values(), CLIP_L336, DINOV2)
+KEPT = 200
+"""Pictures of each method; of the others features are enough."""
 _ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 _BATCH = 16
 

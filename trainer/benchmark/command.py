@@ -72,8 +72,9 @@ def check(arguments: argparse.Namespace) -> None:
     enter_host(cpu=arguments.base == TOY)
     from .check import check
 
-    for plan, methods, _ in _parts(arguments):
-        print("\n".join([f"{plan.suite.name}:", *check(plan, methods, arguments.reward)]))
+    for plan, methods, output in _parts(arguments):
+        told = check(plan, methods, arguments.reward, output, arguments.keep_all)
+        print("\n".join([f"{plan.suite.name}:", *told]))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         for plan, *_ in parts:
             plan.suite.judges(plan.data)
     for plan, methods, output in parts:
-        run_suite(plan, methods, arguments.reward, output, share)
+        run_suite(plan, methods, arguments.reward, output, share, arguments.keep_all)
     output = _output(arguments)
     if share.count == 1:
         print(_report(output))
@@ -187,6 +188,11 @@ def _add_methods(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--reward", action="append", default=[], help='what searches follow: a file in models/reward, or "toy"'
+    )
+    command.add_argument(
+        "--keep-all",
+        action="store_true",
+        help="all pictures stay, not just the first 200 of COCO's suites",
     )
 
 

@@ -2,7 +2,7 @@
 
     run.json, prompts.json           what every method in the folder shares
     methods/NAME/method.json         what decides how the method draws
-    methods/NAME/pictures/00012/samples/0003.png      of prompt 12, number 3
+    methods/NAME/pictures/00012/samples/0003.png      of prompt 12, number 3; of COCO the first ones alone stay
     methods/NAME/judged/JUDGE/000007.safetensors      a unit's rows; judge.json says who judged
     real/JUDGE.safetensors           the real pictures that distances are to
 
@@ -119,9 +119,13 @@ class RunFolder:
         return self.path / "real" / f"{judge}.safetensors"
 
     def units(self) -> list[Unit]:
-        """As far as any method has been drawn."""
-        images = [int(path.stem) + 1 for path in self.path.glob("methods/*/pictures/*/samples/*.png")]
-        return units_of(len(self.prompts), max(images, default=0), self.settings["batch"])
+        """As far as any method has been drawn or judged."""
+        prompts, batch = len(self.prompts), self.settings["batch"]
+        drawn = {int(path.stem) for path in self.path.glob("methods/*/pictures/*/samples/*.png")}
+        # Of some suites pictures are removed when they are judged.
+        judged = {int(path.stem) for path in self.path.glob("methods/*/judged/*/*.safetensors")}
+        numbers = drawn | {index // -(-prompts // batch) for index in judged}
+        return units_of(prompts, max(numbers, default=-1) + 1, batch)
 
     @contextlib.contextmanager
     def working(self, share: Share) -> Iterator[None]:
@@ -166,6 +170,10 @@ class MethodFolder:
 
     def is_drawn(self, unit: Unit) -> bool:
         return all(self.picture(pair).exists() for pair in unit.pairs)
+
+    def is_judged(self, unit: Unit, judges: Sequence[str]) -> bool:
+        """Whether all of the judges have judged it; False where none is named."""
+        return bool(judges) and all(self.rows_file(judge, unit).exists() for judge in judges)
 
     def save_pictures(self, unit: Unit, pictures: Tensor) -> None:
         """pictures: `[N, H, W, 3]` in [0, 1]."""

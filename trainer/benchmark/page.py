@@ -134,7 +134,8 @@ def _distances(run: RunFolder, values: Sequence[Measure], changes: Sequence[Diff
 def _pictures(run: RunFolder, found: Sequence[Verdicts]) -> dict[str, Any]:
     scores = list(found[0].scores)
     pairs = sorted({pair for one in found for pair in one.pairs})
-    chosen, samples = _chosen(found, pairs, max(1, PICTURES // len(found)))
+    there = [pair for pair in pairs if any(one.folder.picture(pair).is_file() for one in found)]
+    chosen, samples = _chosen(found, there, max(1, PICTURES // len(found)))
     return {
         "scores": [{"name": f"{judge}: {name}", "whole": _is_whole(found, (judge, name))} for judge, name in scores],
         "counts": [{one.method: _counts(found[0], one, key) for one in found[1:]} for key in scores],

@@ -11,11 +11,10 @@ from .verdicts import Verdicts, differences, measures
 def signature(run: RunFolder, found: Verdicts) -> str:
     """One line that says what a method's numbers are of."""
     settings, sampling = run.settings, run.settings["sampling"]
-    pictures = max((int(values.isfinite().sum()) for values in found.scores.values()), default=0)
     how = "/".join(str(sampling[key]) for key in ("sampler", "scheduler", "steps", "cfg")) if sampling else "imported"
     judges = "|".join(sorted({judge for judge, _ in [*found.scores, *found.features]}))
     parts = (settings["suite"], f"v{settings['version']}", found.method, settings["base"], f"p{len(run.prompts)}")
-    return "|".join([*parts, f"n{pictures}", f"seed{settings['seed']}", how, judges])
+    return "|".join([*parts, f"n{len(found.pairs)}", f"seed{settings['seed']}", how, judges])
 
 
 def write_report(run: RunFolder) -> str:

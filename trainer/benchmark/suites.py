@@ -45,7 +45,8 @@ class Suite:
 
     images: pictures of a prompt. side: in pixels. batch: prompts drawn together. lists, weights: files that are needed;
     optional: those that are used where they are there. version: counts changes of what a number means. notes: what
-    people should know who want to run it. others: a line for each thing that is missing besides files.
+    people should know who want to run it. others: a line for each thing that is missing besides files. kept: pictures
+    of each method that stay when they have been judged, None for all.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Suite:
     version: int = 1
     notes: tuple[str, ...] = ()
     others: Callable[[], list[str]] = list
+    kept: int | None = None
 
     def missing(self, data: Path | None) -> list[str]:
         """A line for each thing that is not there."""
