@@ -18,6 +18,7 @@ bench: setup
 
 parity: setup
 	@$(VENV_PYTHON) -m tests.parity
+	@$(VENV_PYTHON) -m tests.parity.judges
 
 pictures: setup
 	@$(VENV_PYTHON) -m tests.host.thumbnails $(PICTURES_ARGS)

@@ -11,6 +11,7 @@ from maskunet_core.models.structure import Structure, inspect_model
 from maskunet_core.seam.attach import structure_of
 from maskunet_core.toy.model import load_toy_model
 from tests.builders import sd15_unet
+from tests.host.browser import HOW, REQUIRED, find_browser
 from tests.host.memory import any_card, scarce  # noqa: F401 - fixtures
 from trainer.host import PROJECT, enter_host
 
@@ -54,6 +55,15 @@ def server():
 
     with Server(other_nodes=(PROJECT / "tests" / "host" / "faulty_reward.py",)) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Where the browser lies."""
+    found = find_browser()
+    if found is None:
+        (pytest.fail if os.environ.get(REQUIRED) else pytest.skip)(HOW)
+    return found
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def features(
     return torch.from_numpy(x * scale * np.exp(-decay * np.arange(d) / d) + mean)
 
 
-def inception_weights(convolutions: Mapping[str, list[int]], narrower: int = 1) -> dict[str, Tensor]:
+def inception_weights(convolutions: Mapping[str, list[int]], narrower: int = 1, seed: int = 71) -> dict[str, Tensor]:
     """Of Inception's layout. narrower: by what all widths are divided."""
     layout: dict[str, list[int]] = {"fc.bias": [1008], "fc.weight": [1008, 2048 // narrower]}
     for name, (outputs, inputs, *kernel) in convolutions.items():
@@ -76,7 +76,7 @@ def inception_weights(convolutions: Mapping[str, list[int]], narrower: int = 1) 
         layout[f"{name}.conv.weight"] = [outputs, inputs, *kernel]
         for part in ("weight", "bias", "running_mean", "running_var"):
             layout[f"{name}.bn.{part}"] = [outputs]
-    stream, found = np.random.Generator(np.random.Philox(71)), {}
+    stream, found = np.random.Generator(np.random.Philox(seed)), {}
     for name, shape in sorted(layout.items()):
         x = stream.standard_normal(shape).astype(np.float32)
         if name.endswith("running_var"):
@@ -132,3 +132,15 @@ def blip_vqa_weights(seed: int, patches: int = 6, width: int = 32) -> dict[str, 
     # BLIP ties the words that it reads and those that it writes.
     words, head = "text_decoder.bert.embeddings.word_embeddings.weight", "text_decoder.cls.predictions."
     return found | {f"{head}decoder.weight": found[words], f"{head}decoder.bias": found[f"{head}bias"]}
+
+
+def dinov2_model(seed: int):
+    """transformers' DINOv2 as wide as ViT-L, but a layer deep, for pictures of 3x3 patches."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    shape = {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 1, "mlp_ratio": 1}
+    model = Dinov2Model(Dinov2Config(**shape, image_size=42, patch_size=14)).eval().requires_grad_(False)
+    stream = torch.Generator().manual_seed(seed)
+    for value in model.parameters():
+        value += 0.1 * torch.randn(value.shape, generator=stream)
+    return model

@@ -13,6 +13,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 PINNED_HOST = PROJECT / ".host" / "ComfyUI"
 REWARD, JUDGES, GENERATORS, MASKS = "reward", "judges", "maskunet", "maskunet_masks"
 """The project's own folders in ComfyUI's folder of models, as the nodes name them, too."""
+_SHIPPED = PROJECT / "maskunet_core" / "toy"
 NAMED = 10
 """Files named in a message; further ones are counted."""
 
@@ -82,6 +83,9 @@ def enter_host(cpu: bool = False) -> Path:
 
     for kind in (REWARD, JUDGES, GENERATORS, MASKS):
         folder_paths.add_model_folder_path(kind, str(models_folder() / kind))
+    # As the nodes list them.
+    folder_paths.add_model_folder_path(GENERATORS, str(_SHIPPED / "generators"))
+    folder_paths.add_model_folder_path(MASKS, str(_SHIPPED / "masks"))
     return folder
 
 

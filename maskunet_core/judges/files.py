@@ -14,6 +14,7 @@ from ..rewards.clip_layout import layout_of, picture_side, read_description
 from ..rewards.files import BadRewardFile, naming, read_shapes, read_tensors
 from ..rewards.layers import BadTensors
 from .blip_vqa import BlipVqa
+from .dinov2 import Dinov2, to_published
 from .inception import Inception
 from .mask2former import Mask2Former
 from .mask2former_names import to_mmdet2, transformers_to_mmdet2
@@ -24,7 +25,7 @@ class JudgeFile:
     """name, address, size: of the published file. holds: whether tensors, on the meta device, are those of one.
 
     read: the model, from its file, on the CPU in fp32. stand_in: a file of other weights that serves where this
-    one is missing; its scores are told apart.
+    one is missing; its scores are told apart. digest: SHA-256, or what it begins with; "" where nobody here knows it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class JudgeFile:
     holds: Callable[[Mapping[str, Tensor]], bool]
     read: Callable[[Path], Any]
     stand_in: "JudgeFile | None" = None
+    digest: str = ""
 
     @property
     def choices(self) -> tuple["JudgeFile", ...]:
@@ -57,7 +59,14 @@ class JudgeFile:
 
     def __str__(self) -> str:
         other = f"; {self.stand_in.name} ({self.stand_in.address}) stands in for it" if self.stand_in else ""
-        return f"{self.name} ({self.size}, {self.address}), to models/judges{other}"
+        return f"{self.name} ({self.size}, {self.address}; {told_digest(self.digest)}), to models/judges{other}"
+
+
+def told_digest(digest: str) -> str:
+    """For people. digest: see JudgeFile."""
+    if not digest:
+        return "SHA-256 not known here"
+    return f"SHA-256 {digest}" if len(digest) == 64 else f"SHA-256 begins with {digest}"
 
 
 @lru_cache(maxsize=1024)
@@ -86,6 +95,10 @@ def _read_blip_vqa(path: Path) -> BlipVqa:
     return BlipVqa.from_tensors(read_tensors(path))
 
 
+def _read_dinov2(path: Path) -> Dinov2:
+    return Dinov2.from_tensors(to_published(read_tensors(path)))
+
+
 def _read_clip(path: Path) -> ClipReward:
     tensors = to_openclip(read_tensors(path))
     layout = layout_of(tensors, read_description(path))
@@ -99,6 +112,15 @@ def _holds_blip_vqa(tensors: Mapping[str, Tensor]) -> bool:
     positions = tensors.get("visual_encoder.pos_embed")
     answers = "text_decoder.cls.predictions.decoder.weight" in tensors
     return answers and positions is not None and positions.shape[1:2] == (30 * 30 + 1,)
+
+
+def _holds_dinov2(tensors: Mapping[str, Tensor]) -> bool:
+    """ViT-L in patches of 14x14, without registers; the published file's names, or transformers'."""
+    names = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
+    shapes = [tuple(tensors[name].shape) for name in names if name in tensors]
+    scaled = {"blocks.0.ls1.gamma", "encoder.layer.0.layer_scale1.lambda1"} & tensors.keys()
+    registers = {"register_tokens", "embeddings.register_tokens"} & tensors.keys()
+    return bool(shapes == [(1024, 3, 14, 14)] and scaled and not registers)
 
 
 def _holds_clip(width: int, patch: int, side: int) -> Callable[[Mapping[str, Tensor]], bool]:
@@ -115,9 +137,12 @@ def _holds_clip(width: int, patch: int, side: int) -> Callable[[Mapping[str, Ten
     return holds
 
 
-def _clip(model: str, size: str, width: int, patch: int, side: int = 224) -> JudgeFile:
-    address = f"https://huggingface.co/openai/{model}"
-    return JudgeFile(f"model.safetensors of openai/{model}", address, size, _holds_clip(width, patch, side), _read_clip)
+def _clip(
+    model: str, size: str, shape: tuple[int, int, int], digest: str = "", file: str = "model.safetensors"
+) -> JudgeFile:
+    """shape: width, side of a patch and of the pictures."""
+    name, address = f"{file} of openai/{model}", f"https://huggingface.co/openai/{model}"
+    return JudgeFile(name, address, size, _holds_clip(*shape), _read_clip, digest=digest)
 
 
 DETECTOR_STAND_IN = JudgeFile(
@@ -134,6 +159,7 @@ DETECTOR = JudgeFile(
     lambda tensors: {"panoptic_head.query_feat.weight", "panoptic_head.cls_embed.weight"} <= tensors.keys(),
     _read_detector,
     DETECTOR_STAND_IN,
+    "743b7d99",
 )
 INCEPTION = JudgeFile(
     "pt_inception-2015-12-05-6726825d.pth",
@@ -141,15 +167,41 @@ INCEPTION = JudgeFile(
     "96 MB",
     lambda tensors: {"Mixed_7c.branch_pool.conv.weight", "Conv2d_1a_3x3.bn.weight"} <= tensors.keys(),
     _read_inception,
+    digest="6726825d",
 )
-CLIP_L = _clip("clip-vit-large-patch14", "1.71 GB", 1024, 14)
-CLIP_L336 = _clip("clip-vit-large-patch14-336", "1.71 GB", 1024, 14, 336)
-CLIP_B16 = _clip("clip-vit-base-patch16", "0.6 GB", 768, 16)
-CLIP_B32 = _clip("clip-vit-base-patch32", "0.6 GB", 768, 32)
+CLIP_L = _clip(
+    "clip-vit-large-patch14",
+    "1.71 GB",
+    (1024, 14, 224),
+    "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
+)
+CLIP_L336 = _clip(
+    "clip-vit-large-patch14-336",
+    "1.71 GB",
+    (1024, 14, 336),
+    "c6032c2e0caae3dc2d4fba35535fa6307dbb49df59c7e182b1bc4b3329b81801",
+    "pytorch_model.bin",
+)
+CLIP_B16 = _clip("clip-vit-base-patch16", "0.6 GB", (768, 16, 224))
+CLIP_B32 = _clip(
+    "clip-vit-base-patch32",
+    "0.6 GB",
+    (768, 32, 224),
+    "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f",
+    "pytorch_model.bin",
+)
 BLIP_VQA = JudgeFile(
     "model_base_vqa_capfilt_large.pth",
     "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models",
     "1.5 GB",
     _holds_blip_vqa,
     _read_blip_vqa,
+)
+DINOV2 = JudgeFile(
+    "dinov2_vitl14_pretrain.pth",
+    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14",
+    "1.22 GB",
+    _holds_dinov2,
+    _read_dinov2,
+    digest="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
 )

@@ -1,10 +1,10 @@
 """Mask2Former's tensors under the names of mmdetection 2, from files of mmdetection 3 and of transformers."""
 
-import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
+
+from .names import joined, renamed
 
 _OF_MMDETECTION_3 = {
     r"^(panoptic_head\.pixel_decoder\.encoder\.layers\.\d+)\.self_attn\.": r"\1.attentions.0.",
@@ -50,35 +50,19 @@ _OF_TRANSFORMERS = {
     r"^(panoptic_head\..*layers\.\d+)\.fc1\.": r"\1.ffns.0.layers.0.0.",
     r"^(panoptic_head\..*layers\.\d+)\.fc2\.": r"\1.ffns.0.layers.1.",
 }
-"""Applied one after the other."""
 _JOINED = (("w_msa.query.", "w_msa.key.", "w_msa.value.", "w_msa.qkv."), ("q_proj.", "k_proj.", "v_proj.", "in_proj_"))
 """Queries, keys and values that transformers keeps apart, and their name where they are one."""
 
 
 def to_mmdet2(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of mmdetection 3; those of mmdetection 2 pass through."""
-    return _renamed(tensors, _OF_MMDETECTION_3)
+    return renamed(tensors, _OF_MMDETECTION_3)
 
 
 def transformers_to_mmdet2(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of transformers' Mask2Former on Swin, without the prefix `model.`."""
-    renamed = _renamed(tensors, _OF_TRANSFORMERS)
-    for *apart, joined in _JOINED:
-        for name in [name for name in renamed if f".{apart[0]}" in name]:
-            parts = [renamed.pop(name.replace(apart[0], part)) for part in apart]
-            renamed[name.replace(apart[0], joined)] = torch.cat(parts)
-    for name in [name for name in renamed if ".downsample." in name]:
-        renamed[name] = _unfolded(renamed[name])
-    return renamed
-
-
-def _renamed(tensors: Mapping[str, Tensor], patterns: Mapping) -> dict[str, Tensor]:
-    renamed = {}
-    for name, value in tensors.items():
-        for old, new in patterns.items():
-            name = re.sub(old, new, name)
-        renamed[name] = value
-    return renamed
+    found = joined(renamed(tensors, _OF_TRANSFORMERS), _JOINED)
+    return {name: _unfolded(value) if ".downsample." in name else value for name, value in found.items()}
 
 
 def _unfolded(value: Tensor) -> Tensor:

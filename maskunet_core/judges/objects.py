@@ -1,7 +1,8 @@
 """GenEval's judge for any text that its rules can read: a detector of COCO's things, and CLIP for their colours."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL.Image import Image
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from ..errors import MaskUNetError
 from ..rewards.clip import ClipReward
 from .files import CLIP_L, DETECTOR
-from .geneval import Colours, by_class, judge, kept
+from .geneval import Colours, Found, by_class, judge, kept
 from .mask2former import Mask2Former
 from .pictures import levels
 from .rules import THINGS, parse
@@ -17,6 +18,12 @@ from .verdict import BoundJudge, PromptJudge, Seen, Verdict
 
 WORK = 1 << 30
 """Bytes that the detector's layers need for a picture."""
+
+
+def seen_of(objects: Mapping[str, Sequence[Found]], facts: Mapping[str, Any]) -> list[Seen]:
+    """objects: of `kept`. facts: GenEval's of a prompt."""
+    asked = {wanted["class"] for key in ("include", "exclude") for wanted in facts.get(key, ())}
+    return [Seen(name, one.box, name in asked) for name, group in objects.items() for one in group]
 
 
 class BadJudgeFile(MaskUNetError):
@@ -39,13 +46,11 @@ class ObjectJudge(PromptJudge):
                 f'"{prompt}" names a colour, and colours are told by CLIP, which was not found: put {CLIP_L.name} '
                 f"({CLIP_L.size}, {CLIP_L.address}) into models/judges or models/clip_vision, or ask for no colours."
             )
-        asked = {wanted["class"] for wanted in (*facts["include"], *facts["exclude"])}
 
         def look(picture: Image) -> Verdict:
             objects = kept(by_class(self.detector.detect(levels(picture)), THINGS), task)
             faults = judge(objects, facts, self.colours.of(picture) if coloured else None)
-            seen = [Seen(name, one.box, name in asked) for name, group in objects.items() for one in group]
-            return Verdict(tuple(fault.plain for fault in faults), tuple(seen))
+            return Verdict(tuple(fault.plain for fault in faults), tuple(seen_of(objects, facts)))
 
         return BoundJudge(look)
 

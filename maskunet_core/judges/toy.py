@@ -37,15 +37,20 @@ class ToyJudge(PromptJudge):
     def _look(self, picture: Image, caption: Caption) -> Verdict:
         pixels = fit(levels(picture)[None] / 255, SIDE)
         reading = read(self.reader, pixels.to(next(self.reader.parameters()).device))
-        wanted = [phrase.pair for phrase in caption.phrases]
-        seen = (Seen(pair_name(n), _box(reading, n, picture.size), n in wanted) for n in present_pairs(reading, 0))
-        return Verdict(tuple(faults(reading, 0, caption)), tuple(seen))
+        return verdict_of(reading, 0, caption, picture.size)
 
 
-def _box(reading: Reading, pair: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Around the place that the reader tells, as large as the objects of the size that it tells. size: of the picture,
-    whose central square was read."""
+def verdict_of(reading: Reading, number: int, caption: Caption, size: tuple[int, int]) -> Verdict:
+    """Of picture `number` of a reading. size: of the picture, whose central square was read."""
+    wanted = [phrase.pair for phrase in caption.phrases]
+    pairs = present_pairs(reading, number)
+    seen = (Seen(pair_name(pair), _box(reading, number, pair, size), pair in wanted) for pair in pairs)
+    return Verdict(tuple(faults(reading, number, caption)), tuple(seen))
+
+
+def _box(reading: Reading, number: int, pair: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Around the place that the reader tells, as large as the objects of the size that it tells."""
     short = min(size)
-    x, y = (float(place) * short + (side - short) / 2 for place, side in zip(reading.position[0, pair], size))
-    reach = _RADII[int(reading.size[0, pair] > 0)] / SIDE * short
+    x, y = (float(at) * short + (side - short) / 2 for at, side in zip(reading.position[number, pair], size))
+    reach = _RADII[int(reading.size[number, pair] > 0)] / SIDE * short
     return max(0.0, x - reach), max(0.0, y - reach), min(size[0], x + reach), min(size[1], y + reach)

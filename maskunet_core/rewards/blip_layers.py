@@ -25,27 +25,44 @@ class ImageEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, positions, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
-        depth = depth_of(tensors, prefix + "blocks.")
-        self.blocks = nn.ModuleList(_ImageBlock(width, hidden, heads) for _ in range(depth))
+        depth, scaled = depth_of(tensors, prefix + "blocks."), prefix + "blocks.0.ls1.gamma" in tensors
+        self.blocks = nn.ModuleList(_ImageBlock(width, hidden, heads, scaled) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """`[1, patches + 1, width]`, for pictures of so many patches."""
+        return self.pos_embed
+
     def forward(self, pixels: Tensor, checkpointing: bool = False) -> Tensor:
-        patches = self.patch_embed["proj"](pixels.to(self.cls_token.dtype)).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.pos_embed
+        patches = self.patch_embed["proj"](pixels.to(self.cls_token.dtype))
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).transpose(1, 2)], 1)
+        x = x + self.positions(*patches.shape[-2:])
         return self.norm(run(self.blocks, x, checkpointing=checkpointing))
 
 
 class _ImageBlock(nn.Module):
-    def __init__(self, width: int, hidden: int, heads: int):
+    """scaled: whether what is added is multiplied by a learned number for each channel, as in DINOv2."""
+
+    def __init__(self, width: int, hidden: int, heads: int, scaled: bool = False):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+        self.ls1, self.ls2 = (_Scale(width) if scaled else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn["proj"](attend(*self.attn["qkv"](self.norm1(x)).chunk(3, -1), self.heads))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        x = x + self.ls1(self.attn["proj"](attend(*self.attn["qkv"](self.norm1(x)).chunk(3, -1), self.heads)))
+        return x + self.ls2(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
+
+
+class _Scale(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
 
 
 class TextEncoder(nn.Module):

@@ -12,13 +12,14 @@ from PIL.Image import Image
 
 from maskunet_core.judges.blip_vqa import BlipVqa
 from maskunet_core.judges.clip import embedded
+from maskunet_core.judges.dinov2 import Dinov2
 from maskunet_core.judges.inception import PROTOCOLS, Inception
 from maskunet_core.judges.mask2former import Mask2Former
 from maskunet_core.judges.pictures import levels
 from maskunet_core.rewards.clip import ImageTower
 from maskunet_core.rewards.clip_layout import ClipLayout
 from tests.bench.clock import seconds
-from tests.bench.models import blip_vqa_shapes, randomly_filled, vit_shapes
+from tests.bench.models import blip_vqa_shapes, dinov2_shapes, randomly_filled, vit_shapes
 from tests.judge_weights import blobs, inception_weights
 
 _GOLDEN = Path(__file__).parents[1] / "core" / "judges" / "inception.json"
@@ -43,6 +44,10 @@ def _judges() -> Iterator[tuple[str, Callable[[Image], Any]]]:
             tower = ImageTower(vit_shapes(width, *rest), layout)
         clip = SimpleNamespace(image=randomly_filled(tower))
         yield name, lambda picture, clip=clip: embedded(clip, [picture])
+    with torch.device("meta"):
+        dinov2 = Dinov2(dinov2_shapes(), "", 16)
+    dinov2 = randomly_filled(dinov2)
+    yield "DINOv2 ViT-L/14", lambda picture: dinov2.features([picture])
     with torch.device("meta"):
         blip = BlipVqa(blip_vqa_shapes())
     blip = randomly_filled(blip)

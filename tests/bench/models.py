@@ -126,9 +126,15 @@ def blip_vqa_shapes() -> dict[str, torch.Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def _blip_vision(prefix: str, width: int, patches: int, depth: int) -> dict[str, tuple[int, ...]]:
+def dinov2_shapes() -> dict[str, torch.Tensor]:
+    """Those that tell DINOv2's size: ViT-L/14, of pictures of 518."""
+    shapes = _blip_vision("", 1024, 37, 24, patch=14) | {"blocks.0.ls1.gamma": (1024,)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _blip_vision(prefix: str, width: int, patches: int, depth: int, patch: int = 16) -> dict[str, tuple[int, ...]]:
     shapes = {f"{prefix}cls_token": (1, 1, width), f"{prefix}pos_embed": (1, patches**2 + 1, width)}
-    shapes |= {f"{prefix}patch_embed.proj.weight": (width, 3, 16, 16)}
+    shapes |= {f"{prefix}patch_embed.proj.weight": (width, 3, patch, patch)}
     return shapes | {f"{prefix}blocks.{n}.mlp.fc1.bias": (4 * width,) for n in range(depth)}
 
 

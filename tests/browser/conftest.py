@@ -1,6 +1,5 @@
 """One server and one browser for all tests of this folder. Both end with it: Playwright keeps an event loop running."""
 
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -9,7 +8,6 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from tests.browser.desk import Desk
-from tests.host.browser import HOW, REQUIRED, find_browser
 from tests.host.graph import TEMPLATES, load_workflow, titled, to_prompt
 from tests.host.server import Server
 from trainer.host import PROJECT
@@ -24,15 +22,6 @@ def declared_models(name: str) -> list[dict[str, str]]:
     chosen = [node["widgets_values"][0] for node in nodes if node["type"] == "MaskUNetLoader"]
     shipped = [file.name for file in (PROJECT / "maskunet_core" / "toy" / "generators").iterdir()]
     return declared + [{"name": name, "directory": "maskunet"} for name in chosen if name not in shipped]
-
-
-@pytest.fixture(scope="package")
-def chromium() -> str:
-    """Where the browser lies."""
-    found = find_browser()
-    if found is None:
-        (pytest.fail if os.environ.get(REQUIRED) else pytest.skip)(HOW)
-    return found
 
 
 @pytest.fixture(scope="package")

@@ -5,7 +5,6 @@ the largest score or gradient of the original.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.parity.environment import PACKAGES, ParityError, interpreter
+from tests.parity.environment import PACKAGES, ParityError, run_original
 from tests.reward_files import (
     HPS_LAYOUT,
     IMAGE_REWARD_HEADS,
@@ -80,15 +79,10 @@ def write_fresh_inputs(folder: Path) -> None:
     write_inputs(folder, image_reward, hps, images, prompts())
 
 
-def run_original(folder: Path) -> dict[str, Tensor]:
+def scores_of_original(folder: Path) -> dict[str, Tensor]:
     vocabulary = PROJECT / "maskunet_core" / "rewards" / "bert-base-uncased" / "vocab.txt"
     merges = find_host() / "comfy" / "sd1_tokenizer" / "merges.txt"
-    script = Path(__file__).with_name("original.py")
-    command = [interpreter(), script, folder, vocabulary, merges]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if result.returncode:
-        print(result.stderr, file=sys.stderr)
-        raise ParityError("The original packages failed; what they said is above.")
+    run_original("original.py", folder, vocabulary, merges)
     return load_file(folder / "original.safetensors")
 
 
@@ -153,7 +147,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_fresh_inputs(folder)
-        original = run_original(folder)
+        original = scores_of_original(folder)
         rows = compare(folder, original) + compare_tokens(original)
     settings = {"tolerance": TOLERANCE, "seed": SEED, "original": list(PACKAGES)}
     print(write_table(PROJECT / "output" / "parity", rows, settings))

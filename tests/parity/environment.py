@@ -18,6 +18,9 @@ PACKAGES = (
     "timm==0.6.13",
     "ftfy==6.3.1",
     "wcwidth==0.2.13",
+    "pytorch-fid==0.3.0",
+    "clean-fid==0.1.35",
+    "torch-fidelity==0.4.0",
 )
 
 
@@ -46,6 +49,15 @@ def interpreter() -> Path:
     shared.write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}) + "\n")
     done.write_text("\n".join(PACKAGES))
     return python
+
+
+def run_original(script: str, *arguments: Path) -> None:
+    """Run a file of this folder in the environment. Raises ParityError."""
+    command = [interpreter(), Path(__file__).with_name(script), *arguments]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if result.returncode:
+        print(result.stderr, file=sys.stderr)
+        raise ParityError("The original packages failed; what they said is above.")
 
 
 def _run(*command: str, what: str) -> None:

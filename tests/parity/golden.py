@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tests.parity.__main__ import run_original, write_inputs
+from tests.parity.__main__ import scores_of_original, write_inputs
 from tests.parity.environment import PACKAGES, ParityError
 from tests.reward_files import GOLDEN_PIXELS, PUBLISHED, golden_pictures, hps_tensors, image_reward_tensors
 from trainer.host import enter_host
@@ -34,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_inputs(folder, image_reward_tensors(), hps_tensors(), images, PROMPTS)
-        original = run_original(folder)
+        original = scores_of_original(folder)
     golden = {
         f"{reward}/{what}": torch.stack(
             [original[f"{reward}/crop/{reward}/{n}/{what}"][n] for n in range(len(PROMPTS))]

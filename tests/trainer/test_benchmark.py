@@ -1,15 +1,16 @@
 """Benchmarks: methods by name, runs that go on and are put together, and how sure their numbers are."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from maskunet_core.files import checkpoint, mask_file
-from maskunet_core.judges import statistics
 from maskunet_core.rewards.toy import ToyReward
 from tests.builders import make_generator
 from tests.recording import random_masks
@@ -17,12 +18,15 @@ from trainer.__main__ import parse
 from trainer.base import load_toy_base
 from trainer.benchmark import command
 from trainer.benchmark import plan as plans
+from trainer.benchmark.columns import to_column
 from trainer.benchmark.drawing import Drawer, plain_text
 from trainer.benchmark.folder import BadRun, RunFolder, Share, Unit, units_of
 from trainer.benchmark.methods import BadMethod, Method, Part, parse_method, parse_methods
 from trainer.benchmark.plan import Plan
-from trainer.benchmark.report import Verdicts, compare, differences
+from trainer.benchmark.repeat import commands_of
+from trainer.benchmark.report import compare, write_report
 from trainer.benchmark.run import draw, judge
+from trainer.benchmark.verdicts import Verdicts, differences
 from trainer.config import Config
 from trainer.job_board import InUse, OtherScale
 from trainer.methods import FullMethod, LoraMethod
@@ -63,8 +67,9 @@ def do(folder: Path, methods: list[Method], share: Share = WHOLE, **options) -> 
     run, made = RunFolder(folder), plan(**options)
     run.claim(made.settings(), made.prompts)
     with run.working(share):
-        draw(made, methods, ["toy"], run, share)
-        judge(run, TINY.judges(None), share.of(made.units))
+        units = share.of(made.units)
+        draw(made, methods, ["toy"], run, units)
+        judge(run, TINY.judges(None), units)
     return run
 
 
@@ -104,6 +109,11 @@ def test_methods_are_read_from_their_names():
 def test_a_method_that_cannot_be_had_is_refused(text, told):
     with pytest.raises(BadMethod, match=told):
         parse_method(text).on(load_toy_base())
+
+
+def test_files_that_ship_are_found_by_their_names():
+    for name in ("generator:toy_follows.safetensors", "masks:toy_example.safetensors"):
+        assert parse_method(name).parts[0].path.is_file()
 
 
 def test_two_files_of_one_name_are_refused():
@@ -169,9 +179,9 @@ def test_methods_share_prompts_and_noises_and_a_method_that_does_nothing_differs
         "lora:lora.safetensors+search:fast",
     ]
     (right, frechet) = differences(found["generator:g.safetensors@0"], found["base"])
-    assert right["all"] == "+0.000 ± 0.000"
-    assert frechet["all"] == "+0.000 ± 0.000"
-    assert "cannot be told apart" in right["told"]
+    assert right.row["all"] == "+0.000 ± 0.000"
+    assert frechet.row["all"] == "+0.000 ± 0.000"
+    assert "cannot be told apart" in right.row["told"]
 
 
 def test_a_run_that_was_killed_between_any_two_files_ends_with_the_same_bits(whole, methods, tmp_path):
@@ -196,6 +206,25 @@ def test_three_parts_that_are_merged_are_the_run(whole, tmp_path, monkeypatch):
     arguments.run(arguments)
     merged = content(RunFolder(tmp_path / "1"))
     assert merged == {name: data for name, data in content(whole).items() if name.startswith("methods/base/")}
+
+
+def test_where_features_are_enough_pictures_are_removed_when_they_are_judged(whole, tmp_path, monkeypatch):
+    monkeypatch.setitem(plans.SUITES, "toy", replace(TINY, batch=BATCH, kept=3))
+    monkeypatch.setattr("trainer.benchmark.run._AT_ONCE", 4)
+    arguments = parse(["benchmark", "run", "toy", "--output", str(tmp_path)])
+    arguments.run(arguments)
+    found = RunFolder(tmp_path)
+    pictures = sorted(path.parts[-3] for path in tmp_path.glob("methods/base/pictures/*/samples/*.png"))
+    assert pictures == ["00000", "00001", "00002"]
+    expected = {name: data for name, data in content(whole).items() if name.startswith("methods/base/")}
+    assert content(found) == {name: data for name, data in expected.items() if "pictures" not in name} | {
+        name: data for name, data in expected.items() if "0000.png" in name and any(n in name for n in pictures)
+    }
+    assert found.units() == whole.units()
+    monkeypatch.setattr(Drawer, "pictures", None)
+    arguments.run(arguments)
+    told = json.loads((tmp_path / "table.json").read_text())
+    assert told["rows"][0]["pictures"] == PROMPTS * IMAGES
 
 
 def test_parts_of_different_runs_are_not_merged(whole, tmp_path):
@@ -269,7 +298,7 @@ def test_check_tells_time_and_disk_and_keeps_nothing(capsys, tmp_path, monkeypat
     arguments = parse(["benchmark", "check", "toy", "--smoke"])
     arguments.run(arguments)
     told = capsys.readouterr().out
-    assert "8 prompts, 8 pictures by each of 1 methods" in told
+    assert "8 prompts, 8 pictures by each of 1 methods, 0.0 GB on the disk; " in told
     assert "base: " in told
     assert not list(tmp_path.iterdir())
 
@@ -278,47 +307,93 @@ def test_the_commands_name_all_suites():
     assert set(command.SUITE_NAMES) == plans.SUITES.keys()
 
 
-# Statistics --------------------------------------------------------------------------------------------------
+def test_a_run_tells_the_command_that_makes_it_anew(whole, methods):
+    (told,) = commands_of(whole)
+    program, line = told.split(" benchmark ")
+    assert program == "python -m trainer"
+    arguments = parse(["benchmark", *shlex.split(line)])
+    assert (arguments.suite, arguments.images, arguments.steps) == ("toy", IMAGES, 3)
+    assert arguments.reward == ["toy"]
+    assert sorted(map(str, parse_methods(arguments.method))) == sorted(map(str, methods))
 
 
-def test_the_unit_is_the_prompt():
-    """Ten equal pictures of a prompt are as sure as one."""
-    values = torch.tensor([[0.0], [1.0], [1.0], [0.0], [1.0]])
-    once, ten = (statistics.estimate(statistics.of_prompts(x)) for x in (values, values.repeat(1, 10)))
-    assert (once.mean, once.error) == pytest.approx((0.6, 0.24495), abs=1e-5)
-    assert ten == once
-    assert once.interval == pytest.approx((-0.08, 1.28), abs=1e-2)
+# The page ----------------------------------------------------------------------------------------------------
+
+RIGHT = {"base": [1, 0, 0, 1, 0], "generator:g.safetensors": [0, 1, 1, 1, 0]}
+"""Whether each prompt's first picture is right, as the page's test has it; all others are wrong."""
+PAINTED = "<b>not bold</b> </script>"
 
 
-def test_a_prompt_that_was_not_judged_is_left_out():
-    values = torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan], [0.0, 1.0]])
-    assert statistics.estimate(statistics.of_prompts(values)) == statistics.Estimate(0.75, 0.25, 2)
+@pytest.fixture(scope="module")
+def page(whole, tmp_path_factory) -> Path:
+    """Of the run, with other verdicts and a reason that would be markup."""
+    run = RunFolder(tmp_path_factory.mktemp("page") / "run")
+    shutil.copytree(whole.path, run.path)
+    for method in run.methods():
+        for unit in run.units():
+            rows = load_file(method.rows_file("reader", unit))
+            firsts = RIGHT.get(method.name, [0] * PROMPTS)
+            rows["right"] = torch.tensor([float(number == 0 and firsts[prompt]) for prompt, number in unit.pairs])
+            rows["reason"] = to_column([PAINTED] * len(unit.pairs))
+            method.save_rows("reader", unit, rows)
+    write_report(run)
+    return run.path / "page.html"
 
 
-def test_tasks_count_alike_whatever_their_sizes():
-    values = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    tasks = [torch.tensor([True, True, True, False]), torch.tensor([False, False, False, True])]
-    assert statistics.mean_of_tasks(values, tasks).mean == 0.5
+def test_the_page_shows_pictures_that_only_one_method_has_right_without_a_network(page, chromium):
+    from playwright.sync_api import sync_playwright
+
+    requests, mistakes = [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium)
+        opened = browser.new_page(viewport={"width": 1440, "height": 900})
+        opened.on("request", lambda request: requests.append(request.url.split(":")[0]))
+        opened.on("pageerror", lambda error: mistakes.append(str(error)))
+        opened.on("console", lambda message: mistakes.append(message.text))
+        opened.goto(page.as_uri())
+
+        def shown() -> list[str]:
+            return opened.locator("#rows h3").all_inner_texts()
+
+        prompts = [prompt.text for prompt in RunFolder(page.parent).prompts]
+        assert opened.locator("h1").inner_text() == "toy: 3 methods against base"
+        assert opened.locator("#methods .card").count() == 3
+        assert len(shown()) == PROMPTS * IMAGES
+        figures = opened.locator("#rows article").first.locator("figure")
+        assert figures.count() == 4
+        assert figures.first.locator(".badge").inner_text() == "right"
+        assert PAINTED in figures.first.inner_text()
+        assert figures.first.locator("img").evaluate("image => image.naturalWidth") == 64
+
+        opened.select_option("#other", label="generator:g.safetensors")
+        only_base, only_ours = (opened.locator(f"#filters [data-show={side}]") for side in ("base", "other"))
+        assert only_base.inner_text() == "only base right (1 of 10)"
+        assert only_ours.inner_text() == "only generator:g.safetensors right (2 of 10)"
+        only_base.click()
+        assert [text.split(" · ")[0] for text in shown()] == [prompts[0]]
+        only_ours.click()
+        assert [text.split(" · ")[0] for text in shown()] == prompts[1:3]
+        opened.locator("#filters [data-show=all]").click()
+        opened.select_option("#order", "loss")
+        assert shown()[0].startswith(prompts[0])
+        boxes = opened.locator("#rows .box")
+        assert boxes.count() > 0
+        assert boxes.first.is_visible()
+        opened.locator("#boxes").uncheck()
+        assert not boxes.first.is_visible()
+        assert opened.evaluate("document.documentElement.scrollWidth") <= 1440
+        assert "benchmark run toy" in opened.locator("#commands").inner_text()
+        browser.close()
+    assert [kind for kind in requests if kind != "data"] == ["file"]
+    assert not mistakes
 
 
-def test_the_permutation_test_is_exact_where_all_flips_can_be_counted():
-    differences = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    p = statistics.chance(differences, [torch.ones(4, dtype=torch.bool)])
-    assert p == pytest.approx(2 / 16, abs=0.01)
-
-
-def test_the_permutation_test_finds_as_many_differences_by_chance_as_it_says():
-    stream = torch.Generator().manual_seed(0)
-    every = [torch.ones(30, dtype=torch.bool)]
-    found = [statistics.chance(torch.randn(30, generator=stream), every) < 0.05 for _ in range(200)]
-    assert 0.01 < sum(found) / len(found) < 0.1
-
-
-def test_several_questions_at_once_are_answered_more_carefully():
-    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-
-
-def test_a_difference_is_told_in_words():
-    surely, hardly = statistics.Estimate(0.3, 0.05, 100), statistics.Estimate(0.05, 0.05, 100)
-    assert statistics.in_words(surely, 0.001) == "higher"
-    assert statistics.in_words(hardly, 0.3) == "cannot be told apart at this size (shown would be 0.140)"
+def test_a_page_holds_a_fair_sample_and_what_differs_most(page, monkeypatch):
+    monkeypatch.setattr("trainer.benchmark.page.PICTURES", 16)
+    run = RunFolder(page.parent)
+    write_report(run)
+    text = page.read_text(encoding="utf-8").split('id="run">')[1].split("</script>")[0]
+    pictures = json.loads(text)["pictures"]
+    assert (pictures["total"], len(pictures["rows"]), pictures["samples"]) == (10, 4, 2)
+    assert [row["place"] for row in pictures["rows"]] == [[0, 0], [1, 0], [2, 0], [2, 1]]
+    assert pictures["counts"][0]["generator:g.safetensors"] == {"base": 1, "other": 2, "both": 10}

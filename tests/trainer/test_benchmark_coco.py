@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from maskunet_core.judges.clip import embedded
@@ -15,13 +16,13 @@ from maskunet_core.judges.kernel import cmmd, kid
 from maskunet_core.judges.pictures import central_square
 from maskunet_core.rewards.clip import ClipReward
 from maskunet_core.rewards.clip_layout import ClipLayout
-from tests.judge_weights import blobs, inception_weights, weights
+from tests.judge_weights import blobs, dinov2_model, inception_weights, weights
 from trainer.__main__ import parse
 from trainer.benchmark import coco, files, plan
 from trainer.benchmark.files import BadSuite
 from trainer.benchmark.folder import RunFolder
 from trainer.benchmark.real import read_real
-from trainer.benchmark.report import Verdicts, rows_of
+from trainer.benchmark.verdicts import Verdicts, measures
 
 GOLDEN = Path(__file__).parent.parent / "core" / "judges"
 ANNOTATIONS = [
@@ -46,11 +47,12 @@ def _tiny_clip(path: Path) -> ClipReward:
 
 @pytest.fixture
 def judges_folder(tmp_path, monkeypatch) -> Path:
-    """The only place where judges lie, with a narrow Inception in the published layout and a tiny CLIP."""
+    """The only place where judges lie, with a narrow Inception, a shallow DINOv2 and a tiny CLIP."""
     inception, clip = (json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("inception", "geneval_colour"))
-    judges = [tmp_path / "inception.safetensors", tmp_path / "clip.safetensors"]
+    judges = [tmp_path / f"{name}.safetensors" for name in ("inception", "clip", "dinov2/model")]
     save_file(inception_weights(inception["convolutions"], narrower=16), judges[0])
     save_file(weights(clip["layout"], 21), judges[1])
+    dinov2_model(seed=1).save_pretrained(judges[2].parent)
     tiny = replace(coco.CLIP_L336, holds=lambda tensors: "visual.proj" in tensors, read=_tiny_clip)
     monkeypatch.setattr(coco, "CLIP_L336", tiny)
     monkeypatch.setattr(files, "files_in_host", lambda *kinds: judges)
@@ -71,6 +73,23 @@ def test_the_first_caption_of_each_picture_counts(data):
         coco.prompts(2014, 2, data)
 
 
+def test_check_names_all_that_is_missing_and_says_where_no_digest_is_known(data, judges_folder, monkeypatch, capsys):
+    run("check", "coco2017", "--data", str(data))
+    told = capsys.readouterr().out
+    assert "val2017, COCO's pictures (0.8 GB, http://images.cocodataset.org/zips/val2017.zip" in told
+    assert "reference coco2017 FOLDER" in told
+    assert "openai/clip-vit-base-patch16 (0.6 GB, https://huggingface.co/openai/clip-vit-base-patch16; SHA-256" in told
+    monkeypatch.setattr(files, "files_in_host", lambda *kinds: [])
+    run("check", "coco2017")
+    told = capsys.readouterr().out
+    for part in (
+        "captions_val2017.json (0.24 GB, http://images.cocodataset.org",
+        "6726825d.pth (96 MB, https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights; SHA-256 begins",
+        "dinov2_vitl14_pretrain.pth (1.22 GB, https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14; SHA-256 d5383ea8f4",
+    ):
+        assert part in told
+
+
 def test_a_run_without_statistics_of_real_pictures_says_how_to_make_them(data, judges_folder):
     with pytest.raises(BadSuite, match="make them once by `reference coco2017 FOLDER`"):
         run("run", "coco2017", "--data", str(data), "--output", str(judges_folder / "run"))
@@ -82,9 +101,14 @@ def test_distances_by_every_protocol_stand_side_by_side(data, judges_folder, mon
     pictures = [blobs(60 + 10 * n, 90, n) for n in range(4)]
     for number, picture in enumerate(pictures):
         picture.save(real / f"{number}.png")
+    opened, read = [], Image.open
+    with monkeypatch.context() as watched:
+        watched.setattr(Image, "open", lambda file: opened.append(file) or read(file))
+        run("reference", "coco2017", str(real))
+    assert sorted(file for file in opened if isinstance(file, Path)) == sorted(real.iterdir())
+    assert capsys.readouterr().out.count("wrote ") == len(PROTOCOLS) + 2
     run("reference", "coco2017", str(real))
-    run("reference", "coco2017", str(real))
-    assert "is there already" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("is there already") == len(PROTOCOLS) + 2
     assert read_real(coco.reference_file("coco2017", "clean")).gaussian.count == 4
 
     sampling = replace(plan.OF_THE_PAPERS_COCO, steps=2)
@@ -93,19 +117,23 @@ def test_distances_by_every_protocol_stand_side_by_side(data, judges_folder, mon
     run("run", "coco2017", "--data", str(data), "--output", str(output))
     folder = RunFolder(output)
     method = folder.methods()[0]
-    rows = {(row["judge"], row["measure"]): row for row in rows_of(Verdicts.of(folder, method))}
+    rows = {(one.judge, one.name): one for one in measures(Verdicts.of(folder, method))}
     of_inception = {(f"fid-{name}", measure) for name in PROTOCOLS for measure in ("Frechet distance", "KID x 1000")}
-    assert rows.keys() == of_inception | {("cmmd", "CMMD")}
+    assert rows.keys() == of_inception | {("cmmd", "CMMD"), ("fd-dinov2", "Frechet distance")}
     inception, _ = files.loaded(coco.INCEPTION)
     of_reals = coco.features(inception, PROTOCOLS["clean"].real, pictures)
     drawn = [method.pictures(unit)[n] for unit in folder.units() for n in range(len(unit.pairs))]
     of_drawn = coco.features(inception, PROTOCOLS["clean"].drawn, drawn)
+    dinov2, _ = files.loaded(coco.DINOV2)
     of_clip = [embedded(_tiny_clip(judges_folder / "clip.safetensors"), x, central_square) for x in (drawn, pictures)]
     expected = {
         ("fid-clean", "Frechet distance"): frechet_distance(of_drawn, Gaussian.of(of_reals)),
         ("fid-clean", "KID x 1000"): 1000 * kid(of_drawn, of_reals)[0],
         ("cmmd", "CMMD"): 1000 * cmmd(*of_clip)[0],
+        ("fd-dinov2", "Frechet distance"): frechet_distance(
+            dinov2.features(drawn), Gaussian.of(dinov2.features(pictures))
+        ),
     }
-    found = {key: float(rows[key]["all"].split(" ")[0]) for key in expected}
+    found = {key: rows[key].whole.mean for key in expected}
     assert found == pytest.approx(expected, abs=2e-3)
     assert all(torch.tensor(list(expected.values())).abs() > 1e-2)

@@ -14,21 +14,24 @@ from maskunet_core.judges.geneval import Colours
 from maskunet_core.judges.mask2former import Mask2Former
 from maskunet_core.rewards.clip import ClipReward
 from maskunet_core.rewards.clip_layout import ClipLayout
+from tests.judge_files import detector_tensors
 from tests.judge_weights import blobs, scaled, weights
 from trainer.__main__ import parse
 from trainer.benchmark import files, geneval, plan
 from trainer.benchmark.clip_score import ClipScore
+from trainer.benchmark.columns import seen_from_text, to_text
 from trainer.benchmark.files import BadSuite
 from trainer.benchmark.folder import RunFolder
-from trainer.benchmark.report import Verdicts
+from trainer.benchmark.suites import Prompt
+from trainer.benchmark.verdicts import Verdicts
 
 GOLDEN = Path(__file__).parent.parent / "core" / "judges"
 FACTS = [
-    {"tag": "single_object", "include": [{"class": "thing 3", "count": 1}], "prompt": "a photo of a thing (3)"},
+    {"tag": "single_object", "include": [{"class": "carrot", "count": 1}], "prompt": "a photo of a carrot (3)"},
     {
         "tag": "colors",
-        "include": [{"class": "thing 4", "count": 1, "color": "red"}],
-        "prompt": "a photo of a red thing",
+        "include": [{"class": "bench", "count": 1, "color": "red"}],
+        "prompt": "a photo of a red bench",
     },
 ]
 
@@ -41,7 +44,6 @@ def layout(name: str):
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lists")
     (folder / "evaluation_metadata.jsonl").write_text("\n".join(map(json.dumps, FACTS)))
-    (folder / "object_names.txt").write_text("\n".join(f"thing {n}" for n in range(80)))
     return folder
 
 
@@ -64,7 +66,7 @@ def test_check_names_every_missing_file_its_address_and_place(capsys):
     arguments.run(arguments)
     told = capsys.readouterr().out
     for part in (
-        "evaluation_metadata.jsonl (https://github.com/djghosh13/geneval",
+        "evaluation_metadata.jsonl (0.1 MB, https://github.com/djghosh13/geneval",
         "SHA-256 5c48e0813e812e3c",
         "743b7d99.pth (275 MB, https://download.openmmlab.com",
         "openai/clip-vit-large-patch14 (1.71 GB",
@@ -129,12 +131,22 @@ def test_the_score_is_the_cosine_of_a_picture_and_its_prompt(data, clip):
     assert both[0] != both[1]
 
 
+def test_what_the_detector_saw_is_kept_for_people(clip):
+    detector = Mask2Former.from_tensors(detector_tensors(6))
+    prompt = Prompt("", "single_object", {"include": [{"class": "carrot", "count": 99}]})
+    rows = geneval.GenevalJudge(detector, Colours(clip), {})([blobs(64, 64, 2)], [prompt])
+    assert to_text(rows["reason"][0]).startswith("expected carrot>=99, found ")
+    seen = seen_from_text(to_text(rows["seen"][0]))
+    assert {one.name for one in seen} == {"carrot", "baseball glove"}
+    assert all(one.asked == (one.name == "carrot") for one in seen)
+    assert all(0 <= side <= 64 for one in seen for side in one.box)
+
+
 def test_a_suite_runs_from_lists_to_the_table(data, clip, tmp_path, monkeypatch):
     detector = Mask2Former.from_tensors(weights(layout("mask2former"), 6))
 
     def judges(folder: Path):
-        names = geneval.NAMES.read(folder).split("\n")
-        return [geneval.GenevalJudge(detector, Colours(clip), names, {}), ClipScore("clip-l14", clip, "")]
+        return [geneval.GenevalJudge(detector, Colours(clip), {}), ClipScore("clip-l14", clip, "")]
 
     sampling = replace(plan.OF_THE_PAPER, steps=2)
     tiny = replace(plan.SUITES["geneval"], judges=judges, sampling=sampling, side=64)
@@ -151,6 +163,6 @@ def test_a_suite_runs_from_lists_to_the_table(data, clip, tmp_path, monkeypatch)
         reason = bytes(row["reason"].tolist()).decode().strip()
         assert (reason == "") == bool(row["right"])
         assert not reason or reason.startswith("expected ")
-    assert run.settings["lists"]["object_names.txt"].startswith("not published")
+    assert run.settings["lists"]["evaluation_metadata.jsonl"].startswith("not published")
     with Image.open(run.methods()[0].picture((0, 0))) as picture:
         assert picture.size == (64, 64)

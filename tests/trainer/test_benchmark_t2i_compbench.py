@@ -14,9 +14,9 @@ from trainer.__main__ import parse
 from trainer.benchmark import files, noun_chunks, plan, t2i_compbench
 from trainer.benchmark.files import BadSuite
 from trainer.benchmark.folder import RunFolder
-from trainer.benchmark.report import Verdicts
 from trainer.benchmark.suites import Prompt
 from trainer.benchmark.t2i_compbench import CompbenchJudge, as_published
+from trainer.benchmark.verdicts import Verdicts
 from trainer.data.store import sha256
 
 GOLDEN = Path(__file__).parent.parent / "core" / "judges" / "blip_vqa.json"

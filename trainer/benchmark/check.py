@@ -2,38 +2,31 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from .drawing import reward_files
 from .methods import Method
 from .plan import Plan
-from .run import drawers_of
-
-_BYTES = 1.7
-"""Of a PNG, per pixel."""
+from .run import drawers_of, plan_of
 
 
-def check(plan: Plan, methods: Sequence[Method], rewards: Sequence[str]) -> list[str]:
-    """Lines for people. One picture is drawn by each method, to tell the time. Raises MaskUNetError."""
-    missing, notes = plan.suite.missing(plan.data), plan.suite.notes
+def check(
+    plan: Plan, methods: Sequence[Method], rewards: Sequence[str], output: Path, keep_all: bool = False
+) -> list[str]:
+    """Lines for people. One picture is drawn by each method, to tell the time. output: of the run. keep_all: see
+    run_suite. Raises MaskUNetError."""
+    missing = plan.suite.missing(plan.data)
+    notes = [*plan.suite.notes, *(f"Not needed, but used where it is there: {line}" for line in plan.suite.unused())]
     if missing:
-        return ["Missing:", *missing, *notes, "Nothing was drawn; check again when the files are there."]
+        return ["Missing:", *missing, *notes, "Nothing was drawn; check again when all is there."]
     prompts, units = plan.prompts, plan.units
     pictures = sum(len(unit.pairs) for unit in units)
     plan.suite.judges(plan.data)
-    disk = pictures * len(methods) * (plan.side or plan.suite.side) ** 2 * _BYTES / 1e9
-    lines = [
-        f"{len(prompts)} prompts, {pictures} pictures by each of {len(methods)} methods, {disk:.1f} GB of pictures"
-    ]
+    lines = [f"{len(prompts)} prompts, {plan_of(plan, methods, units, output, keep_all)}"]
     for method, drawer in zip(methods, drawers_of(plan, methods, reward_files(rewards))):
         pairs = units[0].pairs
         began = time.monotonic()
         drawer.pictures(pairs, [prompts[n].text for n, _ in pairs])
         seconds = (time.monotonic() - began) / len(pairs)
         lines.append(f"{method}: {seconds:.2f} s a picture, {pictures * seconds / 3600:.1f} h")
-    unused = plan.suite.unused()
-    return [
-        *lines,
-        "All files are there.",
-        *notes,
-        *(f"Not needed, but used where it is there: {line}" for line in unused),
-    ]
+    return [*lines, "All that is needed is there.", *notes]

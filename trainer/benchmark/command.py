@@ -72,8 +72,9 @@ def check(arguments: argparse.Namespace) -> None:
     enter_host(cpu=arguments.base == TOY)
     from .check import check
 
-    for plan, methods, _ in _parts(arguments):
-        print("\n".join([f"{plan.suite.name}:", *check(plan, methods, arguments.reward)]))
+    for plan, methods, output in _parts(arguments):
+        told = check(plan, methods, arguments.reward, output, arguments.keep_all)
+        print("\n".join([f"{plan.suite.name}:", *told]))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         for plan, *_ in parts:
             plan.suite.judges(plan.data)
     for plan, methods, output in parts:
-        run_suite(plan, methods, arguments.reward, output, share)
+        run_suite(plan, methods, arguments.reward, output, share, arguments.keep_all)
     output = _output(arguments)
     if share.count == 1:
         print(_report(output))
@@ -98,7 +99,6 @@ def run(arguments: argparse.Namespace) -> None:
 def score(arguments: argparse.Namespace) -> None:
     enter_host()
     from .folder import RunFolder, Share
-    from .layouts import LAYOUTS
     from .report import write_report
     from .run import import_pictures, judge
 
@@ -107,7 +107,7 @@ def score(arguments: argparse.Namespace) -> None:
     folder.claim(plan.settings(drawn=False), plan.prompts)
     with folder.working(Share()):
         name = arguments.name or arguments.pictures.name
-        import_pictures(arguments.pictures, LAYOUTS[arguments.layout], name, folder, plan.units)
+        import_pictures(arguments.pictures, arguments.layout, name, folder, plan.units)
         judge(folder, judges, plan.units)
     print(write_report(folder))
 
@@ -189,6 +189,11 @@ def _add_methods(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--reward", action="append", default=[], help='what searches follow: a file in models/reward, or "toy"'
     )
+    command.add_argument(
+        "--keep-all",
+        action="store_true",
+        help="all pictures stay, not just the first 200 of COCO's suites",
+    )
 
 
 def add_benchmark(commands: argparse._SubParsersAction) -> None:
@@ -218,7 +223,7 @@ def add_benchmark(commands: argparse._SubParsersAction) -> None:
     command.add_argument("pictures", type=user_path, help="folder of COCO's own pictures, such as val2017")
     command.set_defaults(run=reference)
 
-    command = actions.add_parser("report", help="write the tables of what is judged")
+    command = actions.add_parser("report", help="write the tables and the page of what is judged")
     command.add_argument("run_folder", type=user_path, help="the --output of a run")
     command.set_defaults(run=report)
 

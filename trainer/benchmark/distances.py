@@ -38,9 +38,14 @@ def _scaled(distance: Callable[[Tensor, Tensor], tuple[float, Tensor]]) -> Calla
     return influence
 
 
+def _frechet(features: Tensor, real: Real) -> tuple[float, Tensor]:
+    return frechet_influence(features, real.gaussian)
+
+
 DISTANCES = (
-    Distance(FRECHET, "features", lambda features, real: frechet_influence(features, real.gaussian)),
+    Distance(FRECHET, "features", _frechet),
     Distance(f"KID x {SCALE}", "features", _scaled(kid), of_pairs=True),
+    Distance(FRECHET, "class token", _frechet),
     Distance("CMMD", "embedding", _scaled(cmmd), of_pairs=True),
 )
 """CMMD bears the factor by its definition."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from maskunet_core.errors import MaskUNetError
-from maskunet_core.judges.files import JudgeFile
+from maskunet_core.judges.files import JudgeFile, told_digest
 from maskunet_core.rewards.files import files_in_host
 
 from ..data.store import sha256
@@ -20,11 +20,12 @@ class BadSuite(MaskUNetError):
 
 @dataclass(frozen=True)
 class PromptList:
-    """versions: what is published, by its SHA-256."""
+    """versions: what is published, by its SHA-256. size: for people."""
 
     name: str
     address: str
     versions: Mapping[str, str]
+    size: str
 
     def read(self, folder: Path | None) -> str:
         """Its content. Raises BadSuite."""
@@ -46,8 +47,8 @@ class PromptList:
         return self.versions.get(digest, f"{'not published, ' if self.versions else ''}SHA-256 {digest}")
 
     def __str__(self) -> str:
-        digests = "".join(f"; {version}: SHA-256 {digest}" for digest, version in self.versions.items())
-        return f"{self.name} ({self.address}{digests}), to the folder --data"
+        told = [f"{version}: {told_digest(digest)}" for digest, version in self.versions.items()] or [told_digest("")]
+        return f"{self.name} ({self.size}, {self.address}; {'; '.join(told)}), to the folder --data"
 
 
 def find(judge: JudgeFile) -> Path | None:

@@ -2,7 +2,7 @@
 
     run.json, prompts.json           what every method in the folder shares
     methods/NAME/method.json         what decides how the method draws
-    methods/NAME/pictures/00012/samples/0003.png      of prompt 12, number 3
+    methods/NAME/pictures/00012/samples/0003.png      of prompt 12, number 3; of COCO the first ones alone stay
     methods/NAME/judged/JUDGE/000007.safetensors      a unit's rows; judge.json says who judged
     real/JUDGE.safetensors           the real pictures that distances are to
 
@@ -119,9 +119,13 @@ class RunFolder:
         return self.path / "real" / f"{judge}.safetensors"
 
     def units(self) -> list[Unit]:
-        """As far as any method has been drawn."""
-        images = [int(path.stem) + 1 for path in self.path.glob("methods/*/pictures/*/samples/*.png")]
-        return units_of(len(self.prompts), max(images, default=0), self.settings["batch"])
+        """As far as any method has been drawn or judged."""
+        prompts, batch = len(self.prompts), self.settings["batch"]
+        drawn = {int(path.stem) for path in self.path.glob("methods/*/pictures/*/samples/*.png")}
+        # Of some suites pictures are removed when they are judged.
+        judged = {int(path.stem) for path in self.path.glob("methods/*/judged/*/*.safetensors")}
+        numbers = drawn | {index // -(-prompts // batch) for index in judged}
+        return units_of(prompts, max(numbers, default=-1) + 1, batch)
 
     @contextlib.contextmanager
     def working(self, share: Share) -> Iterator[None]:
@@ -153,14 +157,23 @@ class MethodFolder:
         self.path = path
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What decides how the method draws, under `method` its name."""
+        return json.loads((self.path / "method.json").read_text(encoding="utf-8"))
+
+    @property
     def name(self) -> str:
-        return json.loads((self.path / "method.json").read_text(encoding="utf-8"))["method"]
+        return self.record["method"]
 
     def picture(self, pair: Pair) -> Path:
         return self.path / "pictures" / f"{pair[0]:05}" / "samples" / f"{pair[1]:04}.png"
 
     def is_drawn(self, unit: Unit) -> bool:
         return all(self.picture(pair).exists() for pair in unit.pairs)
+
+    def is_judged(self, unit: Unit, judges: Sequence[str]) -> bool:
+        """Whether all of the judges have judged it; False where none is named."""
+        return bool(judges) and all(self.rows_file(judge, unit).exists() for judge in judges)
 
     def save_pictures(self, unit: Unit, pictures: Tensor) -> None:
         """pictures: `[N, H, W, 3]` in [0, 1]."""
@@ -208,7 +221,7 @@ def merge(into: RunFolder, others: Sequence[RunFolder]) -> int:
             if other._read(name) != into._read(name):
                 raise BadRun(f"'{other.path}' and '{into.path}' are different runs: their {name} differ.")
         for method in other.methods():
-            into.method(json.loads((method.path / "method.json").read_text(encoding="utf-8")))
+            into.method(method.record)
         for source in sorted(other.path.glob("methods/**/*")):
             target = into.path / source.relative_to(other.path)
             if source.is_file() and not source.name.startswith(".") and not target.exists():

@@ -26,9 +26,9 @@ OF_THE_PAPERS_COCO = Sampling(50, 7.5, "ddim", "ddim_uniform")
 
 
 def _coco(year: int, count: int) -> Suite:
-    prompts, judges = coco.of_year(year, count)
+    prompts, judges, others = coco.of_year(year, count)
     files = (coco.captions_of(year),), (INCEPTION,)
-    return Suite(f"coco{year}", prompts, judges, 1, OF_THE_PAPERS_COCO, 512, 4, *files, coco.OPTIONAL)
+    return Suite(f"coco{year}", prompts, judges, 1, OF_THE_PAPERS_COCO, 512, 4, *files, coco.OPTIONAL, others=others)
 
 
 SUITES = {
@@ -43,7 +43,7 @@ SUITES = {
             OF_THE_PAPER,
             512,
             4,
-            (geneval.PROMPTS, geneval.NAMES),
+            (geneval.PROMPTS,),
             (DETECTOR, CLIP_L),
         ),
         Suite(

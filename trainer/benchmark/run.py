@@ -11,11 +11,16 @@ from ..config import Base
 from ..files import replacing
 from .drawing import Drawer, load_rewards, reward_digests, reward_files
 from .folder import MethodFolder, RunFolder, Share, Unit
-from .layouts import Layout
+from .layouts import LAYOUTS, Layout
 from .methods import Method
 from .plan import Plan
 from .real import write_real
 from .suites import PictureJudge, Prompt
+
+_BYTES = 1.7
+"""Of a PNG, per pixel."""
+_AT_ONCE = 1000
+"""Pictures that are drawn before they are judged, where most of them are removed then."""
 
 
 def drawers_of(plan: Plan, methods: Sequence[Method], rewards: dict[str, Path | None]) -> list[Drawer]:
@@ -27,23 +32,56 @@ def drawers_of(plan: Plan, methods: Sequence[Method], rewards: dict[str, Path | 
     return [Drawer.of(method, base, reward, **options) for method in methods]
 
 
-def run_suite(plan: Plan, methods: Sequence[Method], rewards: Sequence[str], output: Path, share: Share) -> None:
-    """Draws and judges a share of the suite's units. Raises MaskUNetError."""
+def plan_of(plan: Plan, methods: Sequence[Method], units: Sequence[Unit], output: Path, keep_all: bool = False) -> str:
+    """Pictures and disk, for people."""
+    pictures = sum(len(unit.pairs) for unit in units)
+    kept = pictures if keep_all or plan.suite.kept is None else min(pictures, plan.suite.kept)
+    disk = kept * len(methods) * (plan.side or plan.suite.side) ** 2 * _BYTES / 1e9
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free / 1e9
+    stay = "" if kept == pictures else f", of which {kept} each are kept"
+    told = f"{pictures} pictures by each of {len(methods)} methods{stay}"
+    return f"{told}, {disk:.1f} GB on the disk; {free:.0f} GB are free"
+
+
+def run_suite(
+    plan: Plan, methods: Sequence[Method], rewards: Sequence[str], output: Path, share: Share, keep_all: bool = False
+) -> None:
+    """Draws and judges a share of the suite's units. keep_all: pictures, whatever the suite says. Raises
+    MaskUNetError."""
     # All judges first: hours of drawing are of no use without them.
-    folder, judges = RunFolder(output), plan.suite.judges(plan.data)
+    folder, judges, kept = RunFolder(output), plan.suite.judges(plan.data), None if keep_all else plan.suite.kept
     folder.claim(plan.settings(), plan.prompts)
+    units, judged_by = share.of(plan.units), () if kept is None else [one.name for one in judges]
+    tqdm.write(f"{plan.suite.name}: {plan_of(plan, methods, units, output, keep_all)}")
+    step = len(units) if kept is None else max(1, _AT_ONCE // len(plan.units[0].pairs))
     with folder.working(share):
-        draw(plan, methods, rewards, folder, share)
-        judge(folder, judges, share.of(plan.units))
+        for start in range(0, len(units), max(1, step)):
+            some = units[start : start + step]
+            draw(plan, methods, rewards, folder, some, judged_by)
+            judge(folder, judges, some)
+            if kept is not None:
+                remove_judged(folder, judged_by, some, kept)
 
 
-def draw(plan: Plan, methods: Sequence[Method], rewards: Sequence[str], folder: RunFolder, share: Share) -> None:
-    """The pictures of the share's units by all methods."""
+def draw(
+    plan: Plan,
+    methods: Sequence[Method],
+    rewards: Sequence[str],
+    folder: RunFolder,
+    units: Sequence[Unit],
+    judged_by: Sequence[str] = (),
+) -> None:
+    """The units' pictures by all methods. judged_by: judges; of units that all of them have judged no pictures are
+    needed."""
     files = reward_files(rewards)
     records = [method.record(reward_digests(files) if method.preset else {}) for method in methods]
     folders = [folder.method(record) for record in records]
-    prompts, units = plan.prompts, share.of(plan.units)
-    todo = {m: [unit for unit in units if not at.is_drawn(unit)] for m, at in zip(methods, folders)}
+    prompts = plan.prompts
+    todo = {
+        method: [unit for unit in units if not (at.is_drawn(unit) or at.is_judged(unit, judged_by))]
+        for method, at in zip(methods, folders)
+    }
     if not any(todo.values()):
         return
     # All of them first: a file that does not fit is told before hours of drawing.
@@ -53,6 +91,17 @@ def draw(plan: Plan, methods: Sequence[Method], rewards: Sequence[str], folder: 
             for unit in todo[method]:
                 at.save_pictures(unit, drawer.pictures(unit.pairs, [prompts[n].text for n, _ in unit.pairs]))
                 bar.update(len(unit.pairs))
+
+
+def remove_judged(folder: RunFolder, judges: Sequence[str], units: Sequence[Unit], kept: int) -> None:
+    """Pictures of units that all judges have judged, but for the first `kept` of each method."""
+    prompts = len(folder.prompts)
+    for method in folder.methods():
+        for unit in units:
+            if method.is_judged(unit, judges):
+                for prompt, number in unit.pairs:
+                    if number * prompts + prompt >= kept:
+                        method.picture((prompt, number)).unlink(missing_ok=True)
 
 
 def judge(folder: RunFolder, judges: Sequence[PictureJudge], units: Sequence[Unit]) -> None:
@@ -73,12 +122,12 @@ def judge(folder: RunFolder, judges: Sequence[PictureJudge], units: Sequence[Uni
                 method.save_rows(one.name, unit, rows)
 
 
-def import_pictures(source: Path, layout: Layout, name: str, folder: RunFolder, units: Sequence[Unit]) -> None:
-    """Pictures that others drew, as a method of the run. Units that lack one are left out."""
-    method = folder.method({"method": name, "pictures": str(source)})
+def import_pictures(source: Path, layout: str, name: str, folder: RunFolder, units: Sequence[Unit]) -> None:
+    """Pictures that others drew, as a method of the run. layout: of LAYOUTS. Units that lack one are left out."""
+    method = folder.method({"method": name, "pictures": str(source), "layout": layout})
     prompts = folder.prompts
     for unit in units:
-        files = [layout.find(source, prompts, pair) for pair in unit.pairs]
+        files = [LAYOUTS[layout].find(source, prompts, pair) for pair in unit.pairs]
         if None in files or method.is_drawn(unit):
             continue
         for pair, file in zip(unit.pairs, files):

@@ -26,7 +26,7 @@ class Prompt:
 
 class PictureJudge(Protocol):
     """name: of its folder. record: what decides its scores, such as digests of its files. real: what features of drawn
-    pictures (the column `features`, or `embedding` of CLIP) are held against, or None.
+    pictures (the column `features`, `embedding` of CLIP or `class token` of DINOv2) are held against, or None.
     """
 
     name: str
@@ -45,7 +45,8 @@ class Suite:
 
     images: pictures of a prompt. side: in pixels. batch: prompts drawn together. lists, weights: files that are needed;
     optional: those that are used where they are there. version: counts changes of what a number means. notes: what
-    people should know who want to run it.
+    people should know who want to run it. others: a line for each thing that is missing besides files. kept: pictures
+    of each method that stay when they have been judged, None for all.
     """
 
     name: str
@@ -60,12 +61,14 @@ class Suite:
     optional: tuple[JudgeFile, ...] = ()
     version: int = 1
     notes: tuple[str, ...] = ()
+    others: Callable[[], list[str]] = list
+    kept: int | None = None
 
     def missing(self, data: Path | None) -> list[str]:
-        """A line for each file that is not there."""
+        """A line for each thing that is not there."""
         files = [one for one in self.lists if not one.is_in(data)]
         files += [one for one in self.weights if not any(map(find, one.choices))]
-        return [str(file) for file in files]
+        return [*map(str, files), *self.others()]
 
     def unused(self) -> list[str]:
         """A line for each file that would be used if it were there."""

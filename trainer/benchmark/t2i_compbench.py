@@ -1,7 +1,7 @@
 """The suite `t2i-compbench`: attribute binding, judged by BLIP's answers about each thing that a prompt names."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from maskunet_core.judges.blip_vqa import BlipVqa
 from maskunet_core.judges.files import BLIP_VQA
 
+from .columns import REASON, to_column
 from .files import PromptList, loaded
 from .noun_chunks import noun_chunks, parsers
 from .suites import PictureJudge, Prompt
@@ -26,16 +27,19 @@ LISTS = {
             "1e37a12c1861bf6b11623eaffb0bf6d6eeea9702caf45b95d040f1721bba7f4f": "until 2 September 2025",
             "1634259756dbc77d13093d907d414480080ec9790a8c97ad09efaea7b2534f2d": "since 3 September 2025",
         },
+        "12 kB",
     ),
     "texture": PromptList(
         "texture_val.txt",
         f"{_SOURCE}/texture_val.txt",
         {"fbb5363515b4a28009e360afaaaf389d2dd2289e50dbb0c6ef4ea0c7fe4f3d4f": "T2I-CompBench's 300"},
+        "14 kB",
     ),
     "shape": PromptList(
         "shape_val.txt",
         f"{_SOURCE}/shape_val.txt",
         {"37e1a276906c7ea9516cbd7ac8501be896006c0c17ca7344f260562834455bae": "T2I-CompBench's 300"},
+        "16 kB",
     ),
 }
 OTHER_CATEGORIES = (
@@ -74,15 +78,20 @@ class CompbenchJudge:
         self.record = {"blip": digest, "chunks": parsers(), "version": 1}
 
     def __call__(self, pictures: Sequence[Image], prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        columns = torch.tensor([self._row(picture, prompt) for picture, prompt in zip(pictures, prompts)]).T
-        return dict(zip(("score", "as published", "by other chunks"), columns))
+        answered = [self._answers(picture, prompt) for picture, prompt in zip(pictures, prompts)]
+        rows = [_scores(answers, prompt) for answers, prompt in zip(answered, prompts)]
+        columns = dict(zip(("score", "as published", "by other chunks"), torch.tensor(rows).T))
+        reasons = ["; ".join(f"{question} {answer:.2f}" for question, answer in one.items()) for one in answered]
+        return columns | {REASON: to_column(reasons)}
 
-    def _row(self, picture: Image, prompt: Prompt) -> tuple[float, float, float]:
-        questions, others = prompt.facts["questions"], prompt.facts["other questions"]
-        asked = list(dict.fromkeys([*questions, *others]))
-        answers = dict(zip(asked, self.blip.answers(picture, asked)))
-        mine = [answers[question] for question in questions]
-        return math.prod(mine), as_published(mine), math.prod(answers[question] for question in others)
+    def _answers(self, picture: Image, prompt: Prompt) -> dict[str, float]:
+        asked = list(dict.fromkeys([*prompt.facts["questions"], *prompt.facts["other questions"]]))
+        return dict(zip(asked, self.blip.answers(picture, asked)))
+
+
+def _scores(answers: Mapping[str, float], prompt: Prompt) -> tuple[float, float, float]:
+    mine, others = ([answers[one] for one in prompt.facts[key]] for key in ("questions", "other questions"))
+    return math.prod(mine), as_published(mine), math.prod(others)
 
 
 def as_published(answers: Sequence[float]) -> float:

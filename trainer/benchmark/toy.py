@@ -10,11 +10,13 @@ from torch import Tensor
 
 from maskunet_core.judges.frechet import Gaussian
 from maskunet_core.judges.pictures import levels
+from maskunet_core.judges.toy import verdict_of
 from maskunet_core.toy.captions import parse
-from maskunet_core.toy.judge import fully_right, read
+from maskunet_core.toy.judge import read
 from maskunet_core.toy.model import load_reader
 
 from ..toy.held_out import TABLE, held_out_prompts, real_pictures
+from .columns import REASON, SEEN, seen_as_text, to_column
 from .real import Real
 from .suites import PictureJudge, Prompt
 
@@ -46,5 +48,11 @@ class ToyPictureJudge:
 
     def __call__(self, pictures: Sequence[Image], prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         reading = read(self.reader, torch.stack([levels(picture) for picture in pictures]) / 255)
-        right = fully_right(reading, [parse(prompt.text) for prompt in prompts])
-        return {"right": right.float(), "features": reading.features}
+        both = enumerate(zip(pictures, prompts))
+        verdicts = [verdict_of(reading, n, parse(prompt.text), picture.size) for n, (picture, prompt) in both]
+        return {
+            "right": torch.tensor([verdict.score for verdict in verdicts]),
+            "features": reading.features,
+            REASON: to_column(["; ".join(verdict.faults) for verdict in verdicts]),
+            SEEN: to_column([seen_as_text(verdict.seen) for verdict in verdicts]),
+        }

@@ -1,0 +1,49 @@
+"""How sure a benchmark's numbers are."""
+
+import pytest
+import torch
+
+from maskunet_core.judges import statistics
+
+
+def test_the_unit_is_the_prompt():
+    """Ten equal pictures of a prompt are as sure as one."""
+    values = torch.tensor([[0.0], [1.0], [1.0], [0.0], [1.0]])
+    once, ten = (statistics.estimate(statistics.of_prompts(x)) for x in (values, values.repeat(1, 10)))
+    assert (once.mean, once.error) == pytest.approx((0.6, 0.24495), abs=1e-5)
+    assert ten == once
+    assert once.interval == pytest.approx((-0.08, 1.28), abs=1e-2)
+
+
+def test_a_prompt_that_was_not_judged_is_left_out():
+    values = torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan], [0.0, 1.0]])
+    assert statistics.estimate(statistics.of_prompts(values)) == statistics.Estimate(0.75, 0.25, 2)
+
+
+def test_tasks_count_alike_whatever_their_sizes():
+    values = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    tasks = [torch.tensor([True, True, True, False]), torch.tensor([False, False, False, True])]
+    assert statistics.mean_of_tasks(values, tasks).mean == 0.5
+
+
+def test_the_permutation_test_is_exact_where_all_flips_can_be_counted():
+    differences = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    p = statistics.chance(differences, [torch.ones(4, dtype=torch.bool)])
+    assert p == pytest.approx(2 / 16, abs=0.01)
+
+
+def test_the_permutation_test_finds_as_many_differences_by_chance_as_it_says():
+    stream = torch.Generator().manual_seed(0)
+    every = [torch.ones(30, dtype=torch.bool)]
+    found = [statistics.chance(torch.randn(30, generator=stream), every) < 0.05 for _ in range(200)]
+    assert 0.01 < sum(found) / len(found) < 0.1
+
+
+def test_several_questions_at_once_are_answered_more_carefully():
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_a_difference_is_told_in_words():
+    surely, hardly = statistics.Estimate(0.3, 0.05, 100), statistics.Estimate(0.05, 0.05, 100)
+    assert statistics.in_words(surely, 0.001) == "higher"
+    assert statistics.in_words(hardly, 0.3) == "cannot be told apart at this size (shown would be 0.140)"

@@ -1,0 +1,225 @@
+"""The page of a run: one HTML file for people, which needs no network.
+
+`page.html` shows what is told here, all of it as text: prompts and names of files become no part of its markup.
+"""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from maskunet_core.judges.inception import PROTOCOLS
+from maskunet_core.judges.verdict import Seen
+
+from ..files import replacing
+from .columns import REASON, SEEN, seen_from_text
+from .distances import DISTANCES
+from .drawing import Pair
+from .folder import RunFolder
+from .published import of_base
+from .repeat import commands_of
+from .verdicts import Difference, Measure, Verdicts
+
+TEMPLATE = Path(__file__).with_name("page.html")
+NAME = "page.html"
+_DATA = "{{ run }}"
+"""What the template has where the run is told."""
+PICTURES, SIDE = 480, 224
+"""Pictures in a page at most, and their longer side in pixels: some 10 MB."""
+_DISTANCES = {distance.name for distance in DISTANCES}
+_FID = "fid-"
+
+
+def write_page(
+    run: RunFolder,
+    found: Sequence[Verdicts],
+    values: Sequence[Measure],
+    changes: Sequence[Difference],
+    signatures: Sequence[str],
+) -> Path:
+    """found: of each method, the base first."""
+    told = {
+        "suite": run.settings["suite"],
+        "compared": _compared(run, found),
+        "methods": [one.method for one in found],
+        "answers": [_answer(one, values) for one in changes],
+        "measures": _bars(values),
+        "distances": _distances(run, values, changes),
+        "pictures": _pictures(run, found),
+        "signatures": list(signatures),
+        "commands": commands_of(run),
+    }
+    # The end of a script is the one thing that would be read as markup.
+    data = json.dumps(told, allow_nan=False).replace("<", "\\u003c")
+    with replacing(run.path / NAME) as temporary:
+        temporary.write_text(TEMPLATE.read_text(encoding="utf-8").replace(_DATA, data), encoding="utf-8")
+    return run.path / NAME
+
+
+def _compared(run: RunFolder, found: Sequence[Verdicts]) -> list[list[str]]:
+    """What was compared: names and values for people."""
+    settings, sampling = run.settings, run.settings["sampling"]
+    counts = sorted({len(one.pairs) for one in found})
+    told = {"prompts": str(len(run.prompts)), "pictures by each method": " to ".join(map(str, counts))}
+    if sampling:
+        side = settings["side"]
+        how = "{sampler}, {scheduler}, {steps} steps, guidance {cfg:g}".format(**sampling)
+        told |= {"base": settings["base"], "drawn by": f"{how}, {side}x{side}, {settings['dtype']}"}
+    told |= {"seed": str(settings["seed"])} | {f"list {name}": version for name, version in settings["lists"].items()}
+    return [[name, value] for name, value in told.items()]
+
+
+def _answer(change: Difference, values: Sequence[Measure]) -> dict[str, Any]:
+    """A difference in words. gain: whether it is for the better, None where it is not told apart."""
+    of = {one.method: one.whole.mean for one in values if (one.judge, one.name) == (change.judge, change.name)}
+    distance, higher = change.name in _DISTANCES, change.whole.mean > 0
+    more, less = ("farther from real pictures", "nearer to real pictures") if distance else ("higher", "lower")
+    numbers = f"{change.whole.mean:+.3f}, 95 % {change.interval}, p {change.p:.4f}"
+    if not change.is_told:
+        numbers += f"; {change.whole.smallest_shown:.3f} would have been found four times in five"
+    return {
+        "method": change.method,
+        "measure": f"{change.name} ({change.judge})",
+        "told": (more if higher else less) if change.is_told else "cannot be told apart",
+        "gain": higher != distance if change.is_told else None,
+        "values": f"{of[change.method]:.3f} against {of[change.against]:.3f}",
+        "numbers": numbers,
+    }
+
+
+def _bars(values: Sequence[Measure]) -> list[dict[str, Any]]:
+    """Of each score, of all tasks together and of each, a bar for each method."""
+    measures = dict.fromkeys((one.judge, one.name) for one in values if one.name not in _DISTANCES)
+    return [_bars_of(*key, [one for one in values if (one.judge, one.name) == key]) for key in measures]
+
+
+def _bars_of(judge: str, name: str, values: Sequence[Measure]) -> dict[str, Any]:
+    tasks = [{"all": one.whole, **one.tasks} for one in values]
+    groups = []
+    for task in tasks[0]:
+        of_task = [(one.method, by_task[task]) for one, by_task in zip(values, tasks) if by_task.get(task)]
+        bars = [
+            {"method": method, "text": str(one), "value": one.mean, "interval": one.interval}
+            for method, one in of_task
+            if math.isfinite(one.mean)
+        ]
+        groups += [{"task": task, "bars": bars}] if bars else []
+    return {"judge": judge, "name": name, "groups": groups}
+
+
+def _distances(run: RunFolder, values: Sequence[Measure], changes: Sequence[Difference]) -> dict[str, Any]:
+    """All protocols side by side, a row each and a cell for each method."""
+    differences = {(one.judge, one.name, one.method): one for one in changes}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in values:
+        if one.name in _DISTANCES:
+            protocol = PROTOCOLS.get(one.judge.removeprefix(_FID))
+            names = {"judge": one.judge, "name": one.name, "used": protocol.used_by if protocol else ""}
+            change = differences.get((one.judge, one.name, one.method))
+            cell = {"text": str(one.whole), "difference": change.row["all"] if change else ""}
+            rows.setdefault((one.judge, one.name), {**names, "cells": {}})["cells"][one.method] = cell
+    paper = of_base(run.settings["suite"])
+    return {"rows": list(rows.values()), "paper": paper}
+
+
+# Pictures ----------------------------------------------------------------------------------------------------
+
+
+def _pictures(run: RunFolder, found: Sequence[Verdicts]) -> dict[str, Any]:
+    scores = list(found[0].scores)
+    pairs = sorted({pair for one in found for pair in one.pairs})
+    there = [pair for pair in pairs if any(one.folder.picture(pair).is_file() for one in found)]
+    chosen, samples = _chosen(found, there, max(1, PICTURES // len(found)))
+    return {
+        "scores": [{"name": f"{judge}: {name}", "whole": _is_whole(found, (judge, name))} for judge, name in scores],
+        "counts": [{one.method: _counts(found[0], one, key) for one in found[1:]} for key in scores],
+        "total": len(pairs),
+        "samples": samples,
+        "rows": [_row(run, found, scores, pair) for pair in chosen],
+    }
+
+
+def _chosen(found: Sequence[Verdicts], pairs: Sequence[Pair], most: int) -> tuple[list[Pair], int]:
+    """Those that are shown, in their order, and how many of them are a fair sample: each of so many. The others are
+    those by whose first score a method and the base differ most."""
+    if len(pairs) <= most:
+        return list(pairs), len(pairs)
+    samples = pairs[:: -(-len(pairs) // max(1, most // 2))]
+    gaps = {pair: max((abs(gap) for gap in _gaps(found, pair)), default=0.0) for pair in pairs}
+    others = sorted(set(pairs) - set(samples), key=lambda pair: (-gaps[pair], pair[1], pair[0]))
+    return sorted([*samples, *others[: most - len(samples)]]), len(samples)
+
+
+def _gaps(found: Sequence[Verdicts], pair: Pair) -> list[float]:
+    """By the first score, each method minus the base, where both have been judged."""
+    key = next(iter(found[0].scores), None)
+    of_base, *others = (_score(one, key, pair) for one in found)
+    return [] if of_base is None else [other - of_base for other in others if other is not None]
+
+
+def _score(found: Verdicts, key: tuple[str, str] | None, pair: Pair) -> float | None:
+    table = found.scores.get(key)
+    if table is None or pair[1] >= table.shape[1] or not table[pair].isfinite():
+        return None
+    return float(table[pair])
+
+
+def _is_whole(found: Sequence[Verdicts], key: tuple[str, str]) -> bool:
+    """Whether a score is right or wrong alone."""
+    return all(_is_right_or_wrong(one.scores[key]) for one in found if key in one.scores)
+
+
+def _is_right_or_wrong(table: Tensor) -> bool:
+    values = table[table.isfinite()]
+    return bool(((values == 0) | (values == 1)).all())
+
+
+def _counts(base: Verdicts, other: Verdicts, key: tuple[str, str]) -> dict[str, int]:
+    """Of how many pictures of the whole run either scores higher."""
+    both = [(_score(base, key, pair), _score(other, key, pair)) for pair in base.pairs]
+    gaps = [mine - of_base for of_base, mine in both if None not in (of_base, mine)]
+    return {"base": sum(gap < 0 for gap in gaps), "other": sum(gap > 0 for gap in gaps), "both": len(gaps)}
+
+
+def _row(run: RunFolder, found: Sequence[Verdicts], scores: Sequence[tuple[str, str]], pair: Pair) -> dict[str, Any]:
+    prompt = run.prompts[pair[0]]
+    shots = [_shot(one, scores, pair) for one in found]
+    return {"prompt": prompt.text, "task": prompt.task, "place": list(pair), "shots": shots}
+
+
+def _shot(found: Verdicts, scores: Sequence[tuple[str, str]], pair: Pair) -> dict[str, Any] | None:
+    """A method's picture with what was said of it, None where it is not there."""
+    file = found.folder.picture(pair)
+    if not file.is_file():
+        return None
+    with Image.open(file) as opened:
+        picture = opened.convert("RGB")
+    reasons = {judge: texts.get(pair, "") for (judge, column), texts in found.texts.items() if column == REASON}
+    seen = [texts[pair] for (_, column), texts in found.texts.items() if column == SEEN and pair in texts]
+    return {
+        "source": _small(picture),
+        "coarse": max(picture.size) < SIDE,
+        "scores": [_score(found, key, pair) for key in scores],
+        "reasons": [reasons.get(judge, "") for judge, _ in scores],
+        "boxes": [_box(one, picture.size) for text in seen for one in seen_from_text(text)],
+    }
+
+
+def _box(seen: Seen, size: tuple[int, int]) -> dict[str, Any]:
+    """Sides in percent of the picture's."""
+    sides = [100 * side / length for side, length in zip(seen.box, (*size, *size))]
+    return {"name": seen.name, "asked": seen.asked, "box": sides}
+
+
+def _small(picture: Image.Image) -> str:
+    """As an address that holds the picture itself."""
+    picture.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    picture.save(file, format="JPEG", quality=85, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
