@@ -2,7 +2,6 @@
 
 import os
 import re
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import MaskUNetError
+from .replacing import replacing
 
 _KNOWN = {
     "maskunet": "is a mask generator: choose it in MaskUNet Loader",
@@ -63,19 +63,13 @@ class FileKind:
     def write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         """Write the file under a temporary name beside `path`, then rename it. Raises OSError."""
         metadata = {"format": self.format, "format_version": self.version, **metadata}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # No longer than the shortest name, so that what a file system takes as a name can be written, too.
-        temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")
-        try:
+        with replacing(path) as temporary:
             try:
                 save_file(tensors, temporary, metadata)
             except SafetensorError as error:
                 raise _as_os_error(error, path) from None
             # safetensors makes files that only their owner can read.
             temporary.chmod(0o644)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def read_metadata(self, path: Path) -> dict[str, str]:
         """The file's metadata, after the checks that need nothing else. Raises `error`."""

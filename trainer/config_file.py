@@ -13,14 +13,14 @@ from maskunet_core.files.checkpoint import ARCHITECTURES
 from maskunet_core.masks.generator import BIASES, CODES, LowRankGenerator, LowRankSettings
 from maskunet_core.masks.reference import ReferenceGenerator
 from maskunet_core.models.structure import TARGETS
+from maskunet_core.training.optimisers import UnknownOptimiser, build_optimiser
+from maskunet_core.training.schedules import FALLS
 
 from .config import BODIES, KINDS, METHODS, OBJECTIVES, PARTS, PRECISIONS, TOY, TOY_RESOLUTION, Base, Config
 from .embedding.toy import TAUGHT
 from .files import user_path
 from .host import GENERATORS, REWARD, model_choice, model_file
-from .optimisers import UnknownOptimiser, build_optimiser
 from .pictures import scan_data
-from .schedules import FALLS
 
 try:
     import tomllib
@@ -457,7 +457,7 @@ def _override(values: dict[str, Any], assignment: str) -> None:
     values[name] = value
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """Raises BadConfig."""
     try:
         # Editors of Windows put a byte order mark first.
@@ -481,7 +481,7 @@ def load_config(source: str, overrides: tuple[str, ...] | list[str] = ()) -> Con
         presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
         what = "is a folder" if path.is_dir() else "does not exist"
         raise BadConfig(f"'{source}' {what}. Name a TOML file or a preset ({presets}).")
-    values = _read_toml(path)
+    values = read_toml(path)
     for assignment in overrides:
         _override(values, assignment)
     return parse_config(values)

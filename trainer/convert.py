@@ -10,8 +10,7 @@ from maskunet_core.files import checkpoint
 from maskunet_core.masks.generator import key_of
 from maskunet_core.masks.reference import ReferenceGenerator
 from maskunet_core.models.structure import Block, Layer, Structure
-
-from .torch_files import Damaged, read_torch
+from maskunet_core.torch_file import Damaged, read_torch
 
 
 class BadReference(MaskUNetError):

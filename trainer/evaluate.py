@@ -20,13 +20,14 @@ from maskunet_core.seam.layers import masked, modules_of
 from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.model import load_reader
 from maskunet_core.toy.readers import Reading
+from maskunet_core.training.base import BaseModel
+from maskunet_core.training.seeds import seeded
+from maskunet_core.training.validate import stratified_timesteps
 
-from .base import BaseModel, load_toy_base, sample_pictures
-from .seeds import seeded
+from .base import load_toy_base, sample_pictures
 from .tables import write_table
 from .toy.data import LatentSet, latent_set
 from .toy.world import Caption, render, sample_captioned
-from .validate import stratified_timesteps
 
 KINDS = ("one", "two", "relation")
 

@@ -1,11 +1,8 @@
-"""Files that are never half written, and none of a person's that is replaced without being asked."""
+"""Files of a person, none of which is replaced without being asked."""
 
-import contextlib
 import errno
 import os
 import re
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 
 from maskunet_core.errors import MaskUNetError
@@ -22,24 +19,6 @@ class Occupied(MaskUNetError):
 def user_path(text: str) -> Path:
     """With `~` for the user's home. A name of no user's stays as it is, where `Path.expanduser` raises."""
     return Path(os.path.expanduser(text))
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which takes its place when the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # No longer than the shortest name, so that what a file system takes as a name can be written, too.
-    temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        # A write names no file, and nobody knows the temporary one.
-        if error.filename is None or Path(error.filename) == temporary:
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.replacing import replacing
 
-from .files import replacing
 from .host import PROJECT
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from maskunet_core.replacing import replacing
+from maskunet_core.training.cost import MB
+
 from .config import TOY_RESOLUTION
-from .cost import MB
-from .files import replacing
 
 COLUMNS = {  # validation.csv has what the validator measures
     "log.csv": ("step", "loss", "keep_ratio", "share_differing", "steps_per_second", "peak_memory_mb"),

@@ -11,15 +11,15 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from maskunet_core.toy.model import WEIGHTS
+from maskunet_core.training.buckets import Size, bucket_sizes, nearest_bucket
+from maskunet_core.training.data import EncodedPictures, EncodeText, sha256
 
 from .base_files import checkpoint_file, lora_files, part_files
 from .config import Base, Config
-from .data.buckets import Size, bucket_sizes, nearest_bucket
-from .data.cache import CachedData, EncodeText, prepare
+from .data.cache import prepare
 from .data.decoding import BadPicture, Record, picture_size, read_bytes
 from .data.problems import NAMED
 from .data.records import Scan, scan
-from .data.store import sha256
 
 U_NET = "model.diffusion_model."
 
@@ -118,7 +118,7 @@ def sizes_in_use(config: Config) -> Counter[Size]:
     return found
 
 
-def cached_pictures(config: Config, base: Any) -> CachedData:
+def cached_pictures(config: Config, base: Any) -> EncodedPictures:
     """The configured data as latents and text embeddings. base: a BaseModel. Raises BadData."""
     found = read_data(config)
     for note in found.notes:
@@ -137,7 +137,7 @@ def tell_cut(texts: list[tuple[str, str]], what: str, base: Any) -> None:
 
 def encoded(
     records: list[Record], sizes: list[Size], config: Config, base: Any, encode_text: EncodeText | None = None
-) -> CachedData:
+) -> EncodedPictures:
     """Records as latents of buckets of these sizes, and text embeddings; what is not in the cache yet is encoded.
 
     base: a BaseModel. encode_text: instead of the base's. Raises BadData.

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .base import BaseModel
+from maskunet_core.replacing import replacing
+from maskunet_core.training.base import BaseModel
+from maskunet_core.training.buckets import Size
+from maskunet_core.training.data import EncodedPictures, sha256
+
 from .config import Config
-from .data.buckets import Size
-from .data.cache import CachedData
 from .data.decoding import Record
-from .data.store import sha256
-from .files import replacing
 from .pictures import base_digest, encoded, sizes_in_use
 from .samples import drawn
 from .sheets import to_image
@@ -62,7 +62,7 @@ def plan(config: Config) -> str:
     )
 
 
-def prior_data(config: Config, base: BaseModel) -> CachedData:
+def prior_data(config: Config, base: BaseModel) -> EncodedPictures:
     """The class pictures as data to train on; those that are missing are drawn first. Raises BadData."""
     found = class_pictures(config)
     _draw(found, config, base)

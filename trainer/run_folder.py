@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.replacing import replacing
+from maskunet_core.torch_file import Damaged, read_torch
+from maskunet_core.training.run import STATE
 
 from .config import Config, to_toml_values
 from .config_file import parse_config
-from .files import remove_unfinished, replacing, require_folder
+from .files import remove_unfinished, require_folder
 from .job_board import alone
-from .torch_files import Damaged, read_torch
 
-CONFIG, STATE = "config.json", "state/last.pt"
+CONFIG = "config.json"
 STARTED_IN = "started_in"
 """Key of config.json that no configuration has: the folder that relative paths start from."""
 _LEFT_BY_RUNS = (

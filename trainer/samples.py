@@ -9,12 +9,13 @@ from torch import Tensor
 
 from maskunet_core.files import checkpoint
 from maskunet_core.masks.sources import GeneratorMasks
+from maskunet_core.replacing import replacing
 from maskunet_core.seam.attach import attach, structure_of
+from maskunet_core.training.base import BaseModel
+from maskunet_core.training.seeds import seeded
 
-from .base import BaseModel, load_base
+from .base import load_base
 from .config import TOY_RESOLUTION, Base
-from .files import replacing
-from .seeds import seeded
 from .sheets import side_by_side
 
 

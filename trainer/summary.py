@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .validate import told_gain
+from maskunet_core.training.validate import told_gain
 
 
 def summary(description: dict[str, Any]) -> list[str]:

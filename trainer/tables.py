@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .files import replacing
+from maskunet_core.replacing import replacing
 
 
 def machine() -> dict[str, Any]:

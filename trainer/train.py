@@ -10,14 +10,16 @@ import torch
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.models.families.unet import UNET
 from maskunet_core.seam.attention import attention_notice
+from maskunet_core.training.base import BaseModel, fitting
+from maskunet_core.training.run import held_out_count
+from maskunet_core.training.seeds import seeded
 
-from . import base as bases
+from .base import load_base, require_trainable
 from .config import Config
 from .config_file import BadConfig, for_unets_alone, warnings
 from .host import cpu_has_bf16
-from .loop import Run, held_out_count
+from .loop import Run
 from .run_folder import claimed, clear, earlier_run, occupied, read_state, reopened, require_same, stopped, write_config
-from .seeds import seeded
 
 LESS_MEMORY = "raise loop.accumulate, set loop.checkpointing to true, or lower data.resolution"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,7 +62,7 @@ def make_accelerator(config: Config):
     return accelerator
 
 
-def load_data(config: Config, base: bases.BaseModel) -> Any:
+def load_data(config: Config, base: BaseModel) -> Any:
     """Latents and conditioning of the configured data: the rendered toy world, or pictures through the cache; prompts
     where rewards are trained on."""
     settings = config.data
@@ -85,7 +87,7 @@ def load_data(config: Config, base: bases.BaseModel) -> Any:
     return cached_pictures(config, base)
 
 
-def load_prior(config: Config, base: bases.BaseModel) -> Any:
+def load_prior(config: Config, base: BaseModel) -> Any:
     """The pictures of `prior.prompt` as data, drawn where they are missing; None where no prior is configured."""
     if not config.prior.prompt:
         return None
@@ -96,7 +98,9 @@ def load_prior(config: Config, base: bases.BaseModel) -> Any:
 
 def check(config: Config) -> list[str]:
     """What the configuration will do, a sentence each; nothing is trained, and no picture is encoded."""
-    from .cost import MB, estimate, total_memory
+    from maskunet_core.training.cost import MB, total_memory
+
+    from .cost import estimate
     from .methods import build_method
 
     accelerator = make_accelerator(config)
@@ -134,7 +138,7 @@ def check(config: Config) -> list[str]:
         from .rewarded.scorer import Scorer
 
         Scorer(config.reward.models, device)  # Says what is wrong with a file.
-    with bases.fitting(f"A step of one picture of {size[0]}x{size[1]}", device, LESS_MEMORY):
+    with fitting(f"A step of one picture of {size[0]}x{size[1]}", device, LESS_MEMORY):
         method = build_method(base, config)
         cost = estimate(base, method, config, accelerator, size)
     if cost.too_many:
@@ -158,12 +162,12 @@ def check(config: Config) -> list[str]:
     ]
 
 
-def load(config: Config, accelerator: Any) -> bases.BaseModel:
+def load(config: Config, accelerator: Any) -> BaseModel:
     """The base of a configuration, its U-Net in half precision where a GPU trains in it. Raises BadBase, or BadConfig
     where a transformer cannot be trained so."""
     half = config.loop.precision != "fp32" and accelerator.device.type != "cpu"
-    base = bases.load_base(config.base, DTYPES[config.loop.precision] if half else torch.float32)
-    bases.require_trainable(base)
+    base = load_base(config.base, DTYPES[config.loop.precision] if half else torch.float32)
+    require_trainable(base)
     if base.family is not UNET and (problems := for_unets_alone(config)):
         raise BadConfig("\n".join(problems))
     return base
@@ -213,7 +217,7 @@ def _told_how_to_go_on(folder: Path) -> Iterator[None]:
         raise stopped(folder) from None
 
 
-def _loaded(config: Config, accelerator: Any) -> tuple[bases.BaseModel, Any, Any]:
+def _loaded(config: Config, accelerator: Any) -> tuple[BaseModel, Any, Any]:
     """Base, data and prior."""
     for sentence in warnings(config):
         accelerator.print(f"Warning: {sentence}")
@@ -233,7 +237,7 @@ def _finished(run: Run, prior: Any) -> Path:
     accelerator.print(f"{config.method}: {trained:,} parameters, {pictures}, on {run.device}{processes}")
     if sentence := attention_notice(run.device):
         accelerator.print(sentence)
-    with bases.fitting(f"A step of {config.loop.batch // config.loop.accumulate} pictures", run.device, LESS_MEMORY):
+    with fitting(f"A step of {config.loop.batch // config.loop.accumulate} pictures", run.device, LESS_MEMORY):
         return run.run()
 
 

@@ -10,8 +10,8 @@ from maskunet_core.rewards.clip import ImageTower
 from maskunet_core.rewards.clip_layout import ClipLayout
 from maskunet_core.rewards.preprocess import normalise
 from maskunet_core.rewards.reward import BoundModel, BoundReward, BoundSum
+from maskunet_core.training.base import BaseModel
 from tests.builders import SD15, SDXL, sd15_unet
-from trainer.base import BaseModel
 
 
 def random_unet(**changes) -> torch.nn.Module:

@@ -18,12 +18,13 @@ from maskunet_core.masks.sources import GeneratorMasks, RandomMasks
 from maskunet_core.models.structure import Structure
 from maskunet_core.records.recorded import RecordedMasks, RecordedSource
 from maskunet_core.seam.attach import attach, structure_of
+from maskunet_core.training.base import BaseModel
+from maskunet_core.training.cost import MB, PeakMemory
 from tests.bench.allocator import freed_at_once, keep_freed_memory
 from tests.bench.clock import seconds
 from tests.bench.models import random_base
 from tests.builders import make_generator
-from trainer.base import BaseModel, load_toy_base
-from trainer.cost import MB, PeakMemory
+from trainer.base import load_toy_base
 from trainer.reward_compare.costs import Operations
 
 UNMASKED, OURS = "unmasked", "MaskUNet"

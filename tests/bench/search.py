@@ -22,8 +22,8 @@ from maskunet_core.search.judge import Judge
 from maskunet_core.search.masks import SearchedMasks
 from maskunet_core.search.sampling import RewardSearch
 from maskunet_core.search.settings import PRESETS, SMALL_SIDE, SearchSettings
+from maskunet_core.training.cost import MB, PeakMemory
 from tests.bench.models import random_base, random_rewards, random_vae
-from trainer.cost import MB, PeakMemory
 from trainer.reward_compare.costs import Operations
 
 STEPS, CFG = 15, 7.5

@@ -13,14 +13,15 @@ from maskunet_core.masks.call import Call
 from maskunet_core.masks.gumbel import straight_through
 from maskunet_core.masks.sources import LearningGenerator
 from maskunet_core.seam.layers import masked, modules_of
+from maskunet_core.training.base import BaseModel, load_for_training
+from maskunet_core.training.cost import MB, PeakMemory, estimate
+from maskunet_core.training.optimisers import build_optimiser
 from tests.bench.allocator import freed_at_once, keep_freed_memory
 from tests.bench.clock import seconds
 from tests.bench.models import random_base
-from trainer.base import BaseModel, load_for_training, load_toy_base
+from trainer.base import load_toy_base
 from trainer.config_file import parse_config
-from trainer.cost import MB, PeakMemory, estimate
 from trainer.methods import build_method
-from trainer.optimisers import build_optimiser
 from trainer.train import make_accelerator
 
 

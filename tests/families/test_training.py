@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from maskunet_core.training.base import BaseModel
 from tests.families.models import TINY, conditioning, load, noises
-from trainer.base import BaseModel, require_trainable
+from trainer.base import require_trainable
 from trainer.config_file import parse_config
 from trainer.methods import build_method
 

@@ -98,7 +98,7 @@ def step_seconds(model: Any, pixels: int, images: int, steps: int) -> float:
 
 def peak_of(action: Callable[[], Any], bench: Bench) -> float:
     """Megabytes."""
-    from trainer.cost import PeakMemory
+    from maskunet_core.training.cost import PeakMemory
 
     gc.collect()
     with PeakMemory(bench.device) as memory:

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from maskunet_core.files import checkpoint
 from maskunet_core.seam.attach import structure_of
+from maskunet_core.training.base import load_for_training
+from maskunet_core.training.cost import PeakMemory
 from tests.builders import write_tiny_checkpoint
-from trainer.base import BadBase, load_base, load_for_training, load_toy_base
+from trainer.base import BadBase, load_base, load_toy_base
 from trainer.config import Base
 from trainer.config_file import BadConfig, parse_config
-from trainer.cost import PeakMemory
 from trainer.pictures import base_digest, cached_pictures, encoders_digest
 from trainer.train import check, start
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from maskunet_core.judges.blip_vqa import BlipVqa
+from maskunet_core.training.data import sha256
 from tests.judge_weights import blip_vqa_weights, blobs
 from trainer.__main__ import parse
 from trainer.benchmark import files, noun_chunks, plan, t2i_compbench
@@ -17,7 +18,6 @@ from trainer.benchmark.folder import RunFolder
 from trainer.benchmark.suites import Prompt
 from trainer.benchmark.t2i_compbench import CompbenchJudge, as_published
 from trainer.benchmark.verdicts import Verdicts
-from trainer.data.store import sha256
 
 GOLDEN = Path(__file__).parent.parent / "core" / "judges" / "blip_vqa.json"
 CHUNKS = {

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.replacing import replacing
 from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.model import load_autoencoder, load_reader
+from maskunet_core.training.seeds import seeded
 from tests.builders import trainer_command
 from trainer import job_board
 from trainer.base import load_toy_base
@@ -40,10 +42,8 @@ from trainer.compare.worlds import (
     shows_subject,
     style_strength,
 )
-from trainer.files import replacing
 from trainer.job_board import folder_of, result_of
 from trainer.methods import build_method
-from trainer.seeds import seeded
 from trainer.toy.world import render, sample_captioned
 
 JOBS = "trainer.compare.jobs"

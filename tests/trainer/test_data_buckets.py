@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.data.buckets import Order, bucket_sizes, epoch_batches, fit, nearest_bucket
+from maskunet_core.training.buckets import Order, bucket_sizes, epoch_batches, fit, nearest_bucket
 
 
 def test_bucket_sizes_of_sd15():

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from maskunet_core.training.data import BadData
+from maskunet_core.training.texts import by_length, joined
 from trainer.data.cache import prepare
 from trainer.data.decoding import Record
-from trainer.data.problems import BadData
 from trainer.data.store import TensorStore, key_of
-from trainer.data.texts import by_length, joined
 
 SQUARE = [(32, 32)]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskunet_core.training.data import BadData
 from trainer.data.decoding import BadPicture, Record, decode, picture_size
-from trainer.data.problems import BadData
 from trainer.data.records import scan
 
 

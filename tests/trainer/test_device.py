@@ -12,17 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.seam.attention import attention_notice, differentiable_attention
+from maskunet_core.training import cost
+from maskunet_core.training.base import BaseModel, OutOfMemory, load_for_training
+from maskunet_core.training.batches import Batch
+from maskunet_core.training.method import MaskCounts
+from maskunet_core.training.optimisers import build_optimiser
+from maskunet_core.training.seeds import seeded
 from tests.builders import write_tiny_checkpoint
-from trainer import cost
-from trainer.base import BaseModel, OutOfMemory, load_base, load_for_training, load_toy_base
-from trainer.batches import Batch
+from trainer.base import load_base, load_toy_base
 from trainer.config import Base
 from trainer.config_file import parse_config
 from trainer.host import PROJECT, enter_host
 from trainer.loop import Run
-from trainer.methods import MaskCounts
-from trainer.optimisers import build_optimiser
-from trainer.seeds import seeded
 from trainer.tables import machine
 from trainer.toy.data import latent_set
 from trainer.train import check, load_data, make_accelerator, start

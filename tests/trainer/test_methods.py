@@ -6,11 +6,12 @@ import torch
 from maskunet_core.files import checkpoint
 from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.seam.attach import attach
+from maskunet_core.training.method import MaskCounts
 from tests.device import DEVICE
 from trainer.base import load_toy_base
 from trainer.config_file import parse_config
 from trainer.loop import Run
-from trainer.methods import MaskCounts, build_method
+from trainer.methods import build_method
 from trainer.train import load_data, make_accelerator, start
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from maskunet_core.files import checkpoint
+from maskunet_core.training import run as training
+from maskunet_core.training.run import Diverged
 from tests.builders import in_two_processes
-from trainer import loop
 from trainer.base import load_toy_base
 from trainer.config import to_toml_values
 from trainer.config_file import parse_config
 from trainer.host import PROJECT
-from trainer.loop import Diverged, Run
+from trainer.loop import Run
 from trainer.train import load_data, make_accelerator
 
 
@@ -176,7 +177,7 @@ def test_fp16s_loss_scale_falls_where_gradients_overflow(base, tmp_path, clip):
 
 @pytest.mark.parametrize(("precision", "advice"), [("bf16", ", or with loop.precision fp32."), ("fp32", "lr_bias.")])
 def test_a_run_that_has_diverged_stops_with_a_sentence(base, tmp_path, monkeypatch, precision, advice):
-    monkeypatch.setattr(loop, "PATIENCE", 3)
+    monkeypatch.setattr(training, "PATIENCE", 3)
     run = make_run(config_of(tmp_path, loop={"steps": 40, "batch": 2, "precision": precision}), base)
     run.train_step()
     with overflowing(base, range(1000)):

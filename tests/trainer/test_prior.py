@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
+from maskunet_core.training.batches import Batches, UnfitPrior
+from maskunet_core.training.seeds import seeded
 from trainer.base import load_toy_base
-from trainer.batches import Batches, UnfitPrior
 from trainer.config import Config
 from trainer.config_file import parse_config
 from trainer.loop import Run
 from trainer.prior import class_pictures, plan, prior_data
 from trainer.samples import draw_prompts
-from trainer.seeds import seeded
 from trainer.toy.data import LatentSet, ToyData
 from trainer.train import load_data, make_accelerator
 

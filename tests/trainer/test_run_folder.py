@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from maskunet_core.files import checkpoint
+from maskunet_core.replacing import replacing
 from trainer import __main__ as command_line
 from trainer.config import Config
 from trainer.config_file import parse_config
-from trainer.files import Occupied, replacing
+from trainer.files import Occupied
 from trainer.job_board import InUse
 from trainer.logs import Log
 from trainer.loop import DiskFull, Run

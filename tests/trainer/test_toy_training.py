@@ -10,9 +10,9 @@ from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.seam.attach import attach
 from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.model import WEIGHTS, load_reader, read_weights
+from maskunet_core.training.seeds import seeded
 from tests.builders import trainer_command
 from trainer.base import load_toy_base, sample_pictures
-from trainer.seeds import seeded
 from trainer.toy.bodies import TRANSFORMER_CFG, TRANSFORMER_STEPS
 from trainer.toy.held_out import TABLE, held_out_prompts
 from trainer.toy.world import sample_captioned

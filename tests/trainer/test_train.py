@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from maskunet_core.files import checkpoint
+from maskunet_core.training.validate import Validator
 from tests.builders import in_two_processes, trainer_command
 from trainer.base import load_toy_base
 from trainer.config_file import load_config, parse_config, warnings
@@ -22,7 +23,6 @@ from trainer.loop import DiskFull, Run
 from trainer.methods import build_method
 from trainer.run_folder import CannotResume
 from trainer.train import load_data, make_accelerator, start
-from trainer.validate import Validator
 
 
 @pytest.fixture(scope="module")

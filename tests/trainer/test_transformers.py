@@ -9,7 +9,8 @@ from PIL import Image
 
 from maskunet_core.files import checkpoint
 from maskunet_core.models.families.transformer import time_embedding
-from trainer.base import BaseModel, load_toy_base
+from maskunet_core.training.base import BaseModel
+from trainer.base import load_toy_base
 from trainer.config import Base
 from trainer.config_file import BadConfig, parse_config
 from trainer.evaluate import Protocol, evaluate

@@ -19,14 +19,14 @@ from maskunet_core.search.decoder import latent_decoder
 from maskunet_core.search.judge import Judge
 from maskunet_core.search.run import search_images
 from maskunet_core.search.settings import SMALL_SIDE, SearchSettings
+from maskunet_core.training.base import BaseModel
+from maskunet_core.training.seeds import seeded
+from maskunet_core.training.texts import stacked
 
-from ..base import BaseModel
 from ..config import TOY
-from ..data.texts import stacked
 from ..host import REWARD, model_choice, model_file
 from ..pictures import file_digest
 from ..reward_compare.stage import Sampling
-from ..seeds import seeded
 from .methods import BadMethod, Method
 
 _KEY = "maskunet_benchmark"

@@ -8,8 +8,8 @@ from typing import Any
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.judges.files import JudgeFile, told_digest
 from maskunet_core.rewards.files import files_in_host
+from maskunet_core.training.data import sha256
 
-from ..data.store import sha256
 from ..host import JUDGES, REWARD
 from ..pictures import file_digest
 

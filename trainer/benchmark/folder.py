@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.replacing import replacing
 
-from ..files import replacing
 from ..job_board import InUse, alone, claim
 from ..sheets import to_image
 from .drawing import Pair

@@ -12,8 +12,9 @@ from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.records.recorded import RecordedSource
 from maskunet_core.seam.attach import attach, structure_of
 from maskunet_core.search.settings import PRESETS, SearchSettings
+from maskunet_core.training.base import BaseModel
 
-from ..base import BaseModel, with_lora
+from ..base import with_lora
 from ..host import GENERATORS, MASKS, model_choice, model_file
 from ..pictures import file_digest
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.store import sha256
+from maskunet_core.training.data import sha256
+
 from .files import BadSuite
 
 CHUNKS = Path(__file__).with_name("noun_chunks.json")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from maskunet_core.judges.inception import PROTOCOLS
 from maskunet_core.judges.verdict import Seen
+from maskunet_core.replacing import replacing
 
-from ..files import replacing
 from .columns import REASON, SEEN, seen_from_text
 from .distances import DISTANCES
 from .drawing import Pair

@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maskunet_core.judges.frechet import Gaussian
-
-from ..files import replacing
+from maskunet_core.replacing import replacing
 
 KEPT = 5000
 """Of each set of pictures, for distances that look at all pairs."""

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from maskunet_core.replacing import replacing
+
 from ..base import load_base
 from ..config import Base
-from ..files import replacing
 from .drawing import Drawer, load_rewards, reward_digests, reward_files
 from .folder import MethodFolder, RunFolder, Share, Unit
 from .layouts import LAYOUTS, Layout

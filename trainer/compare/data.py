@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from maskunet_core.replacing import replacing
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.judge import read
+from maskunet_core.training.base import BaseModel
+from maskunet_core.training.seeds import seeded
 
-from ..base import BaseModel, sample_pictures
-from ..files import replacing
-from ..seeds import seeded
+from ..base import sample_pictures
 from ..toy.data import LatentSet, ToyData
 from ..toy.world import Caption, render, sample_captioned
 from .plan import Scale

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..files import replacing
+from maskunet_core.replacing import replacing
+
 from ..job_board import folder_of
 from .jobs import STRIP
 from .plan import ARMS, Scale, Task

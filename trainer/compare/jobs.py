@@ -15,16 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.replacing import replacing
 from maskunet_core.toy.model import WEIGHTS, load_reader, read_weights
+from maskunet_core.training.base import BaseModel
+from maskunet_core.training.run import Diverged
+from maskunet_core.training.seeds import seeded
 
-from ..base import BaseModel, load_toy_base
+from ..base import load_toy_base
 from ..config import Config, to_toml_values
-from ..files import replacing
 from ..host import enter_host
 from ..job_board import folder_of, result_of, write_result
-from ..loop import Diverged, Run
+from ..loop import Run
 from ..run_folder import CannotResume
-from ..seeds import seeded
 from ..toy.data import ToyData, latent_set
 from .data import OLD_NOISE, FixedSplit, Sets, load_sets, make_sets, save_sets
 from .measure import change, losses, mask_grid, mask_map, mask_scores, picture_scores

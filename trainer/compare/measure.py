@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from maskunet_core.judges.frechet import Gaussian, frechet_distance
+from maskunet_core.replacing import replacing
 from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.vocabulary import COLOURS
+from maskunet_core.training.base import BaseModel
 
-from ..base import BaseModel, sample_pictures
+from ..base import sample_pictures
 from ..evaluate import KINDS, Protocol, accuracy_by_kind, held_out_losses, held_out_prompts, mean_and_error
-from ..files import replacing
 from ..sheets import to_image
 from ..toy.data import LatentSet
 from ..toy.world import Caption, Phrase

@@ -5,7 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from maskunet_core.replacing import replacing
+
 from ..job_board import result_of
 from ..tables import machine, to_markdown
 from .figures import write_figures

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from maskunet_core.toy.vocabulary import COLOURS, SHAPES
+from maskunet_core.training.seeds import seeded
 
-from ..seeds import seeded
 from ..toy.world import PIXELS, Scenes, describe, render, sample_scenes
 
 _ABOVE, _BELOW = (0.62, 0.50, 0.52), (0.38, 0.32, 0.36)

@@ -4,127 +4,21 @@ What is kept is named by all that it depends on (content, size, encoder): a chan
 nothing stale is ever found, and a preparation that was interrupted goes on where it stopped.
 """
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .buckets import Size, fit, nearest_bucket
+from maskunet_core.training.buckets import Size, fit, nearest_bucket
+from maskunet_core.training.data import BadData, EncodedPictures, EncodePicture, EncodeText, Sample, finite, sha256
+
 from .decoding import BadPicture, Record, decode_bytes, picture_size, read_bytes
-from .problems import NAMED, BadData
-from .store import TensorStore, key_of, sha256
-from .texts import stacked
+from .problems import NAMED
+from .store import TensorStore, key_of
 
 TEXTS_IN_MEMORY = 4096
-
-EncodePicture = Callable[[Tensor], Tensor]
-EncodeText = Callable[[str], dict[str, Tensor]]
-ReadTensors = Callable[[str], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prepared picture. content: hash of its file; latents: keys of upright and, with flips, mirrored; text: key."""
-
-    name: str
-    caption: str
-    content: str
-    shape: tuple[int, ...]
-    latents: tuple[str, ...]
-    text: str
-
-
-class CachedData:
-    """A prepared data set. skipped: (name, reason) of each broken picture."""
-
-    def __init__(
-        self,
-        samples: list[Sample],
-        empty: str,
-        read_latent: ReadTensors,
-        read_text: ReadTensors,
-        skipped: list[tuple[str, str]],
-    ):
-        """empty: key of the empty caption; read_latent, read_text: tensors by key."""
-        self.samples, self.skipped = samples, skipped
-        self._empty, self._read_latent, self._read_text = empty, read_latent, read_text
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @property
-    def names(self) -> list[str]:
-        return [sample.name for sample in self.samples]
-
-    @property
-    def captions(self) -> list[str]:
-        return [sample.caption for sample in self.samples]
-
-    @property
-    def digests(self) -> list[int]:
-        """A number for each picture with its caption, in rising order: it tells data sets apart."""
-        whole = {sha256(f"{sample.content} {sample.caption}".encode()) for sample in self.samples}
-        return sorted(int(digest[:15], 16) for digest in whole)
-
-    @cached_property
-    def buckets(self) -> list[Tensor]:
-        """The rows [N] of each shape of latents in use."""
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for row, sample in enumerate(self.samples):
-            rows.setdefault(sample.shape, []).append(row)
-        return [torch.tensor(rows[shape]) for shape in sorted(rows)]
-
-    def latents(self, rows: Tensor, flips: Tensor | None = None) -> Tensor:
-        """[B, C, h, w] in fp32. rows: [B] of one bucket; flips: [B] bool, where the mirrored picture is wanted.
-
-        Raises ValueError for flips of data that was prepared without, BadData where the cache was damaged meanwhile.
-        """
-        turned = [False] * len(rows) if flips is None else flips.tolist()
-        samples = [self.samples[row] for row in rows.tolist()]
-        if any(turned) and any(len(sample.latents) < 2 for sample in samples):
-            raise ValueError("Mirrored latents are asked for, but the data was prepared without flips.")
-        keys = [sample.latents[int(flip)] for sample, flip in zip(samples, turned)]
-        return torch.stack([self._read_latent(key)["latent"].float() for key in keys])
-
-    def conditions(self, rows: Tensor, dropped: Tensor) -> dict[str, Tensor]:
-        """The text encoder's tensors, each [B, ...], fp32 unless they are integers; of texts of unequal lengths as
-        `texts.stacked` has them.
-
-        rows: [B]; dropped: [B] bool, where the empty caption takes the caption's place. Raises BadData where the
-        cache was damaged meanwhile.
-        """
-        keys = [self._empty if drop else self.samples[row].text for row, drop in zip(rows.tolist(), dropped.tolist())]
-        texts = [self._read_text(key) for key in keys]
-        return stacked([{name: _single(value) for name, value in text.items()} for text in texts])
-
-    def split(self, held_out: int, seed: int) -> tuple["CachedData", "CachedData"]:
-        """(the rest, a held-out part of at least `held_out` pictures).
-
-        Chosen by the hash of a picture's content: where pictures are added, none that was trained on before becomes
-        held out. Copies of a picture stay together. Raises BadData where nothing is left to train on.
-        """
-        copies = Counter(sample.content for sample in self.samples)
-        chosen, count = set(), 0
-        for content in sorted(copies, key=lambda content: sha256(f"{seed} {content}".encode())):
-            if count >= held_out:
-                break
-            chosen.add(content)
-            count += copies[content]
-        if count == len(self):
-            raise BadData(
-                f"Holding out {held_out} of {len(self)} pictures ({len(copies)} of them different) leaves none to "
-                "train on: hold out fewer (validation.pictures), or add pictures."
-            )
-        rest = [sample for sample in self.samples if sample.content not in chosen]
-        return self._part(rest), self._part([sample for sample in self.samples if sample.content in chosen])
-
-    def _part(self, samples: list[Sample]) -> "CachedData":
-        return CachedData(samples, self._empty, self._read_latent, self._read_text, self.skipped)
 
 
 @torch.no_grad()
@@ -140,7 +34,7 @@ def prepare(
     flip: bool,
     broken_limit: float,
     progress: bool = True,
-) -> CachedData:
+) -> EncodedPictures:
     """Encodes what is not in the cache yet, and gives access to all of it. Interrupted, it loses the current item.
 
     sizes: of the buckets; encode_picture: [3, H, W] in [0, 1] to a latent [C, ..., h, w]; encode_text: a caption to its
@@ -167,7 +61,7 @@ def prepare(
     _prepare_texts(captions, texts, encode_text, progress)
     # A text embedding is large and comes up again in every epoch; a latent is small.
     read_text = lru_cache(TEXTS_IN_MEMORY)(lambda key: _read(texts, key))
-    return CachedData(samples, empty, lambda key: _read(latents, key), read_text, skipped)
+    return EncodedPictures(samples, empty, lambda key: _read(latents, key), read_text, skipped)
 
 
 def _prepare_picture(
@@ -188,7 +82,7 @@ def _prepare_picture(
     for place, (key, flip) in enumerate(zip(keys, mirrored)):
         if found[place] is None:
             latent = {"latent": encode(picture.flip(-1) if flip else picture)}
-            found[place] = store.write(key, _finite(latent, f"The latent of '{record.name}'"))
+            found[place] = store.write(key, finite(latent, f"The latent of '{record.name}'"))
     return keys, content, tuple(found[0]["latent"].shape)
 
 
@@ -198,7 +92,7 @@ def _prepare_texts(captions: dict[str, str], store: TensorStore, encode: EncodeT
     for key, caption in tqdm(captions.items(), desc="captions", mininterval=1, disable=not progress):
         text = store.read(key)
         if text is None:
-            text = store.write(key, _finite(encode(caption), f"The text embedding of '{caption}'"))
+            text = store.write(key, finite(encode(caption), f"The text embedding of '{caption}'"))
         shapes = {name: tuple(tensor.shape[1:]) for name, tensor in text.items()}
         expected = expected or shapes
         if shapes != expected:
@@ -222,16 +116,6 @@ def _require_enough(left: int, skipped: list[tuple[str, str]], limit: float) -> 
         f"{len(skipped)} of {total} pictures ({share:.1%}) cannot be read, {bound}: {named}{more}. "
         "Repair or remove them, or raise data.broken_limit where enough others are left."
     )
-
-
-def _finite(tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise BadData(f"{what} holds values that are not finite: run its encoder in fp32.")
-    return tensors
-
-
-def _single(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _read(store: TensorStore, key: str) -> dict[str, Tensor]:

@@ -1,12 +1,6 @@
 """How problems of a data set are told: all at once, in sentences."""
 
-from maskunet_core.errors import MaskUNetError
-
 NAMED = 10  # of one kind; further ones are counted
-
-
-class BadData(MaskUNetError):
-    """Every problem of a data set, a line each."""
 
 
 class Problems:

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from maskunet_core.training.data import BadData
+
 from ..files import user_path
 from .columns import disk_records, parquet_records
 from .decoding import Record
 from .folders import METADATA, PICTURES, folder_records
-from .problems import BadData, Problems
+from .problems import Problems
 from .shards import shard_records
 
 ON_DISK = ("dataset_dict.json", "dataset_info.json", "state.json")

@@ -1,15 +1,14 @@
 """Tensors on disk by key: written in one go, checked when read."""
 
-import hashlib
 import json
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..files import replacing
+from maskunet_core.replacing import replacing
+from maskunet_core.training.data import compact, sha256
 
 FORMAT_VERSION = "1"
 
@@ -17,11 +16,6 @@ FORMAT_VERSION = "1"
 def key_of(*parts: str | int | bool) -> str:
     """A key that differs wherever a part, their number or this file's format differs."""
     return sha256(json.dumps([FORMAT_VERSION, *parts]).encode())
-
-
-def sha256(data: bytes) -> str:
-    """As 64 hexadecimal digits."""
-    return hashlib.sha256(data).hexdigest()
 
 
 class TensorStore:
@@ -49,19 +43,11 @@ class TensorStore:
 
     def write(self, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Stores tensors, fp32 as fp16 unless a value overflows. Returns them as they are stored."""
-        compact = {name: _compact(tensor) for name, tensor in tensors.items()}
-        data = save(compact, {"key": key, "sha256": _checksum(save(compact))})
+        kept = {name: compact(tensor) for name, tensor in tensors.items()}
+        data = save(kept, {"key": key, "sha256": _checksum(save(kept))})
         with replacing(self.path(key)) as temporary:
             temporary.write_bytes(data)
-        return compact
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().to("cpu", copy=True).contiguous()
-    if tensor.dtype not in (torch.float32, torch.float64):
-        return tensor
-    half = tensor.half()
-    return half if bool(half.isfinite().all()) else tensor.float()
+        return kept
 
 
 def _header(data: bytes) -> dict:

@@ -11,8 +11,8 @@ from maskunet_core.files import checkpoint
 from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.seam.attach import attach, structure_of
 from maskunet_core.seam.layers import masked, modules_of
+from maskunet_core.training.base import BaseModel, checkpointed, load_for_training
 
-from ..base import BaseModel, checkpointed, load_for_training
 from ..config import Config
 from ..host import GENERATORS, model_file
 from .word import MARK, LearnedWord

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batches import Batch
-from ..objective import DiffusionObjective
-from ..seeds import seeded
-from ..validate import Validator
+from maskunet_core.training.batches import Batch
+from maskunet_core.training.objective import DiffusionObjective
+from maskunet_core.training.seeds import seeded
+from maskunet_core.training.validate import Validator
+
 from .pictures import ROW, DescribedPictures
 from .relation import Steering, importance
 from .word import LearnedWord

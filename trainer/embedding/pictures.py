@@ -5,9 +5,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..base import BaseModel
+from maskunet_core.training.base import BaseModel
+from maskunet_core.training.data import EncodedPictures
+
 from ..config import Config
-from ..data.cache import CachedData
 from ..pictures import encoded, picture_sizes
 from .texts import scan_texts
 
@@ -35,7 +36,7 @@ class DescribedPictures:
     from which no word is learned.
     """
 
-    def __init__(self, data: CachedData, mirrors: bool, drops: bool):
+    def __init__(self, data: EncodedPictures, mirrors: bool, drops: bool):
         self.data, self.mirrors, self.drops = data, mirrors, drops
         self.digests, self.buckets = data.digests, data.buckets
         self.texts = [caption.split("\n") for caption in data.captions]

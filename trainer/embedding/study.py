@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskunet_core.replacing import replacing
 from maskunet_core.toy.judge import read
 from maskunet_core.toy.model import WEIGHTS, load_reader
+from maskunet_core.training.seeds import seeded
 
 from ..base import load_toy_base, sample_pictures
 from ..config import Config
 from ..config_file import parse_config
-from ..files import replacing
 from ..loop import Run
-from ..seeds import seeded
 from ..tables import write_table
 from ..train import load_data, make_accelerator
 from .toy import DIAGONAL, lesson, shows, text_of

@@ -10,10 +10,10 @@ from torch import Tensor
 from maskunet_core.toy.judge import fully_right
 from maskunet_core.toy.readers import Reading
 from maskunet_core.toy.vocabulary import COLOURS, SHAPES, SIZES
+from maskunet_core.training.seeds import seeded
 
 from ..config import Config
 from ..data.decoding import Record
-from ..seeds import seeded
 from ..sheets import to_image
 from ..toy.world import CELL, PIXELS, PLACES, Caption, Scenes, describe, render, sample_scenes
 from .word import MARK

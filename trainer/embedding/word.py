@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.replacing import replacing
 from maskunet_core.seam.shadow import Shadowed
+from maskunet_core.training.base import BaseModel, UnfitEmbedding
 
-from ..base import BaseModel, UnfitEmbedding
-from ..files import replacing
 from ..summary import told_training
 
 MARK = "{}"

@@ -6,7 +6,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from ..files import replacing
+from maskunet_core.replacing import replacing
+
 from .plan import SHOWN
 
 COLUMNS = 8

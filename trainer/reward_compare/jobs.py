@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from maskunet_core.judges.frechet import Gaussian, frechet_distance
+from maskunet_core.replacing import replacing
 
-from ..files import replacing
 from ..host import enter_host
 from ..job_board import folder_of, result_of, write_result
 from ..toy.held_out import TABLE, held_out_prompts

@@ -23,8 +23,8 @@ from maskunet_core.search.run import search_images
 from maskunet_core.search.settings import PRESETS, SearchSettings
 from maskunet_core.toy.captions import Caption
 from maskunet_core.toy.model import WEIGHTS
+from maskunet_core.training.base import FLOW_SAMPLER
 
-from ..base import FLOW_SAMPLER
 from ..toy.bodies import TRANSFORMER_CFG, TRANSFORMER_STEPS
 from .rivals import drawn_plainly, optimised_noise, steered
 from .stage import Sampling, Stage

@@ -8,8 +8,8 @@ from torch import Tensor
 from maskunet_core.seam.gradients import LeanGraph
 from maskunet_core.seam.sampling import step_of
 from maskunet_core.toy.captions import Caption
+from maskunet_core.training.seeds import seeded
 
-from ..seeds import seeded
 from ..toy.transformer import norms_on_copies
 from .stage import Stage
 

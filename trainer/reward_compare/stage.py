@@ -20,9 +20,10 @@ from maskunet_core.toy.captions import Caption
 from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.model import load_reader
 from maskunet_core.toy.readers import Reading
+from maskunet_core.training.base import BaseModel
+from maskunet_core.training.seeds import seeded
 
-from ..base import BaseModel, load_toy_base
-from ..seeds import seeded
+from ..base import load_toy_base
 from ..toy.held_out import real_pictures
 
 

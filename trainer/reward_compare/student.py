@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from maskunet_core.replacing import replacing
 from maskunet_core.toy.captions import Caption
+from maskunet_core.training.seeds import seeded
 
-from ..files import replacing
-from ..seeds import seeded
 from ..toy.train import fit, trainable_unet
 from ..toy.world import sample_captioned
 from .stage import Sampling, Stage, tokens_of

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import BaseModel
+from maskunet_core.training.base import BaseModel
+from maskunet_core.training.texts import stacked
+
 from ..config import TOY_RESOLUTION, Config
-from ..data.texts import stacked
 
 
 def picture_side(config: Config) -> int:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import load_for_training
-from ..batches import Batch
-from ..data.buckets import Order
-from ..seeds import seeded
+from maskunet_core.training.base import load_for_training
+from maskunet_core.training.batches import Batch
+from maskunet_core.training.buckets import Order
+from maskunet_core.training.seeds import seeded
+
 from .drawing import Drawing
 from .prompts import Prompts
 from .scorer import Scorer

@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.toy.captions import UnreadablePrompt, parse
+from maskunet_core.training.seeds import seeded
 
 from ..config import TOY, Config
 from ..data.decoding import decode_text
 from ..pictures import read_data, tell_cut
-from ..seeds import seeded
 from .toy import toy_prompts
 
 SHOWN = 40

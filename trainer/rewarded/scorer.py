@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from maskunet_core.rewards.reward import WORK, CombinedReward, Reward
+from maskunet_core.training.base import fitting
 
-from ..base import fitting
 from ..config import TOY
 from ..host import REWARD, model_file
 

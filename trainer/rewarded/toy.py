@@ -8,8 +8,8 @@ from maskunet_core.rewards.toy import SIZE, log_probability
 from maskunet_core.toy.captions import parse
 from maskunet_core.toy.judge import fully_right
 from maskunet_core.toy.model import load_reader
+from maskunet_core.training.seeds import seeded
 
-from ..seeds import seeded
 from ..toy.held_out import TUNING, held_out_prompts
 from ..toy.world import sample_captioned
 

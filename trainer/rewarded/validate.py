@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..base import load_for_training
-from ..seeds import seeded
+from maskunet_core.training.base import load_for_training
+from maskunet_core.training.seeds import seeded
+
 from .drawing import Drawing
 from .prompts import Prompts
 from .scorer import Scorer

@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from maskunet_core.toy.model import load_reader
+from maskunet_core.training.base import BaseModel
 
-from ..base import BaseModel, load_toy_base, sample_pictures
+from ..base import load_toy_base, sample_pictures
 from ..evaluate import Protocol, held_out_prompts, judge_pictures
 from ..tables import write_table
 

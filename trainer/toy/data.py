@@ -51,7 +51,7 @@ class ToyData:
     """
 
     digests: list[int] = []
-    """As `CachedData` has them; of these none, since a seed makes the same pictures each time."""
+    """As `EncodedPictures` has them; of these none, since a seed makes the same pictures each time."""
 
     def __init__(self, latents: LatentSet, encode_tokens: Callable[[Tensor], Tensor]):
         self._set = latents

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from maskunet_core.toy.captions import Caption
+from maskunet_core.training.seeds import seeded
 
-from ..seeds import seeded
 from .world import render, sample_captioned
 
 KINDS = ("two", "relation")

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.replacing import replacing
+from maskunet_core.torch_file import read_torch, write_torch
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.autoencoder import ToyAutoencoder
 from maskunet_core.toy.model import TEXT_CONFIG, UNET_CONFIG, load_autoencoder, text_model_class
 from maskunet_core.toy.readers import AttentiveReader, ConvolutionalReader
+from maskunet_core.training.schedules import learning_rate_factor
+from maskunet_core.training.seeds import seeded
 
 from ..evaluate import Protocol, evaluate
-from ..files import replacing
 from ..host import cpu_has_bf16
-from ..schedules import learning_rate_factor
-from ..seeds import seeded
-from ..torch_files import read_torch, write_torch
 from .data import LatentSet, latent_set
 from .muon import Muon
 from .world import Scenes, render, sample_scenes

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from maskunet_core.replacing import replacing
+from maskunet_core.torch_file import read_torch, write_torch
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.model import ROW_SCALE, TRANSFORMER_CONFIG, WEIGHTS, load_autoencoder, read_weights
+from maskunet_core.training.seeds import seeded
 
 from ..evaluate import Protocol
-from ..files import replacing
-from ..seeds import seeded
-from ..torch_files import read_torch, write_torch
 from .bodies import compare_bodies
 from .data import LatentSet, latent_set
 from .train import add_scores, fit, is_done, is_scored, trainable_text_model

@@ -6,11 +6,11 @@ import torch
 from maskunet_core.toy.judge import read
 from maskunet_core.toy.model import load_reader
 from maskunet_core.toy.vocabulary import COLOURS, SHAPES, SIZES
+from maskunet_core.training.seeds import seeded
 from tests.trainer.embedding.learned_words import RELATION, config_of, make_run
 from trainer.embedding.relation import Steering, importance, negative_ids, steering_loss
 from trainer.embedding.texts import LISTS, lines_of
 from trainer.embedding.toy import DIAGONAL, lesson, shows, text_of
-from trainer.seeds import seeded
 from trainer.toy.world import render
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.base import BaseModel, UnfitEmbedding
+from maskunet_core.training.base import BaseModel, UnfitEmbedding
 from trainer.embedding.word import BadText, LearnedWord, differentiable, word_of
 
 

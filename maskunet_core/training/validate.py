@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from .data.texts import by_length
 from .seeds import seeded
+from .texts import by_length
 
 DRAWS = 4
 """Noises and timesteps per held-out picture."""
@@ -58,7 +57,7 @@ class Validator:
         losses = []
         turns = [(bucket, turn) for bucket in self.held_out.buckets for turn in range(DRAWS)]
         done = 0
-        for bucket, turn in tqdm(turns, desc="validate", leave=False, mininterval=1, disable=not self._shown):
+        for bucket, turn in self.run.shown(turns, "validate"):
             for rows in bucket.split(self._batch):
                 timesteps = self._timesteps[done : done + len(rows)]
                 losses.append(self._loss(rows, timesteps, seeded(34, self.run.config.seed, turn, done), acting))
@@ -85,10 +84,6 @@ class Validator:
     def _batch(self) -> int:
         return max(1, self.run.config.loop.batch // self.run.config.loop.accumulate)
 
-    @property
-    def _shown(self) -> bool:
-        return self.run.accelerator.is_main_process
-
     @staticmethod
     def better(found: dict[str, float], best: dict[str, float] | None) -> bool:
         """Whether the first is a better result of `measure`; NaN, where no held-out loss is finite, is never."""
@@ -105,7 +100,7 @@ class Validator:
         losses = self._losses(acting=True)
         finite = losses.isfinite() & self._base.isfinite()
         if not finite.all():
-            self.run.log.warn(
+            self.run.warn(
                 f"Validation at step {self.run.step}: {int((~finite).sum())} of {len(finite)} held-out losses are not "
                 "finite and left out."
             )

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
-from maskunet_core.errors import MaskUNetError
-
-from .files import replacing
+from .errors import MaskUNetError
+from .replacing import replacing
 
 
 class Damaged(MaskUNetError):

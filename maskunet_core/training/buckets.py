@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..seeds import seeded
+from .seeds import seeded
 
 Size = tuple[int, int]  # (width, height), as Pillow has it
 

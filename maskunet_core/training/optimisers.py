@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from maskunet_core.errors import MaskUNetError
+from ..errors import MaskUNetError
 
 
 class UnknownOptimiser(MaskUNetError):

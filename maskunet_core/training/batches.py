@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskunet_core.errors import MaskUNetError
-
-from .config import Config
-from .data.buckets import Order
-from .data.texts import by_length, joined
+from ..errors import MaskUNetError
+from .buckets import Order
 from .seeds import seeded
+from .settings import Settings
+from .texts import by_length, joined
 
 
 class UnfitPrior(MaskUNetError):
@@ -71,7 +70,7 @@ class Batches:
     shape of latents in `data`; None for none. Raises UnfitPrior.
     """
 
-    def __init__(self, data: Any, config: Config, timesteps: int, prior: Any = None):
+    def __init__(self, data: Any, config: Settings, timesteps: int, prior: Any = None):
         self.data, self.prior, self.config, self.timesteps = data, prior, config, timesteps
         batch = config.loop.batch
         self._of_class = 0
