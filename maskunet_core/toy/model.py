@@ -15,6 +15,8 @@ from .autoencoder import ToyAutoencoder
 from .readers import AttentiveReader, ConvolutionalReader
 
 WEIGHTS = Path(__file__).with_name("weights")
+EMBEDDINGS = Path(__file__).with_name("embeddings")
+"""Learned words that ship. Only the toy's text encoder finds them: no other has vectors of their width."""
 FAMILY = "MaskUNetToy"
 
 TEXT_CONFIG = {
@@ -165,7 +167,7 @@ def _load_clip(directory: Path | None):
     tensors, _ = read_weights("text_encoder", directory)
     target = comfy.supported_models_base.ClipTarget(ClipTokenizer, Clip)
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    folders = folder_paths.get_folder_paths("embeddings")
+    folders = [*folder_paths.get_folder_paths("embeddings"), str(EMBEDDINGS)]
     return comfy.sd.CLIP(target, folders, parameters=parameters, state_dict=[tensors])
 
 

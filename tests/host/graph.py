@@ -19,6 +19,8 @@ TEMPLATES = {
     "inspect": "MaskUNet 9 - inspect masks",
     "attention_guidance": "MaskUNet 10 - attention guidance",
     "check_and_compare": "MaskUNet 11 - check and compare",
+    "video": "MaskUNet 13 - video",
+    "learned_word": "MaskUNet 14 - learned word",
     "sd15_best_of_6": "MaskUNet SD 1.5 - best of 6",
     "sd15_reward_sampler": "MaskUNet SD 1.5 - reward sampler",
     "sd15_random_masks": "MaskUNet SD 1.5 - random masks",

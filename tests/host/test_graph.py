@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from maskunet_core.search.settings import PRESETS
+from maskunet_core.toy.model import EMBEDDINGS
 from tests.host.graph import (
     BLUEPRINTS,
     BYPASSED,
@@ -161,6 +162,17 @@ def test_files_that_do_not_ship_come_with_their_address(name):
         assert model["url"].startswith("https://")
         assert f"({model['url']})" in note
         assert f"`models/{model['directory']}`" in note
+
+
+def test_learned_words_in_prompts_ship():
+    prompts = " ".join(
+        str(node["widgets_values"])
+        for name in SHIPPED
+        for node in load_workflow(name)["nodes"]
+        if node["type"] == "CLIPTextEncode"
+    )
+    named = set(re.findall(r"embedding:(\w+)", prompts))
+    assert named == {path.stem for path in EMBEDDINGS.iterdir()}
 
 
 def nodes_that_ship() -> dict[str, list[dict]]:

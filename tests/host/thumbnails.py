@@ -85,6 +85,16 @@ THUMBNAILS = {
         )
     ),
     "check_and_compare": Thumbnail((("the same noises without masks and with", "Save pairs"),)),
+    "video": Thumbnail(
+        (("frames of a video", "Save frames"), ("with masks found on its first", "Save frames with masks"))
+    ),
+    "learned_word": Thumbnail(
+        (
+            ("the word it began with", "Save with the start"),
+            ("learned from ten pictures", "Save with the word"),
+            ("with masks, at half the price", "Save with masks"),
+        )
+    ),
     "sd15_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "a black ring and a yellow cross", 1, 1),
     "sd15_reward_sampler": Thumbnail(_SEARCH, "reward_sampler", text="a red circle and a green triangle", seed=2),
     "sd15_random_masks": Thumbnail(_RANDOM, "random_masks", text="a yellow star", seed=1),

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from maskunet_core.toy.model import load_toy_model, read_weights
-from maskunet_core.toy.vocabulary import encode_padded
+from maskunet_core.toy.judge import present_pairs, read
+from maskunet_core.toy.model import load_reader, load_toy_model, read_weights
+from maskunet_core.toy.vocabulary import encode_padded, pair_name
 
 
 @pytest.fixture(scope="module", params=["unet", "transformer"])
@@ -203,3 +204,15 @@ def test_image_to_image_and_inpainting(toy):
     )  # fmt: skip
     torch.testing.assert_close(result[..., :4], latent[..., :4], rtol=0, atol=1e-4)
     assert (result[..., 4:] - latent[..., 4:]).abs().max() > 0.1
+
+
+def test_the_learned_word_that_ships_is_found_and_draws_what_it_was_taught(toy):
+    model, clip, vae = toy
+    seen = []
+    for text in ("a red embedding:toy_star", "a red a"):
+        latents = ksampler(model, clip, "ddim", steps=10, batch=6, text=text)
+        reading = read(load_reader("reader_b"), vae.decode(latents).movedim(-1, 1).clamp(0, 1))
+        seen.append([[pair_name(pair) for pair in present_pairs(reading, number)] for number in range(6)])
+    learned, start = (found.count(["red star"]) for found in seen)
+    assert learned >= 5
+    assert start == 0
