@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from .drawing import Pair
 from .folder import RunFolder
 from .published import of_base
 from .repeat import commands_of
+from .suites import Prompt
 from .verdicts import Difference, Measure, Verdicts
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -135,13 +137,14 @@ def _pictures(run: RunFolder, found: Sequence[Verdicts], scores: Sequence[Key]) 
     """scores: in the order in which they are offered."""
     pairs = sorted({pair for one in found for pair in one.pairs})
     there = [pair for pair in pairs if any(one.folder.picture(pair).is_file() for one in found)]
+    prompts = run.prompts
     chosen, samples = _chosen(found, there, scores[:1], max(1, PICTURES // len(found)))
     return {
         "scores": [{"name": f"{judge}: {name}", "whole": _is_whole(found, (judge, name))} for judge, name in scores],
         "counts": [{one.method: _counts(found[0], one, key) for one in found[1:]} for key in scores],
         "total": len(pairs),
         "samples": samples,
-        "rows": [_row(run, found, scores, pair) for pair in chosen],
+        "rows": [_row(prompts[pair[0]], found, scores, pair) for pair in chosen],
     }
 
 
@@ -183,13 +186,14 @@ def _is_right_or_wrong(table: Tensor) -> bool:
 
 def _counts(base: Verdicts, other: Verdicts, key: Key) -> dict[str, int]:
     """Of how many pictures of the whole run either scores higher."""
-    both = [(_score(base, key, pair), _score(other, key, pair)) for pair in base.pairs]
-    gaps = [mine - of_base for of_base, mine in both if None not in (of_base, mine)]
-    return {"base": sum(gap < 0 for gap in gaps), "other": sum(gap > 0 for gap in gaps), "both": len(gaps)}
+    of_base, mine = (one.scores.get(key, torch.empty(len(one.run.prompts), 0)) for one in (base, other))
+    images = min(of_base.shape[1], mine.shape[1])
+    gaps = mine[:, :images] - of_base[:, :images]
+    found = {"base": gaps < 0, "other": gaps > 0, "both": gaps.isfinite()}
+    return {name: int(pictures.sum()) for name, pictures in found.items()}
 
 
-def _row(run: RunFolder, found: Sequence[Verdicts], scores: Sequence[Key], pair: Pair) -> dict[str, Any]:
-    prompt = run.prompts[pair[0]]
+def _row(prompt: Prompt, found: Sequence[Verdicts], scores: Sequence[Key], pair: Pair) -> dict[str, Any]:
     shots = [_shot(one, scores, pair) for one in found]
     return {"prompt": prompt.text, "task": prompt.task, "place": list(pair), "shots": shots}
 
