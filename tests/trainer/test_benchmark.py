@@ -365,6 +365,8 @@ def test_the_page_shows_pictures_that_only_one_method_has_right_without_a_networ
         assert PAINTED in figures.first.inner_text()
         assert figures.first.locator("img").evaluate("image => image.naturalWidth") == 64
 
+        assert opened.locator("label", has=opened.locator("#task")).is_visible()
+        assert not opened.locator("label", has=opened.locator("#score")).is_visible(), "there is one score alone"
         opened.select_option("#other", label="generator:g.safetensors")
         only_base, only_ours = (opened.locator(f"#filters [data-show={side}]") for side in ("base", "other"))
         assert only_base.inner_text() == "only base right (1 of 10)"

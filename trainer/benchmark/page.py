@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from .drawing import Pair
 from .folder import RunFolder
 from .published import of_base
 from .repeat import commands_of
+from .suites import Prompt
 from .verdicts import Difference, Measure, Verdicts
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -32,8 +34,11 @@ _DATA = "{{ run }}"
 """What the template has where the run is told."""
 PICTURES, SIDE = 480, 224
 """Pictures in a page at most, and their longer side in pixels: some 10 MB."""
+Key = tuple[str, str]
+"""Judge and measure."""
 _DISTANCES = {distance.name for distance in DISTANCES}
-_FID = "fid-"
+_USED_BY = {f"fid-{name}": protocol.used_by for name, protocol in PROTOCOLS.items()}
+_USED_BY |= {"fd-dinov2": "dgm-eval", "cmmd": "cmmd-pytorch"}
 
 
 def write_page(
@@ -44,14 +49,17 @@ def write_page(
     signatures: Sequence[str],
 ) -> Path:
     """found: of each method, the base first."""
+    # Right or wrong is what people look for first.
+    scores = sorted(found[0].scores, key=lambda key: not _is_whole(found, key))
+    changes = sorted(changes, key=lambda one: [*scores, (one.judge, one.name)].index((one.judge, one.name)))
     told = {
         "suite": run.settings["suite"],
         "compared": _compared(run, found),
         "methods": [one.method for one in found],
         "answers": [_answer(one, values) for one in changes],
-        "measures": _bars(values),
+        "measures": [_bars(key, values) for key in scores],
         "distances": _distances(run, values, changes),
-        "pictures": _pictures(run, found),
+        "pictures": _pictures(run, found, scores),
         "signatures": list(signatures),
         "commands": commands_of(run),
     }
@@ -93,13 +101,9 @@ def _answer(change: Difference, values: Sequence[Measure]) -> dict[str, Any]:
     }
 
 
-def _bars(values: Sequence[Measure]) -> list[dict[str, Any]]:
-    """Of each score, of all tasks together and of each, a bar for each method."""
-    measures = dict.fromkeys((one.judge, one.name) for one in values if one.name not in _DISTANCES)
-    return [_bars_of(*key, [one for one in values if (one.judge, one.name) == key]) for key in measures]
-
-
-def _bars_of(judge: str, name: str, values: Sequence[Measure]) -> dict[str, Any]:
+def _bars(key: Key, values: Sequence[Measure]) -> dict[str, Any]:
+    """Of a score, of all tasks together and of each, a bar for each method."""
+    values = [one for one in values if (one.judge, one.name) == key]
     tasks = [{"all": one.whole, **one.tasks} for one in values]
     groups = []
     for task in tasks[0]:
@@ -110,67 +114,67 @@ def _bars_of(judge: str, name: str, values: Sequence[Measure]) -> dict[str, Any]
             if math.isfinite(one.mean)
         ]
         groups += [{"task": task, "bars": bars}] if bars else []
-    return {"judge": judge, "name": name, "groups": groups}
+    return {"judge": key[0], "name": key[1], "groups": groups}
 
 
 def _distances(run: RunFolder, values: Sequence[Measure], changes: Sequence[Difference]) -> dict[str, Any]:
     """All protocols side by side, a row each and a cell for each method."""
-    differences = {(one.judge, one.name, one.method): one for one in changes}
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    differences = {(one.judge, one.name, one.method): one.row["all"] for one in changes}
+    rows: dict[Key, dict[str, Any]] = {}
     for one in values:
         if one.name in _DISTANCES:
-            protocol = PROTOCOLS.get(one.judge.removeprefix(_FID))
-            names = {"judge": one.judge, "name": one.name, "used": protocol.used_by if protocol else ""}
-            change = differences.get((one.judge, one.name, one.method))
-            cell = {"text": str(one.whole), "difference": change.row["all"] if change else ""}
-            rows.setdefault((one.judge, one.name), {**names, "cells": {}})["cells"][one.method] = cell
-    paper = of_base(run.settings["suite"])
-    return {"rows": list(rows.values()), "paper": paper}
+            names = {"judge": one.judge, "name": one.name, "used": _USED_BY.get(one.judge, ""), "cells": {}}
+            cell = {"text": str(one.whole), "difference": differences.get((one.judge, one.name, one.method), "")}
+            rows.setdefault((one.judge, one.name), names)["cells"][one.method] = cell
+    order = sorted(rows, key=lambda key: (key[1], key[0]))
+    return {"rows": [rows[key] for key in order], "paper": of_base(run.settings["suite"])}
 
 
 # Pictures ----------------------------------------------------------------------------------------------------
 
 
-def _pictures(run: RunFolder, found: Sequence[Verdicts]) -> dict[str, Any]:
-    scores = list(found[0].scores)
+def _pictures(run: RunFolder, found: Sequence[Verdicts], scores: Sequence[Key]) -> dict[str, Any]:
+    """scores: in the order in which they are offered."""
     pairs = sorted({pair for one in found for pair in one.pairs})
     there = [pair for pair in pairs if any(one.folder.picture(pair).is_file() for one in found)]
-    chosen, samples = _chosen(found, there, max(1, PICTURES // len(found)))
+    prompts = run.prompts
+    chosen, samples = _chosen(found, there, scores[:1], max(1, PICTURES // len(found)))
     return {
         "scores": [{"name": f"{judge}: {name}", "whole": _is_whole(found, (judge, name))} for judge, name in scores],
         "counts": [{one.method: _counts(found[0], one, key) for one in found[1:]} for key in scores],
         "total": len(pairs),
         "samples": samples,
-        "rows": [_row(run, found, scores, pair) for pair in chosen],
+        "rows": [_row(prompts[pair[0]], found, scores, pair) for pair in chosen],
     }
 
 
-def _chosen(found: Sequence[Verdicts], pairs: Sequence[Pair], most: int) -> tuple[list[Pair], int]:
+def _chosen(
+    found: Sequence[Verdicts], pairs: Sequence[Pair], scores: Sequence[Key], most: int
+) -> tuple[list[Pair], int]:
     """Those that are shown, in their order, and how many of them are a fair sample: each of so many. The others are
-    those by whose first score a method and the base differ most."""
+    those on which a method and the base differ most by some scores."""
     if len(pairs) <= most:
         return list(pairs), len(pairs)
     samples = pairs[:: -(-len(pairs) // max(1, most // 2))]
-    gaps = {pair: max((abs(gap) for gap in _gaps(found, pair)), default=0.0) for pair in pairs}
+    gaps = {pair: max((abs(gap) for key in scores for gap in _gaps(found, key, pair)), default=0.0) for pair in pairs}
     others = sorted(set(pairs) - set(samples), key=lambda pair: (-gaps[pair], pair[1], pair[0]))
     return sorted([*samples, *others[: most - len(samples)]]), len(samples)
 
 
-def _gaps(found: Sequence[Verdicts], pair: Pair) -> list[float]:
-    """By the first score, each method minus the base, where both have been judged."""
-    key = next(iter(found[0].scores), None)
+def _gaps(found: Sequence[Verdicts], key: Key, pair: Pair) -> list[float]:
+    """Each method minus the base, where both have been judged."""
     of_base, *others = (_score(one, key, pair) for one in found)
     return [] if of_base is None else [other - of_base for other in others if other is not None]
 
 
-def _score(found: Verdicts, key: tuple[str, str] | None, pair: Pair) -> float | None:
+def _score(found: Verdicts, key: Key, pair: Pair) -> float | None:
     table = found.scores.get(key)
     if table is None or pair[1] >= table.shape[1] or not table[pair].isfinite():
         return None
     return float(table[pair])
 
 
-def _is_whole(found: Sequence[Verdicts], key: tuple[str, str]) -> bool:
+def _is_whole(found: Sequence[Verdicts], key: Key) -> bool:
     """Whether a score is right or wrong alone."""
     return all(_is_right_or_wrong(one.scores[key]) for one in found if key in one.scores)
 
@@ -180,20 +184,21 @@ def _is_right_or_wrong(table: Tensor) -> bool:
     return bool(((values == 0) | (values == 1)).all())
 
 
-def _counts(base: Verdicts, other: Verdicts, key: tuple[str, str]) -> dict[str, int]:
+def _counts(base: Verdicts, other: Verdicts, key: Key) -> dict[str, int]:
     """Of how many pictures of the whole run either scores higher."""
-    both = [(_score(base, key, pair), _score(other, key, pair)) for pair in base.pairs]
-    gaps = [mine - of_base for of_base, mine in both if None not in (of_base, mine)]
-    return {"base": sum(gap < 0 for gap in gaps), "other": sum(gap > 0 for gap in gaps), "both": len(gaps)}
+    of_base, mine = (one.scores.get(key, torch.empty(len(one.run.prompts), 0)) for one in (base, other))
+    images = min(of_base.shape[1], mine.shape[1])
+    gaps = mine[:, :images] - of_base[:, :images]
+    found = {"base": gaps < 0, "other": gaps > 0, "both": gaps.isfinite()}
+    return {name: int(pictures.sum()) for name, pictures in found.items()}
 
 
-def _row(run: RunFolder, found: Sequence[Verdicts], scores: Sequence[tuple[str, str]], pair: Pair) -> dict[str, Any]:
-    prompt = run.prompts[pair[0]]
+def _row(prompt: Prompt, found: Sequence[Verdicts], scores: Sequence[Key], pair: Pair) -> dict[str, Any]:
     shots = [_shot(one, scores, pair) for one in found]
     return {"prompt": prompt.text, "task": prompt.task, "place": list(pair), "shots": shots}
 
 
-def _shot(found: Verdicts, scores: Sequence[tuple[str, str]], pair: Pair) -> dict[str, Any] | None:
+def _shot(found: Verdicts, scores: Sequence[Key], pair: Pair) -> dict[str, Any] | None:
     """A method's picture with what was said of it, None where it is not there."""
     file = found.folder.picture(pair)
     if not file.is_file():
