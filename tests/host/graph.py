@@ -27,6 +27,8 @@ TEMPLATES = {
     "sdxl_best_of_6": "MaskUNet SDXL - best of 6",
     "sdxl_reward_sampler": "MaskUNet SDXL - reward sampler",
     "sdxl_random_masks": "MaskUNet SDXL - random masks",
+    "z_image_best_of_6": "MaskUNet Z-Image - best of 6",
+    "flux_best_of_6": "MaskUNet Flux - best of 6",
 }
 """The graphs that ship: short names, and the names of their files, which the template browser shows as titles."""
 SUBGRAPHS = PROJECT / "subgraphs"

@@ -146,6 +146,7 @@ SHIPPED_FILES = {
     "MaskUNetJudgeLoader": {"toy judge (bundled)"},
 }
 FILE_NODES = (*SHIPPED_FILES, "CheckpointLoaderSimple", "LoraLoader", "LoraLoaderModelOnly", "ControlNetLoader")
+FILE_NODES += ("UNETLoader", "CLIPLoader", "VAELoader")
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -100,6 +100,8 @@ THUMBNAILS = {
     "sd15_random_masks": Thumbnail(_RANDOM, "random_masks", text="a yellow star", seed=1),
     "sdxl_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "an orange cross right of a blue circle", 3, 1),
     "sdxl_reward_sampler": Thumbnail(_SEARCH, "reward_sampler", text="a green cross left of a red square", seed=5),
+    "z_image_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "a blue star and a white circle", 4, 1),
+    "flux_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "a purple triangle and a green ring", 2, 1),
     "sdxl_random_masks": Thumbnail(_RANDOM, "random_masks", text="a small green cross", seed=2),
 }
 TOY_MODEL = "toy_model"
