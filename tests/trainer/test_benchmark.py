@@ -113,7 +113,7 @@ def test_a_method_that_cannot_be_had_is_refused(text, told):
 
 def test_files_that_ship_are_found_by_their_names():
     for name in ("generator:toy_follows.safetensors", "masks:toy_example.safetensors"):
-        assert parse_method(name).parts[0].path.is_file()
+        assert parse_method(name).parts[0].find().is_file()
 
 
 def test_two_files_of_one_name_are_refused():

@@ -62,7 +62,8 @@ def test_the_lists_of_a_suite_are_known_by_their_digests(data):
 
 
 def test_check_names_every_missing_file_its_address_and_place(capsys):
-    arguments = parse(["benchmark", "check", "geneval", "--data", "no/such/folder"])
+    absent = ["--base", "no_base.safetensors", "--method", "lora:no_lora.safetensors"]
+    arguments = parse(["benchmark", "check", "geneval", "--data", "no/such/folder", *absent])
     arguments.run(arguments)
     told = capsys.readouterr().out
     for part in (
@@ -71,6 +72,8 @@ def test_check_names_every_missing_file_its_address_and_place(capsys):
         "743b7d99.pth (275 MB, https://download.openmmlab.com",
         "openai/clip-vit-large-patch14 (1.71 GB",
         "to models/judges",
+        "no_base.safetensors' does not exist",
+        "'no_lora.safetensors' does not exist",
     ):
         assert part in told
     with pytest.raises(BadSuite, match="name that by --data"):

@@ -2,8 +2,13 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from maskunet_core.errors import MaskUNetError
+
+from ..base_files import checkpoint_file
+from ..config import Base
 from .drawing import reward_files
 from .methods import Method
 from .plan import Plan
@@ -15,7 +20,7 @@ def check(
 ) -> list[str]:
     """Lines for people. One picture is drawn by each method, to tell the time. output: of the run. keep_all: see
     run_suite. Raises MaskUNetError."""
-    missing = plan.suite.missing(plan.data)
+    missing = [*plan.suite.missing(plan.data), *_missing_models(plan, methods)]
     notes = [*plan.suite.notes, *(f"Not needed, but used where it is there: {line}" for line in plan.suite.unused())]
     if missing:
         return ["Missing:", *missing, *notes, "Nothing was drawn; check again when all is there."]
@@ -30,3 +35,16 @@ def check(
         seconds = (time.monotonic() - began) / len(pairs)
         lines.append(f"{method}: {seconds:.2f} s a picture, {pictures * seconds / 3600:.1f} h")
     return [*lines, "All that is needed is there.", *notes]
+
+
+def _missing_models(plan: Plan, methods: Sequence[Method]) -> list[str]:
+    """A line for the base and for each method's file that is not there."""
+    base, told = Base(checkpoint=plan.base), []
+    finders = [] if base.is_toy else [partial(checkpoint_file, base)]
+    finders += [part.find for method in methods for part in method.parts]
+    for find in finders:
+        try:
+            find()
+        except MaskUNetError as error:
+            told.append(str(error))
+    return told

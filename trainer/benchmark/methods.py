@@ -37,8 +37,7 @@ class Part:
     file: str
     strength: float = 1.0
 
-    @property
-    def path(self) -> Path:
+    def find(self) -> Path:
         """Raises BadMethod."""
         path = model_file(FOLDERS[self.kind], self.file)
         if path is None:
@@ -54,14 +53,14 @@ class Part:
     def on(self, base: BaseModel) -> BaseModel:
         """The base with this part. Raises MaskUNetError where the file does not fit it."""
         if self.kind in ("lora", "full"):
-            patcher, clip = with_lora(base.patcher, base.clip, self.path, self.strength)
+            patcher, clip = with_lora(base.patcher, base.clip, self.find(), self.strength)
             return replace(base, patcher=patcher, clip=clip)
         if self.kind == "generator":
-            loaded = checkpoint.load(self.path)
+            loaded = checkpoint.load(self.find())
             loaded.require_fit(structure_of(base.patcher, loaded.targets))
             source = GeneratorMasks(loaded.generator)
         else:
-            masks = mask_file.load(self.path)
+            masks = mask_file.load(self.find())
             masks.require_fit(structure_of(base.patcher, masks.targets))
             source = RecordedSource(masks)
         return replace(base, patcher=attach(base.patcher, source, self.strength, 0.0, 1.0))
@@ -89,7 +88,7 @@ class Method:
 
     def record(self, rewards: dict[str, str]) -> dict[str, Any]:
         """What decides how the method draws. rewards: digests of what a search follows, by name."""
-        files = {str(part): file_digest(part.path) for part in self.parts}
+        files = {str(part): file_digest(part.find()) for part in self.parts}
         found = {"method": str(self), "files": files}
         return found | {"search": asdict(self.search), "rewards": rewards} if self.preset else found
 
