@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..maskunet_core.attention.grammar import parsers, sets_by_grammar
 from ..maskunet_core.attention.guidance import METHODS, PERCENT, PUBLISHED, AttentionGuidance, GuidanceSettings
 from ..maskunet_core.attention.maps import NoAttentionMaps, maps_of
 from ..maskunet_core.attention.words import PromptWords, read, sets_as_told, sets_in
@@ -17,6 +18,7 @@ from .sampler_trial import takes_up_changes
 from .types import WordsType
 
 _NOTHING = "No words were found that name things. Name them in `words`, for instance red > apple."
+_RULE = "simple rule"
 _TILE = 128
 """Pixels of a map's longer side, at least."""
 
@@ -44,6 +46,15 @@ class MaskUNetPromptWords(io.ComfyNode):
                     "red, small > apple; checkered > bowl; frog. Before > stand the words that describe, after it the "
                     "thing.",
                 ),
+                io.Combo.Input(
+                    "finder",
+                    options=[_RULE, *parsers()],
+                    default=_RULE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How words are found where `words` is empty. Beside the simple rule stand the parsers of "
+                    "spaCy that are installed in ComfyUI's Python; none is needed.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output("CONDITIONING", tooltip="The prompt, for the sampler's positive input."),
@@ -56,9 +67,13 @@ class MaskUNetPromptWords(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, text: str, words: str = "") -> io.NodeOutput:
+    def execute(cls, clip, text: str, words: str = "", finder: str = _RULE) -> io.NodeOutput:
         prompt = read(clip, text)
-        prompt = replace(prompt, sets=sets_as_told(prompt, words, clip) if words.strip() else sets_in(prompt.words))
+        if words.strip():
+            sets = sets_as_told(prompt, words, clip)
+        else:
+            sets = sets_in(prompt.words) if finder == _RULE else sets_by_grammar(prompt.words, finder)
+        prompt = replace(prompt, sets=sets)
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
         tell(prompt.text or _NOTHING, cls.hidden.unique_id)
         return io.NodeOutput(conditioning, prompt, prompt.text)

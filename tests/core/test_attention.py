@@ -211,6 +211,18 @@ def test_guided_runs_of_sd15_cost_126_and_46_passes():
     assert 25 * (look + 2) + 25 * 2 + 60 * look < 190
 
 
+@pytest.mark.parametrize(("method", "share", "looks"), [(METHODS[0], 0.5, 2), (METHODS[1], 1.0, 4)])
+def test_a_run_calls_the_network_once_more_for_one_branch_at_each_guided_step(scene, method, share, looks):
+    rows = []
+    entered = scene.model.model.diffusion_model.time_embed
+    counting = entered.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    scene.draw(scene.guided(GuidanceSettings(method, 5.0, share=share)))
+    counting.remove()
+    assert rows.count(2) == STEPS
+    assert rows.count(1) == looks
+    assert len(rows) == STEPS + looks
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_gradient_equals_central_differences(method):
     # What was made in inference mode cannot get another precision in place.
