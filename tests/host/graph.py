@@ -19,6 +19,7 @@ TEMPLATES = {
     "inspect": "MaskUNet 9 - inspect masks",
     "attention_guidance": "MaskUNet 10 - attention guidance",
     "check_and_compare": "MaskUNet 11 - check and compare",
+    "train_on_my_pictures": "MaskUNet 12 - train on my pictures",
     "sd15_best_of_6": "MaskUNet SD 1.5 - best of 6",
     "sd15_reward_sampler": "MaskUNet SD 1.5 - reward sampler",
     "sd15_random_masks": "MaskUNet SD 1.5 - random masks",

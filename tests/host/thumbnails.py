@@ -85,6 +85,9 @@ THUMBNAILS = {
         )
     ),
     "check_and_compare": Thumbnail((("the same noises without masks and with", "Save pairs"),)),
+    "train_on_my_pictures": Thumbnail(
+        (("what it learns from", "What it learns from"), ("before", "Save before"), ("after 80 steps", "Save after"))
+    ),
     "sd15_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "a black ring and a yellow cross", 1, 1),
     "sd15_reward_sampler": Thumbnail(_SEARCH, "reward_sampler", text="a red circle and a green triangle", seed=2),
     "sd15_random_masks": Thumbnail(_RANDOM, "random_masks", text="a yellow star", seed=1),

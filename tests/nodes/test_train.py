@@ -117,7 +117,7 @@ def test_the_command_line_makes_the_same_numbers_of_the_same_pictures(workshop, 
 
 
 def test_an_interrupt_saves_and_the_same_inputs_go_on_to_the_same_bits(workshop):
-    validated = {"held_out": 2}
+    validated = {"held_out": 1}
     _, whole, _ = workshop.train(**validated)
     before = workshop.scene.state()
     with watching(interrupting(2)), pytest.raises(INTERRUPT):
