@@ -17,8 +17,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        # A write names no file, and nobody knows the temporary one.
-        if error.filename is None or Path(error.filename) == temporary:
+        # A write names no file, and nobody knows the temporary one; of an error in words alone a name would hide them.
+        if error.errno is not None and (error.filename is None or Path(error.filename) == temporary):
             error.filename = str(path)
         raise
     finally:

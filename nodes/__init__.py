@@ -14,6 +14,7 @@ from .record_masks import MaskUNetMasksOfRun, MaskUNetRecordMasks
 from .reward_sampler import MaskUNetRewardSampler, MaskUNetRewardSamplerCustom
 from .rewards import MaskUNetRewardCombine, MaskUNetRewardLoader, MaskUNetRewardScore
 from .toy import MaskUNetToyModel
+from .train import MaskUNetTrain
 from .video import MaskUNetCrossFrame, MaskUNetVideoSampler
 
 
@@ -25,6 +26,7 @@ class MaskUNetExtension(ComfyExtension):
         return [
             MaskUNetLoader,
             MaskUNetApply,
+            MaskUNetTrain,
             MaskUNetRandomMask,
             MaskUNetRewardSampler,
             MaskUNetRewardSamplerCustom,

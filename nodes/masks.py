@@ -1,6 +1,5 @@
 """Recorded masks: apply them to a model, save them, load them."""
 
-import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -8,23 +7,22 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.files import mask_file
 from ..maskunet_core.records.recorded import RecordedMasks, RecordedSource
 from ..maskunet_core.seam.attach import attach, structure_of
 from .folders import MASKS, SAVED_MASKS, fingerprint
 from .node_text import tell
+from .saving import NumberedFiles
 from .types import MasksType, strength_input
 
 DEFAULT_PREFIX = f"{SAVED_MASKS}/maskunet"
-_MENDS = {
-    errno.ENAMETOOLONG: "Choose a shorter filename_prefix.",
-    errno.ENOSPC: "Free some space on that disk.",
-    errno.EDQUOT: "Free some of the space that you may use on that disk.",
-    errno.EACCES: "Make the output folder writable, or start ComfyUI with another --output-directory.",
-    errno.EROFS: "Make the output folder writable, or start ComfyUI with another --output-directory.",
-}
-"""What to do about errors of the system while a file is written."""
+OUTPUT = NumberedFiles(
+    folder_paths.get_output_directory,
+    place="the output folder",
+    input_name="filename_prefix",
+    example=DEFAULT_PREFIX,
+    unwritable="Make the output folder writable, or start ComfyUI with another --output-directory.",
+)
 
 
 def seeds_in_words(seeds: list[int]) -> str:
@@ -131,7 +129,8 @@ class MaskUNetSaveMasks(io.ComfyNode):
     @classmethod
     def execute(cls, masks: RecordedMasks, filename_prefix: str) -> io.NodeOutput:
         prefix = filename_prefix.replace("\0", "").strip()
-        path = _save(masks, prefix if prefix.strip("./\\ ") else DEFAULT_PREFIX)
+        prefix = prefix if prefix.strip("./\\ ") else DEFAULT_PREFIX
+        path = OUTPUT.save("The masks", prefix, lambda path: mask_file.save(path, masks))
         subfolder = Path(os.path.relpath(path.parent, folder_paths.get_output_directory()))
         saved = {"filename": path.name, "subfolder": "" if subfolder == Path() else str(subfolder), "type": "output"}
         size = path.stat().st_size / 1e6
@@ -140,42 +139,6 @@ class MaskUNetSaveMasks(io.ComfyNode):
         text += [again] if again else []
         tell("\n".join(text), cls.hidden.unique_id)
         return io.NodeOutput(ui={"masks": [saved], "text": text})
-
-
-def _save(masks: RecordedMasks, prefix: str) -> Path:
-    """Writes masks under the next free number below the output folder, and returns where. Raises MaskUNetError."""
-    output = folder_paths.get_output_directory()
-    try:
-        if not Path(os.path.abspath(Path(output, prefix))).is_relative_to(os.path.abspath(output)):
-            raise MaskUNetError(
-                f"filename_prefix '{prefix}' lies outside the output folder. Give a name inside of it, such as "
-                f"{DEFAULT_PREFIX}."
-            )
-        folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, output)
-        path = _reserved(Path(folder), name, number)
-        try:
-            mask_file.save(path, masks)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        mend = _MENDS.get(error.errno, "Choose another name or folder by filename_prefix.")
-        raise MaskUNetError(
-            f"The masks cannot be saved as '{prefix}' in the output folder ({error.strerror or error}). {mend}"
-        ) from None
-    return path
-
-
-def _reserved(folder: Path, name: str, number: int) -> Path:
-    """An empty file with the first free number from `number` on, which no other server can take any more."""
-    while True:
-        path = folder / f"{name}_{number:05}_.safetensors"
-        try:
-            path.open("x").close()
-        except FileExistsError:
-            number += 1
-        else:
-            return path
 
 
 class MaskUNetLoadMasks(io.ComfyNode):

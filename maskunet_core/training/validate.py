@@ -21,7 +21,7 @@ def stratified_timesteps(count: int, timesteps: int, stream: torch.Generator) ->
 def told_gain(best: dict[str, float] | None) -> str:
     """Whether a run helped, in a sentence. best: what its validator measured, with the `step`, or None."""
     if best is None:
-        return "No picture was held out (validation.pictures), so that it was not measured whether it helped."
+        return "No picture was held out, so that it was not measured whether it helped."
     if "reward" in best:
         what, now, further, gain = "the reward of held-out prompts", best["reward"], "higher", best["change"]
     else:

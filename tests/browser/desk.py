@@ -27,6 +27,7 @@ WATCH = """() => {
     })
     app.api.addEventListener('execution_success', () => seen.ended.push('success'))
     app.api.addEventListener('execution_error', () => seen.ended.push('error'))
+    app.api.addEventListener('execution_interrupted', () => seen.ended.push('interrupted'))
     setInterval(() => {
         for (const {title, progress} of app.graph._nodes)
             if (progress) seen.progress[title] = Math.max(progress, seen.progress[title] ?? 0)
@@ -205,8 +206,11 @@ class Desk:
         self.page.evaluate("() => Object.assign(seen, {progress: {}, cached: [], files: {}, ended: []})")
         self.page.get_by_test_id("queue-button").click()
 
+    def press_cancel(self) -> None:
+        self.page.get_by_role("button", name="Cancel current run").first.click()
+
     def wait_for_end(self) -> str:
-        """'success' or 'error'."""
+        """'success', 'error' or 'interrupted'."""
         self.page.wait_for_function("() => seen.ended.length", timeout=300_000)
         return self.seen()["ended"][0]
 

@@ -164,3 +164,21 @@ def test_an_error_of_a_node_is_shown_as_its_sentence(desk):
     assert "Exception Message: MaskUNet.BadCheckpoint: 'broken.safetensors' is not a readable" in told
     assert "It may be truncated or of another kind: copy or download it again." in told
     file.unlink()
+
+
+def test_a_training_that_was_cancelled_goes_on_where_it_was(desk):
+    desk.open_template("train_on_my_pictures")
+    desk.press_run()
+    desk.page.wait_for_function("() => seen.progress['Train'] > 0.3")
+    desk.press_cancel()
+    assert desk.wait_for_end() == "interrupted"
+    (step,) = re.findall(r"^Stopped: step (\d+) of 80 is saved\. The same inputs go on", desk.told()["Train"])
+    desk.screenshot("training_cancelled")
+    desk.press_run()
+    desk.page.wait_for_function("() => seen.progress['Train']")
+    assert f"goes on from step {step}" in desk.told()["Train"]
+    assert desk.wait_for_end() == "success"
+    desk.wait_for_pictures()
+    desk.screenshot("training_went_on")
+    assert "Saved as " in desk.told()["Train"]
+    assert desk.mistakes == []

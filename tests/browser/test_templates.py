@@ -198,6 +198,7 @@ def test_its_pictures_appear(run):
 def test_nodes_tell_what_they_found_and_where_they_saved_it(run):
     said = {"MaskUNetRewardSampler": "reward ", "MaskUNetSaveMasks": "Saved as masks/"}
     said["MaskUNetCheckPicture"], said["MaskUNetCompareBatches"] = " of 8 right", "difference "
+    said["MaskUNetTrain"] = "Saved as "
     said["MaskUNetPromptWords"] = "red > circle; small, blue > square"
     # What the server has kept from the template before is not run again, and says nothing.
     ran = [node for node in run.queued["nodes"] if str(node["id"]) not in run.seen["cached"]]

@@ -19,6 +19,7 @@ TEMPLATES = {
     "inspect": "MaskUNet 9 - inspect masks",
     "attention_guidance": "MaskUNet 10 - attention guidance",
     "check_and_compare": "MaskUNet 11 - check and compare",
+    "train_on_my_pictures": "MaskUNet 12 - train on my pictures",
     "video": "MaskUNet 13 - video",
     "learned_word": "MaskUNet 14 - learned word",
     "sd15_best_of_6": "MaskUNet SD 1.5 - best of 6",

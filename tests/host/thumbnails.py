@@ -85,6 +85,9 @@ THUMBNAILS = {
         )
     ),
     "check_and_compare": Thumbnail((("the same noises without masks and with", "Save pairs"),)),
+    "train_on_my_pictures": Thumbnail(
+        (("what it learns from", "What it learns from"), ("before", "Save before"), ("after 80 steps", "Save after"))
+    ),
     "video": Thumbnail(
         (("frames of a video", "Save frames"), ("with masks found on its first", "Save frames with masks"))
     ),

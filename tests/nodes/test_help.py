@@ -16,6 +16,8 @@ WORDS = {
     "improve": ("MaskUNetRewardSampler",),
     "judge": ("MaskUNetJudgeLoader",),
     "geneval": ("MaskUNetJudgeLoader", "MaskUNetCheckPicture"),
+    "train": ("MaskUNetTrain",),
+    "dreambooth": ("MaskUNetTrain",),
     "compare": ("MaskUNetCompareBatches", "MaskUNetRewardScore"),
     "reward": ("MaskUNetRewardLoader", "MaskUNetRewardCombine", "MaskUNetRewardScore", "MaskUNetRewardSampler"),
 }

@@ -46,6 +46,7 @@ NODES = (
     "MaskUNetAttentionMaps",
     "MaskUNetCrossFrame",
     "MaskUNetVideoSampler",
+    "MaskUNetTrain",
 )
 
 
@@ -131,6 +132,10 @@ def test_contract_of_the_nodes(object_info):
             *("model", "seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image"),
             *("frames", "motion_x", "motion_y"),
         ],
+        "MaskUNetTrain": [
+            *("model", "clip", "vae", "images", "captions", "goal", "steps", "name"),
+            *("seed", "resolution", "batch", "rate", "held_out", "targets"),
+        ],
     }
     outputs = {node: object_info[node]["output"] for node in NODES}
     assert outputs["MaskUNetLoader"] == ["MASKUNET"]
@@ -143,6 +148,7 @@ def test_contract_of_the_nodes(object_info):
         assert outputs[node] == ["MODEL"]
     assert outputs["MaskUNetCrossFrame"] == ["MODEL"]
     assert outputs["MaskUNetVideoSampler"] == ["LATENT"]
+    assert outputs["MaskUNetTrain"] == ["MASKUNET", "STRING", "IMAGE"]
     assert outputs["MaskUNetToyModel"] == ["MODEL", "CLIP", "VAE"]
     assert outputs["MaskUNetRewardLoader"] == outputs["MaskUNetRewardCombine"] == ["MASKUNET_REWARD"]
     assert outputs["MaskUNetRewardScore"] == outputs["MaskUNetCheckPicture"] == ["FLOAT", "IMAGE", "STRING"]
@@ -159,7 +165,7 @@ def test_contract_of_the_nodes(object_info):
 @pytest.mark.parametrize("name", TOY_WORKFLOWS)
 def test_every_shipped_workflow_runs(server, object_info, name):
     prompt = to_prompt(load_workflow(name), object_info)
-    for node in nodes_of(prompt, "TrainLoraNode"):
+    for node in nodes_of(prompt, "TrainLoraNode") + nodes_of(prompt, "MaskUNetTrain"):
         prompt[node]["inputs"]["steps"] = 4
     outputs = server.run(prompt)
     saved = [image for output in outputs.values() if shows_pictures(output) for image in output["images"]]

@@ -284,7 +284,7 @@ def test_check_does_not_try_what_cannot_fit(tmp_path, monkeypatch):
 
     def one_pass(base, method, accelerator, device, count, size):
         tried.append(count)
-        return 100 * MB * count + 900 * MB, 1.0 * count
+        return 100 * MB * count + 900 * MB, 1.0 * count, 0.5 * count
 
     monkeypatch.setattr(cost, "_pass", one_pass)
     monkeypatch.setattr(cost.PeakMemory, "now", 900 * MB, raising=False)
