@@ -70,7 +70,7 @@ class MaskUNetTrain(io.ComfyNode):
                     tooltip="What is trained for: SD 1.5, SD 2.x, SDXL, the MaskUNet Toy Model, or a transformer. "
                     "LoRAs before this node act; what other nodes put around the model does not.",
                 ),
-                io.Clip.Input("clip", tooltip="Reads the captions."),
+                io.Clip.Input("clip", tooltip="The model's text encoder, which reads the captions."),
                 io.Vae.Input("vae", tooltip="Encodes the pictures, once."),
                 io.Image.Input(
                     "images",
