@@ -67,16 +67,13 @@ def sample(arguments: argparse.Namespace) -> None:
     require_folder(output.parent)
     require_free(output, arguments.overwrite)
     enter_host()
-    from .config import Base
-    from .config_file import load_config
+    from .config_file import base_named
     from .embedding.word import training_of
     from .samples import sample, sample_word
 
     is_word = training_of(arguments.generator) is not None
     draw, sides = (sample_word, "its start left, the word right") if is_word else (sample, _MASKED_SIDES)
-    named = str(user_path(arguments.base))
-    of_training = named.endswith(".toml")
-    base = load_config(named).base if of_training else Base(checkpoint=named, body=arguments.body)
+    base = base_named(arguments.base, arguments.body)
     path = draw(base, arguments.generator, arguments.prompt, output, arguments.seed, arguments.steps)
     print(f"wrote {path}: {sides}")
 

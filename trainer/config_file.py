@@ -471,6 +471,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise BadConfig(f"'{path}' is not a TOML file: {error}.{slashes}") from None
 
 
+def base_named(name: str, body: str = "unet") -> Base:
+    """The base in the TOML file of a training, a checkpoint's, or the toy's with this `body`."""
+    path = str(user_path(name))
+    return load_config(path).base if path.endswith(".toml") else Base(checkpoint=path, body=body)
+
+
 def load_config(source: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
     """From a file, or from a preset by its name, with overrides of the form `table.key=value`."""
     path = user_path(source)

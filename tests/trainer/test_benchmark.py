@@ -25,7 +25,7 @@ from trainer.benchmark.methods import BadMethod, Method, Part, parse_method, par
 from trainer.benchmark.plan import Plan
 from trainer.benchmark.repeat import commands_of
 from trainer.benchmark.report import compare, write_report
-from trainer.benchmark.run import draw, judge
+from trainer.benchmark.run import draw, drawers_of, judge
 from trainer.benchmark.verdicts import Verdicts, differences
 from trainer.config import Config
 from trainer.job_board import InUse, OtherScale
@@ -85,6 +85,15 @@ def content(run: RunFolder) -> dict[str, bytes]:
 
 def verdicts(run: RunFolder) -> dict[str, Verdicts]:
     return {method.name: Verdicts.of(run, method) for method in run.methods()}
+
+
+def test_the_base_may_be_that_of_a_training(tmp_path):
+    (tmp_path / "mine.toml").write_text('[base]\nbody = "transformer"\n')
+    of_training, toy = replace(plan(), base=str(tmp_path / "mine.toml")), plan()
+    (drawer,) = drawers_of(of_training, parse_methods([]), {})
+    assert drawer.base.family is load_toy_base(body="transformer").family
+    assert of_training.settings()["base"] == "mine.toml"
+    assert of_training.settings()["base digest"] != toy.settings()["base digest"]
 
 
 def test_methods_are_read_from_their_names():

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from maskunet_core.errors import MaskUNetError
 
-from ..base_files import checkpoint_file
-from ..config import Base
+from ..base_files import checkpoint_file, part_files
 from .drawing import reward_files
 from .methods import Method
 from .plan import Plan
@@ -39,8 +38,8 @@ def check(
 
 def _missing_models(plan: Plan, methods: Sequence[Method]) -> list[str]:
     """A line for the base and for each method's file that is not there."""
-    base, told = Base(checkpoint=plan.base), []
-    finders = [] if base.is_toy else [partial(checkpoint_file, base)]
+    base, told = plan.base_settings, []
+    finders = [] if base.is_toy else [partial(part_files if base.parts else checkpoint_file, base)]
     finders += [part.find for method in methods for part in method.parts]
     for find in finders:
         try:

@@ -166,7 +166,7 @@ def export(arguments: argparse.Namespace) -> None:
 def _add_suite(command: argparse.ArgumentParser, base: str, suites: tuple[str, ...] = (*SUITE_NAMES, PAPER)) -> None:
     command.add_argument("suite", choices=suites)
     command.add_argument("--data", type=user_path, help="folder with the suite's prompt lists; `check` names them")
-    command.add_argument("--base", default=base, help='a checkpoint file, or "toy"')
+    command.add_argument("--base", default=base, help='a checkpoint file, the TOML file of a training, or "toy"')
     command.add_argument("--output", type=user_path, help=f"the run's folder (default: {OUTPUT}/SUITE)")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--images", type=int, default=0, help="pictures of each prompt (default: the suite's number)")

@@ -10,6 +10,7 @@ import torch
 from maskunet_core.judges.files import BLIP_VQA, CLIP_L, DETECTOR, INCEPTION
 
 from ..config import TOY_RESOLUTION, Base
+from ..config_file import base_named
 from ..pictures import base_digest
 from ..reward_compare.stage import Sampling
 from . import coco, geneval, t2i_compbench, toy
@@ -66,7 +67,8 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """images: of a prompt; batch, side: see Suite; steps, cfg: see Sampling. 0 for the suite's, None for its cfg.
+    """base: see `base_named`. images: of a prompt; batch, side: see Suite; steps, cfg: see Sampling. 0 for the suite's,
+    None for its cfg.
 
     smoke: the first prompts of each task alone.
     """
@@ -102,6 +104,11 @@ class Plan:
     def units(self) -> list[Unit]:
         return units_of(len(self.prompts), self.images or self.suite.images, self.batch or self.suite.batch)
 
+    @cached_property
+    def base_settings(self) -> Base:
+        """The files that the base is of."""
+        return base_named(self.base)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the U-Net: half precision on cards, as everybody draws."""
@@ -122,7 +129,7 @@ class Plan:
             return found | {"base": "", "sampling": None}
         return found | {
             "base": Path(self.base).name,
-            "base digest": base_digest(Base(checkpoint=self.base)),
+            "base digest": base_digest(self.base_settings),
             "dtype": str(self.dtype).removeprefix("torch."),
             "sampling": asdict(self.sampling),
             "side": self.side or suite.side,

@@ -9,7 +9,6 @@ from tqdm import tqdm
 from maskunet_core.replacing import replacing
 
 from ..base import load_base
-from ..config import Base
 from .drawing import Drawer, load_rewards, reward_digests, reward_files
 from .folder import MethodFolder, RunFolder, Share, Unit
 from .layouts import LAYOUTS, Layout
@@ -26,7 +25,7 @@ _AT_ONCE = 1000
 
 def drawers_of(plan: Plan, methods: Sequence[Method], rewards: dict[str, Path | None]) -> list[Drawer]:
     """Of each method. Raises MaskUNetError where a file does not fit the base."""
-    base = load_base(Base(checkpoint=plan.base), plan.dtype)
+    base = load_base(plan.base_settings, plan.dtype)
     searches = any(method.preset for method in methods)
     reward = load_rewards(rewards) if rewards and searches else None
     options = {"sampling": plan.sampling, "side": plan.side or plan.suite.side, "seed": plan.seed}
