@@ -6,6 +6,7 @@ import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
 
+from maskunet_core.attention.words import read, sets_in
 from tests.families.models import Tiny, load
 from tests.nodes.scene import Scene
 from tests.tiny_models import write_unet
@@ -68,6 +69,15 @@ def test_the_words_node_encodes_and_tells_what_it_found(made, extension, monkeyp
     assert (overruled, nothing) == ("small > circle", "")
     assert told[:2] == [found, overruled]
     assert "red > apple" in told[2]
+
+
+def test_a_parser_finds_the_words_where_it_is_chosen_and_none_are_told(made, monkeypatch):
+    """No parser is installed here: what it would find stands in for it."""
+    found = {"en_small": sets_in(read(made.clip, "a blue square").words)}
+    monkeypatch.setattr(made.module, "sets_by_grammar", lambda words, parser: found[parser])
+    with torch.inference_mode():
+        texts = [made.words_node.execute(made.clip, PROMPT, told, "en_small").result[2] for told in ("", "circle")]
+    assert texts == ["blue > square", "circle"]
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "lcm"])
