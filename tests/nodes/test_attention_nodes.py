@@ -123,17 +123,18 @@ def test_a_search_for_masks_begins_each_step_where_guidance_has_moved_the_latent
     assert masks.steps.keys() == guided_masks.steps.keys()
 
 
-def test_the_masks_of_a_guided_search_draw_its_image_again_on_the_guided_model(made, extension):
+@pytest.mark.parametrize("method", ["syngen", "attend-and-excite"])
+def test_the_masks_of_a_guided_search_draw_its_image_again_on_the_guided_model(made, extension, method):
     scene, sampling = Scene(extension, "toy"), {"steps": 4, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal"}
     inputs = {"positive": made.positive, "negative": made.negative, "prompt": PROMPT, "candidates": 1, "seed": 3}
     inputs |= {"iterations": 3, "start_percent": 0.0, "lr": 0.3}
-    found, masks, *_ = scene.search(model=made.guided(), **inputs | sampling)
+    found, masks, *_ = scene.search(model=made.guided(method=method), **inputs | sampling)
     assert any(masks.steps.values())
     with torch.inference_mode():
         replay = extension("masks").MaskUNetApplyMasks.execute
-        again, masks_alone = (replay(model, masks, 1.0).result[0] for model in (made.guided(), made.model))
+        again, masks_alone = (replay(model, masks, 1.0).result[0] for model in (made.guided(method=method), made.model))
     assert torch.equal(made.draw(again), found["samples"])
-    assert not torch.equal(made.draw(made.guided()), found["samples"])
+    assert not torch.equal(made.draw(made.guided(method=method)), found["samples"])
     assert not torch.equal(made.draw(masks_alone), found["samples"])
 
 
