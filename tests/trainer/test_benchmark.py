@@ -87,6 +87,18 @@ def verdicts(run: RunFolder) -> dict[str, Verdicts]:
     return {method.name: Verdicts.of(run, method) for method in run.methods()}
 
 
+def test_texts_of_other_lengths_are_drawn_as_they_are_alone(monkeypatch):
+    base = load_toy_base()
+    whole = base.encode_text
+    cut = {"a red circle": 4, "a blue star": 5, "a red ring": 4}
+    monkeypatch.setattr(base, "encode_text", lambda text: {"cross_attn": whole(text)["cross_attn"][: cut.get(text, 4)]})
+    drawer, pairs = Drawer(base, Sampling(steps=3), side=64, seed=0), [(0, 0), (1, 0), (2, 0)]
+    together = drawer.pictures(pairs, list(cut))
+    alone = torch.cat([drawer.pictures([pair], [text]) for pair, text in zip(pairs, cut)])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    assert not torch.allclose(together[0], together[2], atol=1e-2)
+
+
 def test_the_base_may_be_that_of_a_training(tmp_path):
     (tmp_path / "mine.toml").write_text('[base]\nbody = "transformer"\n')
     of_training, toy = replace(plan(), base=str(tmp_path / "mine.toml")), plan()

@@ -21,7 +21,7 @@ from maskunet_core.search.run import search_images
 from maskunet_core.search.settings import SMALL_SIDE, SearchSettings
 from maskunet_core.training.base import BaseModel
 from maskunet_core.training.seeds import seeded
-from maskunet_core.training.texts import stacked
+from maskunet_core.training.texts import Conditions, stacked
 
 from ..config import TOY
 from ..host import REWARD, model_choice, model_file
@@ -70,6 +70,20 @@ class EachItsOwn(BoundReward):
         return torch.cat([bound(image) for bound, image in zip(self._bound, images.split(1))])
 
 
+def _conditioning(texts: Sequence[Conditions]) -> list:
+    """The host's, of texts of one length."""
+    conditions = stacked(list(texts))
+    return [[conditions.pop("cross_attn"), conditions]]
+
+
+def _equally_long(texts: Sequence[Conditions]) -> list[list[int]]:
+    """Numbers of the texts, in groups that make a batch."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, text in enumerate(texts):
+        groups.setdefault(tuple(map(len, text.values())), []).append(number)
+    return list(groups.values())
+
+
 @dataclass
 class Drawer:
     """base: with the method's parts. search, reward: None for the plain sampler. side: of the pictures, in pixels."""
@@ -89,25 +103,26 @@ class Drawer:
         return cls(method.on(base), search=method.search, reward=reward, **options)
 
     def noise(self, pairs: Sequence[Pair], candidate: int = 0) -> Tensor:
-        """`[N, C, h, w]`: starting noises; a plain sampler's are those of candidate 0."""
-        shape = (1, self.base.model.latent_format.latent_channels, self.side // 8, self.side // 8)
+        """`[N, C, ..., h, w]`: starting noises; a plain sampler's are those of candidate 0."""
+        shape = (1, *self.base.latent_shape(self.side, self.side))
         streams = [seeded(80, self.seed, prompt, number, candidate) for prompt, number in pairs]
         return torch.cat([torch.randn(shape, generator=stream) for stream in streams])
 
     @torch.no_grad()
     def pictures(self, pairs: Sequence[Pair], prompts: Sequence[str]) -> Tensor:
-        """`[N, H, W, 3]` in [0, 1], on the CPU; prompts: of the pairs."""
-        positive = self._conditioning(prompts)
-        latents = (
-            self._sampled(self.base.patcher, self.noise(pairs), positive)
-            if self.search is None
-            else self._searched(pairs, prompts, positive)
-        )
-        return self._decoded(latents).movedim(1, -1).clamp(0, 1).float().cpu()
+        """`[N, H, W, 3]` in [0, 1], on the CPU; prompts: of the pairs. Texts of one length are drawn together."""
+        texts = [self.base.encode_text(plain_text(prompt)) for prompt in prompts]
+        found: dict[int, Tensor] = {}
+        for rows in _equally_long(texts):
+            positive = _conditioning([texts[n] for n in rows])
+            latents = self._latents([pairs[n] for n in rows], [prompts[n] for n in rows], positive)
+            found.update(zip(rows, self._decoded(latents).movedim(1, -1).clamp(0, 1).float().cpu()))
+        return torch.stack([found[n] for n in range(len(pairs))])
 
-    def _conditioning(self, prompts: Sequence[str]) -> list:
-        conditions = stacked([self.base.encode_text(plain_text(prompt)) for prompt in prompts])
-        return [[conditions.pop("cross_attn"), conditions]]
+    def _latents(self, pairs: Sequence[Pair], prompts: Sequence[str], positive: list) -> Tensor:
+        if self.search is None:
+            return self._sampled(self.base.patcher, self.noise(pairs), positive)
+        return self._searched(pairs, prompts, positive)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """`[N, 3, H, W]`, one at a time: a decoder takes more memory than a U-Net."""
@@ -117,7 +132,7 @@ class Drawer:
         """Latents by the host's sampler, without a negative prompt."""
         import comfy.sample
 
-        how, negative = self.sampling, self._conditioning([""] * len(noise))
+        how, negative = self.sampling, _conditioning([self.base.encode_text("")] * len(noise))
         plan = (how.steps, how.cfg, how.sampler, how.scheduler, positive, negative, torch.zeros_like(noise))
         return comfy.sample.sample(model, noise, *plan, disable_pbar=True, seed=self.seed, **options)
 
