@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -147,7 +146,8 @@ class Server:
     def stop(self) -> None:
         if self.process is None or self.process.poll() is not None:
             return
-        self.process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
+        # Not as by Ctrl-C: what was started in the background may be told to overlook that.
+        self.process.terminate()
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
