@@ -5,7 +5,6 @@ the largest score or gradient of the original.
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.parity.environment import PACKAGES, ParityError, run_original
+from tests.parity.environment import run_original
+from tests.parity.told import TOLERANCE, end_with, tell
 from tests.reward_files import (
     HPS_LAYOUT,
     IMAGE_REWARD_HEADS,
@@ -25,9 +25,8 @@ from tests.reward_files import (
     redrawn,
 )
 from trainer.host import PROJECT, enter_host, find_host
-from trainer.tables import write_table
 
-TOLERANCE, SEED = 1e-5, 20250503
+SEED = 20250503
 SHAPES = {"square": (48, 48), "wide": (40, 96), "tall": (70, 33)}
 MED_CONFIG = {
     "hidden_size": 48,
@@ -149,16 +148,8 @@ def main() -> int:
         write_fresh_inputs(folder)
         original = scores_of_original(folder)
         rows = compare(folder, original) + compare_tokens(original)
-    settings = {"tolerance": TOLERANCE, "seed": SEED, "original": list(PACKAGES)}
-    print(write_table(PROJECT / "output" / "parity", rows, settings))
-    if all(row["equal"] for row in rows):
-        return 0
-    print(f"Something differs by more than {TOLERANCE:g}: see the rows that are not equal.", file=sys.stderr)
-    return 1
+    return tell(rows, SEED)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ParityError as error:
-        sys.exit(f"[parity] {error}")
+    end_with(main)

@@ -8,7 +8,6 @@ package: golden values hold these.
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -23,11 +22,11 @@ from maskunet_core.judges.inception import PROTOCOLS
 from maskunet_core.judges.kernel import kid
 from maskunet_core.judges.pictures import levels
 from tests.judge_weights import blobs, edges, features, inception_weights, noise
-from tests.parity.environment import PACKAGES, ParityError, run_original
+from tests.parity.environment import run_original
+from tests.parity.told import TOLERANCE, end_with, tell
 from trainer.host import PROJECT, enter_host
-from trainer.tables import write_table
 
-TOLERANCE, SEED = 1e-5, 20250504
+SEED = 20250504
 _GOLDEN = PROJECT / "tests" / "core" / "judges" / "inception.json"
 
 
@@ -79,16 +78,8 @@ def main() -> int:
         package, what = name.split("/")
         difference = {"largest relative difference": f"{relative:.1e}", "equal": relative <= TOLERANCE}
         rows.append({"original": package, "of": what} | difference)
-    settings = {"tolerance": TOLERANCE, "seed": SEED, "original": list(PACKAGES)}
-    print(write_table(PROJECT / "output" / "parity", rows, settings, "judges"))
-    if all(row["equal"] for row in rows):
-        return 0
-    print(f"Something differs by more than {TOLERANCE:g}: see the rows that are not equal.", file=sys.stderr)
-    return 1
+    return tell(rows, SEED, "judges")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ParityError as error:
-        sys.exit(f"[parity] {error}")
+    end_with(main)
