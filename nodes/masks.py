@@ -20,7 +20,7 @@ OUTPUT = NumberedFiles(
     folder_paths.get_output_directory,
     place="the output folder",
     input_name="filename_prefix",
-    example=DEFAULT_PREFIX,
+    usual=DEFAULT_PREFIX,
     unwritable="Make the output folder writable, or start ComfyUI with another --output-directory.",
 )
 
@@ -128,9 +128,7 @@ class MaskUNetSaveMasks(io.ComfyNode):
 
     @classmethod
     def execute(cls, masks: RecordedMasks, filename_prefix: str) -> io.NodeOutput:
-        prefix = filename_prefix.replace("\0", "").strip()
-        prefix = prefix if prefix.strip("./\\ ") else DEFAULT_PREFIX
-        path = OUTPUT.save("The masks", prefix, lambda path: mask_file.save(path, masks))
+        path = OUTPUT.save("The masks", OUTPUT.named(filename_prefix), lambda path: mask_file.save(path, masks))
         subfolder = Path(os.path.relpath(path.parent, folder_paths.get_output_directory()))
         saved = {"filename": path.name, "subfolder": "" if subfolder == Path() else str(subfolder), "type": "output"}
         size = path.stat().st_size / 1e6

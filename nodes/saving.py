@@ -15,14 +15,14 @@ from ..maskunet_core.errors import MaskUNetError
 class NumberedFiles:
     """A folder whose files have names that people choose, and numbers.
 
-    root: gives the folder. place, input_name, example: how messages call the folder, the input with the name, and a
-    name that would do. unwritable: what to do where the folder cannot be written to.
+    root: gives the folder. place, input_name: how messages call the folder, and the input with the name. usual: the
+    name where none is given. unwritable: what to do where the folder cannot be written to.
     """
 
     root: Callable[[], str]
     place: str
     input_name: str
-    example: str
+    usual: str
     unwritable: str
 
     def _mend(self, number: int | None) -> str:
@@ -36,13 +36,17 @@ class NumberedFiles:
         }
         return mends.get(number, f"Choose another name or folder by {self.input_name}.")
 
+    def named(self, text: str) -> str:
+        """The name that somebody typed, or the usual one."""
+        name = text.replace("\0", "").strip()
+        return name if name.strip("./\\ ") else self.usual
+
     def require_inside(self, name: str) -> None:
         """Raises MaskUNetError for a name outside of the folder."""
         root = self.root()
         if not Path(os.path.abspath(Path(root, name))).is_relative_to(os.path.abspath(root)):
             raise MaskUNetError(
-                f"{self.input_name} '{name}' lies outside {self.place}. Give a name inside of it, such as "
-                f"{self.example}."
+                f"{self.input_name} '{name}' lies outside {self.place}. Give a name inside of it, such as {self.usual}."
             )
 
     def save(self, what: str, name: str, write: Callable[[Path], None]) -> Path:

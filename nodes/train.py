@@ -25,7 +25,7 @@ FILES = NumberedFiles(
     lambda: folder_paths.get_folder_paths(MASKUNET)[0],
     place="models/maskunet",
     input_name="name",
-    example=DEFAULT_NAME,
+    usual=DEFAULT_NAME,
     unwritable="Make the folder models/maskunet writable.",
 )
 
@@ -193,7 +193,6 @@ def _train(
     from ..maskunet_core.training.lent import LentModel
     from .train_run import TrainRun
 
-    name = name.replace("\0", "").strip()
     pictures = [to_pillow(picture) for image in images for picture in coloured(image, "images")]
     # Gradients cannot flow through tensors that were made in the inference mode that nodes run in.
     with torch.inference_mode(False), torch.enable_grad():
@@ -206,7 +205,7 @@ def _train(
             captions_of(texts, len(pictures)),
             settings=settings_of(goal, steps, seed, targets, resolution, batch, rate, held_out),
             resolution=resolution,
-            name=name if name.strip("./\\ ") else DEFAULT_NAME,
+            name=FILES.named(name),
             files=FILES,
             node_id=node_id,
         )

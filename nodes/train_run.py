@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.files import checkpoint
 from ..maskunet_core.models.structure import Structure
+from ..maskunet_core.replacing import replacing
 from ..maskunet_core.seam.attach import structure_of
 from ..maskunet_core.seam.attention import attention_notice
 from ..maskunet_core.seam.layers import presented_weights
@@ -190,10 +192,15 @@ class TrainRun:
 
     def _saved(self, training: NodeTraining) -> Path:
         """Copies the best generator under the next free number."""
-        path = self.files.save("The generator", self.name, lambda path: shutil.copyfile(training.result, path))
+        path = self.files.save("The generator", self.name, partial(_copy, training.result))
         size = path.stat().st_size / 1e6
         self.progress.tell(f"Saved as {path.name} ({size:.1f} MB)", told_gain(training.best))
         return path
+
+
+def _copy(file: Path, path: Path) -> None:
+    with replacing(path) as temporary:
+        shutil.copyfile(file, temporary)
 
 
 @contextlib.contextmanager

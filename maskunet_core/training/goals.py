@@ -11,18 +11,14 @@ _GENERATOR = Generator(rank=8, width=256, bias="weight", start=1.0)
 _CROSSINGS = 8.0
 """How often over a logit that moves by the whole rate at each step comes from its start to the threshold."""
 
+_FEW_PICTURES = Settings(
+    generator=_GENERATOR,
+    loop=Loop(steps=800, batch=4, accumulate=4, checkpointing=True),
+    validation=Validation(pictures=2),
+)
 GOALS = {
-    "subject": Settings(
-        data=Pictures(flip=False, caption_dropout=0.0),
-        generator=_GENERATOR,
-        loop=Loop(steps=800, batch=4, accumulate=4, checkpointing=True),
-        validation=Validation(pictures=2),
-    ),
-    "style": Settings(
-        generator=_GENERATOR,
-        loop=Loop(steps=800, batch=4, accumulate=4, checkpointing=True),
-        validation=Validation(pictures=2),
-    ),
+    "subject": dataclasses.replace(_FEW_PICTURES, data=Pictures(flip=False, caption_dropout=0.0)),
+    "style": _FEW_PICTURES,
     "general": Settings(
         generator=_GENERATOR,
         loop=Loop(steps=4000, batch=8, accumulate=4, checkpointing=True, min_snr=5.0),

@@ -4,7 +4,7 @@ its prompt and its number alone, so that all methods begin from the same."""
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,10 @@ class Drawer:
             found.update(zip(rows, self._decoded(latents).movedim(1, -1).clamp(0, 1).float().cpu()))
         return torch.stack([found[n] for n in range(len(pairs))])
 
+    @cached_property
+    def _no_text(self) -> Conditions:
+        return self.base.encode_text("")
+
     def _latents(self, pairs: Sequence[Pair], prompts: Sequence[str], positive: list) -> Tensor:
         if self.search is None:
             return self._sampled(self.base.patcher, self.noise(pairs), positive)
@@ -132,7 +136,7 @@ class Drawer:
         """Latents by the host's sampler, without a negative prompt."""
         import comfy.sample
 
-        how, negative = self.sampling, _conditioning([self.base.encode_text("")] * len(noise))
+        how, negative = self.sampling, _conditioning([self._no_text] * len(noise))
         plan = (how.steps, how.cfg, how.sampler, how.scheduler, positive, negative, torch.zeros_like(noise))
         return comfy.sample.sample(model, noise, *plan, disable_pbar=True, seed=self.seed, **options)
 
