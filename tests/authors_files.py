@@ -20,8 +20,10 @@ GOLDEN_LAYERS = (
     "attentions_1_transformer_blocks_0_attn2_to_k",
     "attentions_1_transformer_blocks_0_attn2_to_out_0",
 )
-STEP = 40
-"""Of golden logits every 40th row is kept whole, and every 40th column."""
+STEP = 160
+"""Of golden logits every so manieth row is kept whole, and every so manieth column."""
+MAP_STEP = 16
+"""The same of the small map S."""
 
 
 def inputs() -> dict[str, Tensor]:
@@ -30,9 +32,9 @@ def inputs() -> dict[str, Tensor]:
     return {name: drawn(f"authors' {name}", *shape) for name, shape in shapes.items()}
 
 
-def kept(logits: Tensor) -> Tensor:
-    """The logits `[B, out, in]` that golden files hold, in a row: each row and each column is met."""
-    return torch.cat([logits[:, ::STEP].flatten(), logits[:, :, ::STEP].flatten()])
+def kept(logits: Tensor, step: int = STEP) -> Tensor:
+    """What golden files hold of logits `[B, out, in]`, in a row: each row and each column is met."""
+    return torch.cat([logits[:, ::step].flatten(), logits[:, :, ::step].flatten()])
 
 
 def _convolution(name: str, outputs: int, inputs: int) -> dict[str, Tensor]:

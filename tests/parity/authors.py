@@ -1,8 +1,8 @@
 """`python -m tests.parity.authors HYPERUNET`: logits of the authors' classes, on the files of tests/authors_files.py.
 
 HYPERUNET is training/hyperunet.py of github.com/gudaochangsheng/MaskUnet; the golden file was made with commit
-0af92d243f4c53d2469e06d8acef6273bf3d4943. Writes tests/core/authors/logits_golden.safetensors: the map `S` [3, 80, 160]
-and, per layer, the `kept` logits before their Gumbel noise, computed in float64 and stored in float32.
+0af92d243f4c53d2469e06d8acef6273bf3d4943. Writes tests/core/authors/logits_golden.safetensors: what is `kept` of the map
+`S` [3, 80, 160] and, per layer, of the logits before their Gumbel noise, computed in float64 and stored in float32.
 """
 
 import ast
@@ -15,7 +15,7 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.authors_files import BLOCK, GOLDEN, GOLDEN_LAYERS, MAP, adapters, generators, inputs, kept
+from tests.authors_files import BLOCK, GOLDEN, GOLDEN_LAYERS, MAP, MAP_STEP, adapters, generators, inputs, kept
 
 MAP_SHARE = 4
 
@@ -53,7 +53,9 @@ def logits(path: Path, generators: dict[str, Tensor], adapters: dict[str, Tensor
 
 def main(path: Path) -> None:
     found = logits(path, generators(), adapters(), inputs())
-    golden = {"S": found.pop("S").float()} | {name: kept(value).float() for name, value in found.items()}
+    golden = {"S": kept(found.pop("S"), MAP_STEP).float()} | {
+        name: kept(value).float() for name, value in found.items()
+    }
     save_file(golden, GOLDEN)
 
 
