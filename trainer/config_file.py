@@ -259,8 +259,6 @@ def _contradicting_body(config: Config) -> list[str]:
 def for_unets_alone(config: Config) -> list[str]:
     """What is asked for that no transformer can be trained by, a sentence each."""
     problems = []
-    if config.objective == "reward":
-        problems.append('objective: rewards train U-Nets alone; for a transformer it must be "diffusion"')
     if config.learns_word:
         problems.append("method: words are learned for U-Nets alone; name another method for a transformer")
     if config.generator.architecture == ReferenceGenerator.architecture:

@@ -179,6 +179,14 @@ class BaseModel:
             return sampling.sigmas[timesteps.to(sampling.sigmas.device)].to(clean)
         return sampling.sigma(timesteps.float()).to(clean)
 
+    def timesteps_at(self, sigmas: Tensor) -> Tensor:
+        """The inverse of `sigmas`: integer timesteps `[N]`, on the CPU, whose noise is nearest to `[N]`."""
+        sampling = self.model.model_sampling
+        if self.is_flow:
+            known = sampling.sigmas.cpu()
+            return (sigmas.cpu()[:, None] - known).abs().argmin(1)
+        return sampling.timestep(sigmas).long().cpu()
+
     def noised(self, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         """Latents `[B, ...]` with the noise of levels sigma `[B]`, as the host's samplers would have them."""
         return self.model.model_sampling.noise_scaling(sigma, noise, clean)

@@ -16,6 +16,7 @@ from maskunet_core.training.base import load_for_training
 from maskunet_core.training.batches import Batch
 from maskunet_core.training.buckets import Order
 from maskunet_core.training.seeds import seeded
+from maskunet_core.training.texts import by_length
 
 from .drawing import Drawing
 from .prompts import Prompts
@@ -27,7 +28,7 @@ from .validate import RewardValidator
 class JudgedBatch(Batch):
     """`Batch` of pictures that the policy drew itself.
 
-    goodness: [B] in [0, 1], 0.5 for a picture as good as others of its prompt. of_policy, of_base: [B, C, h, w], what
+    goodness: [B] in [0, 1], 0.5 for a picture as good as others of its prompt. of_policy, of_base: [B, C, ..., h, w], what
     these predict as the clean latents, the second where `reward.pull` asks for it; empty until `prepared`.
     """
 
@@ -38,7 +39,7 @@ class JudgedBatch(Batch):
 
 @dataclass
 class Round:
-    """Pictures `[N, C, h, w]` that the policy drew, their prompts, rewards `[N]`, and goodness `[N]`.
+    """Pictures `[N, C, ..., h, w]` that the policy drew, their prompts, rewards `[N]`, and goodness `[N]`.
 
     spread: of the rewards, which goodness was scaled by.
     """
@@ -74,7 +75,7 @@ class RewardObjective:
         sampling = self.run.base.model.model_sampling
         sigmas = comfy.samplers.calculate_sigmas(sampling, self.settings.scheduler, self.settings.steps)
         # The last is 0, where nothing is asked.
-        return sampling.timestep(sigmas[:-1]).long().cpu()
+        return self.run.base.timesteps_at(sigmas[:-1])
 
     # Rounds -----------------------------------------------------------------------------------------------------
 
@@ -145,16 +146,20 @@ class RewardObjective:
         return part
 
     def _predicted(self, part: JudgedBatch) -> Tensor:
-        """The clean latents by what the U-Net is at the moment, guided where pictures are drawn guided."""
+        """The clean latents by what the model is at the moment, guided where pictures are drawn guided."""
         base = self.run.base
         sigma = base.sigmas(part.clean, part.timesteps)
         noisy = base.noised(part.clean, sigma, part.noise)
-        positive = {key: value for key, value in part.conditions.items() if not key.startswith(_NEGATIVE)}
-        if self.settings.cfg == 1:
-            return base.denoised(noisy, sigma, positive)
-        both = {key: torch.cat([value, part.conditions[_NEGATIVE + key]]) for key, value in positive.items()}
-        with_prompt, without = base.denoised(noisy.repeat(2, 1, 1, 1), sigma.repeat(2), both).chunk(2)
-        return without + self.settings.cfg * (with_prompt - without)
+        found = torch.empty_like(noisy)
+        for rows, conditions in by_length(part.conditions):
+            of_prompts = {key: value for key, value in conditions.items() if not key.startswith(_NEGATIVE)}
+            predicted = base.denoised(noisy[rows], sigma[rows], of_prompts)
+            if self.settings.cfg != 1:
+                of_none = {key: conditions[_NEGATIVE + key] for key in of_prompts}
+                without = base.denoised(noisy[rows], sigma[rows], of_none)
+                predicted = without + self.settings.cfg * (predicted - without)
+            found[rows] = predicted
+        return found
 
     def losses(self, part: JudgedBatch) -> Tensor:
         """`[B]`, while the method acts."""
