@@ -151,6 +151,36 @@ class MaskUNetTrain(io.ComfyNode):
                     advanced=True,
                     tooltip="Which linear layers are masked. The paper masks the attention of the decoder.",
                 ),
+                io.Float.Input(
+                    "minutes",
+                    default=0.0,
+                    min=0.0,
+                    max=100_000.0,
+                    step=1.0,
+                    round=0.01,
+                    tooltip="As many steps as fit into so many minutes on this machine, in the place of 'steps'. "
+                    "0: as many as 'steps' says.",
+                ),
+                io.Int.Input(
+                    "pictures",
+                    default=2,
+                    min=0,
+                    max=16,
+                    step=1,
+                    advanced=True,
+                    tooltip="So many captions are drawn before, three times on the way, and after, from the same "
+                    "noises. The training does not change by it. 0: none.",
+                ),
+                io.Float.Input(
+                    "picture_cfg",
+                    default=5.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    advanced=True,
+                    tooltip="Classifier-free guidance of these pictures. 1 for Flux, Turbo and Lightning models.",
+                ),
             ],
             outputs=[
                 MaskUNetType.Output("MASKUNET", tooltip="What was trained, for MaskUNet Apply."),
@@ -158,6 +188,7 @@ class MaskUNetTrain(io.ComfyNode):
                 io.Image.Output(
                     "loss_curve", tooltip="The loss of each step, and the held-out loss beside the base's."
                 ),
+                io.Image.Output("before_after", tooltip="The same noises without masks and with those of the file."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -186,6 +217,9 @@ def _train(
     rate: float,
     held_out: int,
     targets: str,
+    minutes: float = 0.0,
+    pictures: int = 2,
+    picture_cfg: float = 5.0,
     node_id: str | None,
 ) -> io.NodeOutput:
     # Half of what the extension would take to import: ComfyUI's start does not wait for it.
@@ -193,7 +227,7 @@ def _train(
     from ..maskunet_core.training.lent import LentModel
     from .train_run import TrainRun
 
-    pictures = [to_pillow(picture) for image in images for picture in coloured(image, "images")]
+    trained_on = [to_pillow(picture) for image in images for picture in coloured(image, "images")]
     # Gradients cannot flow through tensors that were made in the inference mode that nodes run in.
     with torch.inference_mode(False), torch.enable_grad():
         base = LentModel.of(model, clip, vae)
@@ -201,13 +235,17 @@ def _train(
         resolution = resolution or usual_resolution(base)
         run = TrainRun(
             base,
-            pictures,
-            captions_of(texts, len(pictures)),
-            settings=settings_of(goal, steps, seed, targets, resolution, batch, rate, held_out),
+            trained_on,
+            captions_of(texts, len(trained_on)),
+            settings_for=lambda steps: settings_of(goal, steps, seed, targets, resolution, batch, rate, held_out),
+            steps=steps,
+            minutes=minutes,
             resolution=resolution,
             name=FILES.named(name),
             files=FILES,
+            shown=pictures,
+            cfg=picture_cfg,
             node_id=node_id,
         )
-        generator, path, curve = run.run()
-    return io.NodeOutput(generator, Path(path).relative_to(FILES.root()).as_posix(), curve)
+        generator, path, curve, before_after = run.run()
+    return io.NodeOutput(generator, Path(path).relative_to(FILES.root()).as_posix(), curve, before_after)

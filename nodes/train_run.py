@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from PIL import Image
 
 from ..maskunet_core.errors import MaskUNetError
 from ..maskunet_core.files import checkpoint
+from ..maskunet_core.masks.sources import GeneratorMasks
 from ..maskunet_core.models.structure import Structure
 from ..maskunet_core.replacing import replacing
-from ..maskunet_core.seam.attach import structure_of
+from ..maskunet_core.seam.attach import attach, structure_of
 from ..maskunet_core.seam.attention import attention_notice
 from ..maskunet_core.seam.layers import presented_weights
 from ..maskunet_core.torch_file import read_torch
@@ -36,11 +37,14 @@ from .folders import TRAININGS
 from .generator import LoadedGenerator
 from .saving import NumberedFiles
 from .training_curve import loss_curve
+from .training_pictures import TrainingPictures, as_preview
 from .training_progress import TrainingProgress, in_words
 
 LESS_MEMORY = "lower resolution or batch"
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 SAVED = "The same inputs go on from there."
+PREVIEWS = 4
+"""How often pictures are drawn in a training, the last time of what it made."""
 
 
 class NodeTraining(Training):
@@ -49,9 +53,9 @@ class NodeTraining(Training):
     losses: of each step. held_out_losses: (step, loss, difference to the base's) of each validation.
     """
 
-    def __init__(self, *args: Any, progress: TrainingProgress):
+    def __init__(self, *args: Any, progress: TrainingProgress, pictures: TrainingPictures):
         super().__init__(*args)
-        self.progress = progress
+        self.progress, self.pictures = progress, pictures
         self.losses: list[float] = []
         self.held_out_losses: list[tuple[int, float, float]] = []
 
@@ -61,6 +65,14 @@ class NodeTraining(Training):
 
     def validated(self, found: dict[str, float]) -> None:
         self.held_out_losses.append((self.step, found["loss"], found["change"]))
+
+    def between_steps(self) -> None:
+        super().between_steps()
+        steps = self.config.loop.steps
+        apart = max(1, steps // PREVIEWS)
+        if self.pictures and self.step % apart == 0 and self.step < steps:
+            with self.method.sampling() as model:
+                self.progress.show(as_preview(self.pictures.beside(model, f"step {self.step}")))
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"losses": self.losses, "held_out_losses": self.held_out_losses}
@@ -76,7 +88,9 @@ class NodeTraining(Training):
 class TrainRun:
     """Pictures to a generator file. Made and run outside of inference mode.
 
-    pictures: RGB, with a caption each. resolution: side of a square of their area. name: of the file, see `files`.
+    pictures: RGB, with a caption each. settings_for: of a number of steps. minutes: what they shall take, in the
+    place of `steps`; 0 for these. resolution: side of a square of the pictures' area. name: of the file, see `files`.
+    shown: how many pictures are drawn before, now and then, and after, with `cfg`.
     """
 
     def __init__(
@@ -85,28 +99,41 @@ class TrainRun:
         pictures: list[Image.Image],
         captions: list[str],
         *,
-        settings: Settings,
+        settings_for: Callable[[int], Settings],
+        steps: int,
+        minutes: float,
         resolution: int,
         name: str,
         files: NumberedFiles,
+        shown: int,
+        cfg: float,
         node_id: str | None,
     ):
         self.base, self.name, self.files = base, name, files
         self.computing = base.model.get_dtype_inference()
-        loop = dataclasses.replace(settings.loop, precision=PRECISIONS.get(self.computing, "fp32"))
-        self.settings = dataclasses.replace(settings, loop=loop)
+        self.settings_for, self.minutes = settings_for, minutes
+        self.settings = self._settings(steps)
         self.pictures, self.captions = pictures, captions
         # As the trainer has it: pictures of small models are cut finer.
         self.sizes = bucket_sizes(resolution, 64 if resolution >= 256 else 8)
-        self.progress = TrainingProgress(settings.loop.steps, node_id)
+        self.shown = TrainingPictures(base, captions, shown, self._size, cfg)
+        self.progress = TrainingProgress(steps, node_id)
+
+    def _settings(self, steps: int) -> Settings:
+        settings = self.settings_for(steps)
+        loop = dataclasses.replace(settings.loop, precision=PRECISIONS.get(self.computing, "fp32"))
+        return dataclasses.replace(settings, loop=loop)
 
     @property
     def _size(self) -> tuple[int, int]:
         """(width, height) of the largest pictures as they are trained on."""
         return max((nearest_bucket(*p.size, self.sizes) for p in self.pictures), key=lambda size: size[0] * size[1])
 
-    def run(self) -> tuple[LoadedGenerator, Path, torch.Tensor]:
-        """(what was trained, its file, the loss curve). An interrupt saves the state and goes through."""
+    def run(self) -> tuple[LoadedGenerator, Path, torch.Tensor, torch.Tensor]:
+        """(what was trained, its file, the loss curve, pictures before and after).
+
+        An interrupt saves the state and goes through.
+        """
         self.files.require_inside(self.name)
         structure = structure_of(self.base.patcher, self.settings.targets)
         loop = self.settings.loop
@@ -117,12 +144,16 @@ class TrainRun:
             data = self._encoded()
             folder = self._folder(structure, data)
             training = self._begun(data, folder)
+            self.shown.begin()
             what = f"A step of {loop.batch // loop.accumulate} pictures"
             with fitting(what, device, LESS_MEMORY), _writable(folder), self._saved_if_interrupted(training):
                 training.train()
-        path = self._saved(training)
+            path = self._saved(training)
+            loaded = checkpoint.load(path)
+            masked = attach(self.base.patcher, GeneratorMasks(loaded.generator), 1.0, 0.0, 1.0)
+            pictures = self.shown.beside(masked, "after")
         shutil.rmtree(folder, ignore_errors=True)
-        return LoadedGenerator(checkpoint.load(path)), path, training.curve()
+        return LoadedGenerator(loaded), path, training.curve(), pictures
 
     @contextlib.contextmanager
     def _saved_if_interrupted(self, training: NodeTraining) -> Iterator[None]:
@@ -156,7 +187,8 @@ class TrainRun:
 
     def _folder(self, structure: Structure, data: EncodedPictures) -> Path:
         """Of the state: the same for the same inputs, and for no others."""
-        digest = hashlib.sha256(json.dumps([plain_values(self.settings), structure.to_dict()]).encode())
+        asked = [plain_values(self.settings), structure.to_dict()]
+        digest = hashlib.sha256(json.dumps(asked + [self.minutes] * bool(self.minutes)).encode())
         for rows in data.buckets:
             conditions = data.conditions(rows, torch.zeros(len(rows), dtype=torch.bool))
             for tensor in (data.latents(rows), *conditions.values()):
@@ -169,10 +201,14 @@ class TrainRun:
 
     def _begun(self, data: EncodedPictures, folder: Path) -> NodeTraining:
         """The training, where it was left if it was; its cost is told."""
-        device, loop = self.base.patcher.load_device, self.settings.loop
+        device = self.base.patcher.load_device
         accelerator = Alone(device, self.computing)
-        inputs = self.settings, self.base, data, accelerator, folder / "generator.safetensors"
-        training = NodeTraining(*inputs, progress=self.progress)
+        inputs = self.base, data, accelerator, folder / "generator.safetensors"
+
+        def training_of(settings: Settings) -> NodeTraining:
+            return NodeTraining(settings, *inputs, progress=self.progress, pictures=self.shown)
+
+        training = training_of(self.settings)
         with fitting("A step of one picture", device, LESS_MEMORY):
             cost = estimate(self.base, training.method, self.settings, accelerator, self._size)
         if cost.too_many:
@@ -180,12 +216,20 @@ class TrainRun:
                 f"{cost.too_many} pictures at once do not fit into the memory of {device} "
                 f"({total_memory(device) / MB:,.0f} MB): {LESS_MEMORY}."
             )
-        if training.state_file.exists():
+        with _of_another_version(folder):
+            state = read_torch(training.state_file) if training.state_file.exists() else None
+            begun = state and json.loads(state["config"])["loop"]["steps"]
+        if self.minutes:
+            self.settings = self._settings(begun or max(1, round(60 * self.minutes / cost.seconds)))
+            training = training_of(self.settings)
+            self.progress.plan(self.settings.loop.steps)
+        if state:
             with _of_another_version(folder):
-                training.restore(read_torch(training.state_file))
+                training.restore(state)
             self.progress.note(f"goes on from step {training.step}")
-        whole = in_words(cost.seconds * (loop.steps - training.step))
-        self.progress.note(f"estimated: {cost.peak / MB:,.0f} MB at most on {device}, {whole}")
+        steps = self.settings.loop.steps
+        whole = in_words(cost.seconds * (steps - training.step))
+        self.progress.note(f"estimated: {steps} steps, {cost.peak / MB:,.0f} MB at most on {device}, {whole}")
         if sentence := attention_notice(device):
             self.progress.note(sentence)
         return training

@@ -17,11 +17,20 @@ class TrainingProgress:
     """steps: of the whole training. node_id: None where nobody looks."""
 
     def __init__(self, steps: int, node_id: str | None):
-        self.steps, self.node_id = steps, node_id
-        self.bar = comfy.utils.ProgressBar(steps)
+        self.node_id = node_id
+        self.plan(steps)
         self._notes: list[str] = []
         self._began: tuple[int, float] | None = None
         self._told = -math.inf
+
+    def plan(self, steps: int) -> None:
+        """So many steps from now on."""
+        self.steps = steps
+        self.bar = comfy.utils.ProgressBar(steps)
+
+    def show(self, preview: tuple) -> None:
+        """A preview as the host's bars take them."""
+        self.bar.update_absolute(self.bar.current, preview=preview)
 
     def note(self, line: str) -> None:
         """A line that stands below that of each step, too."""

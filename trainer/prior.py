@@ -11,11 +11,11 @@ from maskunet_core.replacing import replacing
 from maskunet_core.training.base import BaseModel
 from maskunet_core.training.buckets import Size
 from maskunet_core.training.data import EncodedPictures, sha256
+from maskunet_core.training.drawn import drawn
 
 from .config import Config
 from .data.decoding import Record
 from .pictures import base_digest, encoded, sizes_in_use
-from .samples import drawn
 from .sheets import to_image
 
 

@@ -1,6 +1,6 @@
 """Pictures of prompts with a method off and on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +12,11 @@ from maskunet_core.masks.sources import GeneratorMasks
 from maskunet_core.replacing import replacing
 from maskunet_core.seam.attach import attach, structure_of
 from maskunet_core.training.base import BaseModel
-from maskunet_core.training.seeds import seeded
+from maskunet_core.training.drawn import drawn
 
 from .base import load_base
 from .config import TOY_RESOLUTION, Base
 from .sheets import side_by_side
-
-
-def _conditioning(base: BaseModel, prompt: str) -> list:
-    found = {key: value[None] for key, value in base.encode_text(prompt).items()}
-    return [[found.pop("cross_attn"), found]]
-
-
-@torch.no_grad()
-def drawn(
-    base: BaseModel,
-    patcher: Any,
-    wanted: Sequence[tuple[str, int]],
-    *,
-    size: tuple[int, int],
-    steps: int,
-    cfg: float,
-) -> Iterator[Tensor]:
-    """A picture `[height, width, 3]` in [0, 1] for each (prompt, seed), by the base's sampler, one after another.
-
-    size: (width, height).
-    """
-    import comfy.sample
-
-    # All texts first: text encoder and U-Net need not lie in memory together.
-    conditionings = {prompt: _conditioning(base, prompt) for prompt in {"", *(prompt for prompt, _ in wanted)}}
-    for prompt, seed in wanted:
-        latent = torch.zeros(1, *base.latent_shape(*size))
-        noise = torch.randn(latent.shape, generator=seeded(41, seed))
-        both = conditionings[prompt], conditionings[""]
-        options = {"disable_pbar": True, "seed": seed}
-        found = comfy.sample.sample(patcher, noise, steps, cfg, *base.sampler, *both, latent, **options)
-        # Models of films give a film of one picture.
-        yield base.vae.decode(found).flatten(0, -4)[0, ..., :3].clamp(0, 1).cpu()
 
 
 def draw_prompts(

@@ -25,6 +25,7 @@ TEMPLATES = {
     "sd15_best_of_6": "MaskUNet SD 1.5 - best of 6",
     "sd15_reward_sampler": "MaskUNet SD 1.5 - reward sampler",
     "sd15_random_masks": "MaskUNet SD 1.5 - random masks",
+    "sd15_train_on_my_pictures": "MaskUNet SD 1.5 - train on my pictures",
     "sdxl_best_of_6": "MaskUNet SDXL - best of 6",
     "sdxl_reward_sampler": "MaskUNet SDXL - reward sampler",
     "sdxl_random_masks": "MaskUNet SDXL - random masks",

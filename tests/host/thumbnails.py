@@ -48,6 +48,7 @@ _RANDOM = (
     ("80 %", "Save with 80 %"),
     ("60 %", "Save with 60 %"),
 )
+_TRAINING = (("what it learns from", "What it learns from"), ("before", "Save before"), ("after 80 steps", "Save after"))
 THUMBNAILS = {
     "generator_off_and_on": Thumbnail(_MASKS),
     "random_masks": Thumbnail(_RANDOM),
@@ -85,9 +86,7 @@ THUMBNAILS = {
         )
     ),
     "check_and_compare": Thumbnail((("the same noises without masks and with", "Save pairs"),)),
-    "train_on_my_pictures": Thumbnail(
-        (("what it learns from", "What it learns from"), ("before", "Save before"), ("after 80 steps", "Save after"))
-    ),
+    "train_on_my_pictures": Thumbnail(_TRAINING),
     "video": Thumbnail(
         (("frames of a video", "Save frames"), ("with masks found on its first", "Save frames with masks"))
     ),
@@ -101,6 +100,7 @@ THUMBNAILS = {
     "sd15_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "a black ring and a yellow cross", 1, 1),
     "sd15_reward_sampler": Thumbnail(_SEARCH, "reward_sampler", text="a red circle and a green triangle", seed=2),
     "sd15_random_masks": Thumbnail(_RANDOM, "random_masks", text="a yellow star", seed=1),
+    "sd15_train_on_my_pictures": Thumbnail(_TRAINING, "train_on_my_pictures", seed=9),
     "sdxl_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "an orange cross right of a blue circle", 3, 1),
     "sdxl_reward_sampler": Thumbnail(_SEARCH, "reward_sampler", text="a green cross left of a red square", seed=5),
     "z_image_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "a blue star and a white circle", 4, 1),

@@ -87,6 +87,20 @@ def test_the_search_acts(furnished):
     assert found["Candidates"].shape[0] > 100
 
 
+def test_training_takes_pictures_and_texts_from_a_folder(furnished):
+    folder = furnished.base / "input" / "my_pictures"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (64, 64), (80 * number, 90, 120)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a photo of sks plate {number}")
+    prompt = small(furnished, "sd15_train_on_my_pictures")
+    titled(prompt, "Train").update(resolution=64, held_out=0, pictures=1)
+    found = pictures(furnished, prompt)
+    assert found["Loss curve"].shape[0] > 100
+    assert found["Save before and after"].shape[1] > 2 * 128
+    assert (furnished.base / "models" / "maskunet" / "my_subject_00001_.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [

@@ -7,12 +7,14 @@ from pathlib import Path
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from maskunet_core.files import checkpoint
+from maskunet_core.training.cost import Cost
 from tests.host.memory import dynamic_vram, run_as_executor, streamed, tensors_alive
 from tests.nodes.scene import Scene, same_state
 from trainer.config_file import parse_config
@@ -42,10 +44,11 @@ class Workshop:
         self.folder, self.generators = folder, folder / "maskunet"
 
     def train(self, **changes):
-        """(MASKUNET, file name, curve)"""
+        """(MASKUNET, file name, curve, pictures before and after)"""
         inputs = {"model": self.scene.model, "clip": self.clip, "vae": self.vae, "images": self.images}
         inputs |= {"captions": "\n".join(self.captions), "goal": "style", "steps": STEPS, "name": "mine", "seed": 3}
         inputs |= {"resolution": 0, "batch": 2, "rate": 0.0, "held_out": 0, "targets": "decoder attention"}
+        inputs |= {"minutes": 0.0, "pictures": 0, "picture_cfg": 5.0}
         lists = {name: value if isinstance(value, list) else [value] for name, value in (inputs | changes).items()}
         return run_as_executor(self.node.execute, **lists).result
 
@@ -90,7 +93,7 @@ def workshop(extension, tmp_path, monkeypatch):
 
 
 def test_what_was_trained_is_saved_listed_and_handed_on(workshop):
-    generator, name, curve = workshop.train(held_out=-1)
+    generator, name, curve, _ = workshop.train(held_out=-1)
     assert name == "mine_00001_.safetensors"
     assert name in folder_paths.get_filename_list("maskunet")
     loaded = checkpoint.load(workshop.generators / name)
@@ -103,8 +106,28 @@ def test_what_was_trained_is_saved_listed_and_handed_on(workshop):
     assert workshop.unfinished() == []
 
 
+def test_pictures_before_on_the_way_and_after(workshop):
+    previews = []
+    comfy.utils.set_progress_bar_global_hook(
+        lambda value, total, preview, node_id=None: previews.append(preview[1]) if preview else None
+    )
+    try:
+        *_, pictures = workshop.train(pictures=2)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    # Before on the left, in all of them the same; beside it the masks of a step.
+    assert len(previews) == 3
+    assert pictures.shape[0] == 2
+    before, after = pictures[:, :128, :128], pictures[:, :128, -128:]
+    assert (before - after).abs().amax((1, 2, 3)).min() > 0.02
+    assert not torch.equal(before[0], before[1])
+    for preview in previews:
+        shown = torch.from_numpy(np.array(preview))[:128, :128] / 255
+        torch.testing.assert_close(shown, before[0], atol=3e-3, rtol=0)
+
+
 def test_the_command_line_makes_the_same_numbers_of_the_same_pictures(workshop, tmp_path):
-    _, name, _ = workshop.train()
+    name = workshop.train(pictures=1)[1]
     config = checkpoint.load(workshop.generators / name).training["config"]
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -118,7 +141,7 @@ def test_the_command_line_makes_the_same_numbers_of_the_same_pictures(workshop, 
 
 def test_an_interrupt_saves_and_the_same_inputs_go_on_to_the_same_bits(workshop):
     validated = {"held_out": 1}
-    _, whole, _ = workshop.train(**validated)
+    whole = workshop.train(**validated, pictures=1)[1]
     before = workshop.scene.state()
     with watching(interrupting(2)), pytest.raises(INTERRUPT):
         workshop.train(name="other", **validated)
@@ -129,9 +152,25 @@ def test_an_interrupt_saves_and_the_same_inputs_go_on_to_the_same_bits(workshop)
     assert sorted(path.name for path in workshop.generators.iterdir()) == [whole]
     steps = []
     with watching(steps.append):
-        _, resumed, _ = workshop.train(name="other", **validated)
+        resumed = workshop.train(name="other", **validated)[1]
     assert steps[0] == done + 1
     assert same_tensors(workshop.tensors(resumed), workshop.tensors(whole))
+    assert workshop.unfinished() == []
+
+
+def test_minutes_are_as_many_steps_as_fit_and_stay_so_many(extension, workshop, monkeypatch):
+    def takes(seconds):
+        monkeypatch.setattr(extension("train_run"), "estimate", lambda *_: Cost(0, seconds, 0.0, 0))
+
+    takes(0.5)
+    asked = {"steps": 100, "minutes": 2 / 60}
+    with watching(interrupting(2)), pytest.raises(INTERRUPT):
+        workshop.train(**asked)
+    # Meanwhile the machine has become faster.
+    takes(0.1)
+    name = workshop.train(**asked)[1]
+    config = checkpoint.load(workshop.generators / name).training["config"]
+    assert config["loop"]["steps"] == STEPS
     assert workshop.unfinished() == []
 
 
@@ -165,10 +204,10 @@ def test_an_error_leaves_the_model_and_the_memory_as_they_were(workshop):
 def test_weights_that_are_lent_train_to_the_same_bits(extension, workshop, memory, resolution):
     """From 256 pixels on the masked blocks run again in the backward pass."""
     few = {"steps": 1, "batch": 1, "resolution": resolution, "images": workshop.images[:2], "captions": "a star"}
-    _, plain, _ = workshop.train(**few)
+    plain = workshop.train(**few)[1]
     with memory():
         lent = Workshop(extension, workshop.folder)
-        _, name, _ = lent.train(**few)
+        name = lent.train(**few, pictures=1)[1]
     assert same_tensors(workshop.tensors(name), workshop.tensors(plain))
 
 
@@ -196,5 +235,5 @@ def test_captions_are_one_for_all_a_line_each_or_a_list(extension):
 
 def test_lists_of_pictures_of_any_size_are_trained_on(workshop):
     images = [torch.rand(1, 96, 64, 3), torch.rand(2, 64, 64, 4), torch.rand(1, 100, 180, 3)]
-    _, name, _ = workshop.train(images=images, captions=["a"] * 4, steps=2)
+    name = workshop.train(images=images, captions=["a"] * 4, steps=2)[1]
     assert checkpoint.load(workshop.generators / name).training["step"] == 2

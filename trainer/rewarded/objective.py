@@ -28,8 +28,8 @@ from .validate import RewardValidator
 class JudgedBatch(Batch):
     """`Batch` of pictures that the policy drew itself.
 
-    goodness: [B] in [0, 1], 0.5 for a picture as good as others of its prompt. of_policy, of_base: [B, C, ..., h, w], what
-    these predict as the clean latents, the second where `reward.pull` asks for it; empty until `prepared`.
+    goodness: [B] in [0, 1], 0.5 for a picture as good as others of its prompt. of_policy, of_base: [B, C, ..., h, w],
+    what these predict as the clean latents, the second where `reward.pull` asks for it; empty until `prepared`.
     """
 
     goodness: Tensor
