@@ -48,7 +48,11 @@ _RANDOM = (
     ("80 %", "Save with 80 %"),
     ("60 %", "Save with 60 %"),
 )
-_TRAINING = (("what it learns from", "What it learns from"), ("before", "Save before"), ("after 80 steps", "Save after"))
+_TRAINING = (
+    ("what it learns from", "What it learns from"),
+    ("before", "Save before"),
+    ("after 80 steps", "Save after"),
+)
 THUMBNAILS = {
     "generator_off_and_on": Thumbnail(_MASKS),
     "random_masks": Thumbnail(_RANDOM),

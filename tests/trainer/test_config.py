@@ -32,13 +32,16 @@ def test_every_preset_is_valid_but_for_the_files_that_a_user_brings():
         "dreambooth": ["base.checkpoint", "data.path"],
         "embedding": ["base.checkpoint", "embedding.start", "data.path"],
         "sd15_reward": ["base.checkpoint", "reward.models", "reward.prompts"],
+        "sdxl_reward": ["base.checkpoint", "reward.models", "reward.prompts"],
+        "toy_transformer_reward": [],
     }
     assert {path.stem for path in PRESETS.glob("*.toml")} == brought.keys()
     for name, files in brought.items():
         assert _missing(name) == files
         toys = ["base.checkpoint=toy", "data.path=", "reward.prompts=", "reward.models={toy = 1.0}"]
         toys.append("embedding.start=ring")
-        assert load_config(name, toys).targets == "decoder attention"
+        targets = "all attention" if name == "toy_transformer_reward" else "decoder attention"
+        assert load_config(name, toys).targets == targets
     assert load_config("toy").is_toy
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from maskunet_core.files import checkpoint
 from maskunet_core.models.families.transformer import time_embedding
 from maskunet_core.training.base import BaseModel
+from maskunet_core.training.seeds import seeded
 from trainer.base import load_toy_base
 from trainer.config import Base
 from trainer.config_file import BadConfig, parse_config
@@ -223,6 +224,52 @@ def test_the_stock_loader_reads_a_baseline_of_parts_of_layers(base, method, tmp_
     assert torch.equal(drawn(base, base.patcher), stock)
 
 
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_rewards_train_a_transformer_with_texts_of_several_lengths(tmp_path, monkeypatch, cfg):
+    """Each text as if it were alone: padding would change what a transformer computes."""
+    base = load_toy_base(body="transformer")
+    encode = BaseModel.encode_text
+
+    def of_own_length(self, text: str) -> dict[str, torch.Tensor]:
+        return {"cross_attn": encode(self, text)["cross_attn"][: 16 - len(text) % 4]}
+
+    monkeypatch.setattr(BaseModel, "encode_text", of_own_length)
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\na red ring\na green cross")
+    drawing = {"prompts_per_round": 2, "pictures_per_prompt": 2, "steps": 3, "scheduler": "simple", "cfg": cfg}
+    config = config_of(
+        tmp_path,
+        objective="reward",
+        reward=drawing | {"prompts": str(tmp_path / "prompts.txt")},
+        validation={"pictures": 0},
+    )
+    run = Run(config, base, load_data(config, base), make_accelerator(config))
+    objective = run.objective
+    sigmas = base.sigmas(torch.zeros(1), objective._timesteps)
+    torch.testing.assert_close(sigmas, torch.linspace(1, 1 / 3, 3), atol=2e-3, rtol=0)
+    found = objective._drawn(0)
+    noise = torch.randn(4, 4, 8, 8, generator=seeded(62, 0, 0))
+    assert len({len(base.encode_text(text)["cross_attn"]) for text in found.prompts}) == 2
+    for n, prompt in enumerate(found.prompts):
+        objective.drawing.read([prompt])
+        alone = objective.drawing.latents(base.patcher, [prompt], noise[n : n + 1], 0)
+        torch.testing.assert_close(found.latents[n : n + 1], alone, atol=1e-4, rtol=1e-4)
+    part = objective.prepared(objective.draw(0))
+    sigma = base.sigmas(part.clean, part.timesteps)
+    noisy = base.noised(part.clean, sigma, part.noise)
+
+    def predicted(n: int, text: str):
+        conditions = {key: value[None] for key, value in base.encode_text(text).items()}
+        with torch.no_grad():
+            return base.denoised(noisy[n : n + 1], sigma[n : n + 1], conditions)[0]
+
+    for n, latent in enumerate(part.clean):
+        prompt = next(p for p, other in zip(found.prompts, found.latents) if torch.equal(latent, other))
+        expected = torch.lerp(predicted(n, ""), predicted(n, prompt), cfg)
+        torch.testing.assert_close(part.of_policy[n], expected, atol=1e-4, rtol=1e-4)
+    run.train_step()
+    assert start(config).exists()
+
+
 def test_check_tells_what_a_run_takes(tmp_path):
     told = "\n".join(check(config_of(tmp_path, loop={"checkpointing": True})))
     assert "Method: maskunet" in told
@@ -231,8 +278,8 @@ def test_check_tells_what_a_run_takes(tmp_path):
 
 def test_what_is_for_unets_alone_is_told_at_once(tmp_path):
     with pytest.raises(BadConfig) as told:
-        config_of(tmp_path, "embedding", objective="reward", generator={"architecture": "reference"})
-    for sentence in ("rewards train U-Nets alone", "words are learned for U-Nets alone", "is made for U-Nets alone"):
+        config_of(tmp_path, "embedding", generator={"architecture": "reference"})
+    for sentence in ("words are learned for U-Nets alone", "is made for U-Nets alone"):
         assert sentence in str(told.value)
     with pytest.raises(BadConfig, match=r"base\.body: is of the toy model alone"):
         config_of(tmp_path, base={"checkpoint": "other.safetensors"})
