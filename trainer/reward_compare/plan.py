@@ -105,6 +105,7 @@ _QUALITY = PRESETS["quality"]
 _EARLY = _QUALITY.candidate_percent
 _MASKS_FAST = replace(_QUALITY, candidates=5, iterations=1, start_percent=0.6, end_percent=0.73, lr=3e-2, views=0)
 _FOLLOWS = "toy_follows.safetensors"
+_ONE_NOISE = replace(_QUALITY, candidates=1)
 _LATENTS = replace(_QUALITY, masks=False, latent_lr=0.03, iterations=3, views=0)
 
 STUDENT_METHODS: dict[str, Draw] = {
@@ -147,6 +148,8 @@ METHODS: dict[str, Draw] = {
     "CFG 1, best of 2": unguided(best_of(2)),
     "CFG 1, fast": unguided(searched(PRESETS["fast"])),
     "CFG 1, a generator, and fast": unguided(generated(_FOLLOWS, searched(PRESETS["fast"]))),
+    "SynGen, and masks": guided("syngen", searched(_ONE_NOISE)),
+    "SynGen, and masks by attention, too": guided("syngen", searched(replace(_ONE_NOISE, attention_weight=1.0))),
     "CFG 1, Attend-and-Excite": unguided(guided("attend-and-excite", drawn_plainly)),
     "CFG 1, SynGen": unguided(guided("syngen", drawn_plainly)),
     "CFG 1, Attend-and-Excite, and a generator": unguided(
@@ -198,6 +201,7 @@ PAIRS = (
     ("SynGen, and fast", "fast"),
     ("SynGen, and quality", "quality"),
     ("Attend-and-Excite, and quality", "quality"),
+    ("SynGen, and masks by attention, too", "SynGen, and masks"),
     ("Attend-and-Excite, and a generator", "Attend-and-Excite"),
     ("Attend-and-Excite, and a generator", "a generator"),
     ("SynGen, and a generator", "SynGen"),
@@ -234,10 +238,10 @@ class Scale:
     student_steps: int = 2500
 
     @classmethod
-    def of(cls, body: str, prompts: int | None = None) -> "Scale":
-        """prompts: another number of them."""
+    def of(cls, body: str, prompts: int | None = None, seeds: int | None = None) -> "Scale":
+        """prompts, seeds: another number of them."""
         whole = cls(body=body) if body == "unet" else cls(body=body, prompts=60, batch=30)
-        return whole if prompts is None else replace(whole, prompts=prompts)
+        return replace(whole, prompts=prompts or whole.prompts, seeds=seeds or whole.seeds)
 
     @classmethod
     def quick(cls, body: str = "unet") -> "Scale":
