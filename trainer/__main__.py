@@ -150,7 +150,8 @@ def reward_compare(arguments: argparse.Namespace) -> None:
     from .reward_compare.plan import Scale
     from .reward_compare.run import reward_compare
 
-    scale = Scale.quick(arguments.body) if arguments.quick else Scale.of(arguments.body, arguments.prompts, arguments.seeds)
+    whole = Scale.of(arguments.body, arguments.prompts, arguments.seeds)
+    scale = Scale.quick(arguments.body) if arguments.quick else whole
     if unknown := set(arguments.method) - set(scale.methods):
         choice = ", ".join(scale.methods)
         raise MaskUNetError(f"There is no method {', '.join(sorted(unknown))}: choose among {choice}.")
