@@ -35,7 +35,7 @@ def _colour(image: int, images: int) -> str:
 
 
 def _draw_rewards(axes, scores: Tensor, steps: list[range], taken: Tensor) -> None:
-    """Thin: each update; thick, with dots: what the steps were taken with."""
+    """Thin: each update; thick, with dots: what the steps were taken with. scores: `[looks, N]`."""
     images = scores.shape[1]
     for n in range(images):
         colour = _colour(n, images)
@@ -118,7 +118,7 @@ def reward_curve(
     if history:
         scores, steps = torch.stack([look.scores.float() for look in history]), _steps(history)
         taken = _taken(scores, steps, keep_best)
-        _draw_rewards(axes, scores, steps, taken)
+        _draw_rewards(axes, torch.stack([look.rewards.float() for look in history]), steps, taken)
         _draw_ends(axes, first, final, len(history))
         shown = steps[:: -(-len(steps) // _TICKS)]
         axes.set_xticks([step.start for step in shown], [str(history[step.start].step + 1) for step in shown])

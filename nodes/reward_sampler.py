@@ -93,6 +93,17 @@ def search_inputs() -> list[io.Input]:
             "still judged through `vae`.",
         ),
         *custom_inputs(),
+        io.Float.Input(
+            "attention_weight",
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="For a model from MaskUNet Attention Guidance: so many times its loss is subtracted from the "
+            "reward that masks are updated by. 0 asks the reward alone. See the help page before you raise it.",
+        ),
     ]
 
 
@@ -140,10 +151,12 @@ def search(
     watch: LoadedReward | None = None,
     stop_by_watch: bool = False,
     gradient_vae: Any = None,
+    attention_weight: float = 0.0,
     **values: Any,
 ) -> io.NodeOutput:
     """The outputs of a search. sampling: makes what it draws with, see host_sampling. values: of `custom_inputs`."""
-    settings = chosen_settings(preset, candidates, target, values, masks=masks, seconds=seconds)
+    others = {"masks": masks, "seconds": seconds, "attention_weight": attention_weight}
+    settings = chosen_settings(preset, candidates, target, values, **others)
     if stop_by_watch and watch is None:
         raise MaskUNetError(
             "stop_by_watch is on, but there is no reward to watch. Connect one to 'watch', or switch it off."

@@ -53,7 +53,9 @@ class SearchProgress:
         """After each look at an estimate; raises where the user cancelled."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._show(self._before[seen.step] + seen.iteration, estimate)
-        self.tell(f"step {seen.step + 1} of {self.steps}, update {seen.iteration}: reward {numbers(seen.scores)}")
+        attention = "" if seen.losses is None else f", attention loss {numbers(seen.losses)}"
+        told = f"reward {numbers(seen.rewards)}{attention}"
+        self.tell(f"step {seen.step + 1} of {self.steps}, update {seen.iteration}: {told}")
 
 
 def numbers(scores: Tensor) -> str:

@@ -150,7 +150,8 @@ def reward_compare(arguments: argparse.Namespace) -> None:
     from .reward_compare.plan import Scale
     from .reward_compare.run import reward_compare
 
-    scale = Scale.quick(arguments.body) if arguments.quick else Scale.of(arguments.body, arguments.prompts)
+    whole = Scale.of(arguments.body, arguments.prompts, arguments.seeds)
+    scale = Scale.quick(arguments.body) if arguments.quick else whole
     if unknown := set(arguments.method) - set(scale.methods):
         choice = ", ".join(scale.methods)
         raise MaskUNetError(f"There is no method {', '.join(sorted(unknown))}: choose among {choice}.")
@@ -238,6 +239,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     command.add_argument("--method", action="append", default=[], help="only this one; may be given several times")
     command.add_argument("--prompts", type=_number(1), help="another number of prompts")
+    command.add_argument("--seeds", type=_number(1), help="another number of seeds")
     command.add_argument("--jobs", type=_number(1), default=os.cpu_count() or 1, help="processes at once, of a thread")
     command.add_argument("--quick", action="store_true", help="few prompts, to see that it works")
     command.set_defaults(run=reward_compare)

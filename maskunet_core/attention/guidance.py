@@ -2,7 +2,7 @@
 the words of the prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -91,6 +91,26 @@ class WordsLoss:
         return bind_loss(maps, self._pairs, self.words.prompt)
 
 
+class LossOfEach:
+    """`[N]` losses of maps of which each image has a prompt of its own."""
+
+    def __init__(self, losses: Sequence[WordsLoss]):
+        self._losses = losses
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        return torch.cat([loss(own) for loss, own in zip(self._losses, maps.split(1), strict=True)])
+
+
+Loss = WordsLoss | LossOfEach
+
+
+def losses_of(model: Any) -> list[Loss]:
+    """Of all guidance that a MODEL carries."""
+    from comfy.patcher_extension import WrappersMP
+
+    return [wrapper.args[0] for wrapper in model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)]
+
+
 @dataclass
 class _Look:
     """losses: `[N]`; gradient: of their sum in the sampler's latent `[N, ...]`, zero where it was not finite."""
@@ -103,11 +123,12 @@ class _Look:
 class AttentionGuidance:
     """Changes of the latent in the sampling runs of the MODEL that `guiding` gives.
 
-    takes_up_changes: whether a sampler of the host goes on from changed latents, by (MODEL, sampler, sigmas).
+    words: of the prompt of all images, or of that of each. takes_up_changes: whether a sampler of the host goes on from
+    changed latents, by (MODEL, sampler, sigmas).
     report: called with (step, losses `[N]`) at each look.
     """
 
-    words: PromptWords
+    words: PromptWords | Sequence[PromptWords]
     settings: GuidanceSettings
     takes_up_changes: Callable[[Any, Any, Tensor], bool]
     report: Callable[[int, Tensor], None] = field(default=lambda step, losses: None)
@@ -117,13 +138,18 @@ class AttentionGuidance:
         from comfy.patcher_extension import WrappersMP
 
         map_layers(model.model)
-        loss = WordsLoss(self.words, self.settings.method, normalised=family_name(model.model) == "SD 2.x")
+        loss = self._loss(normalised=family_name(model.model) == "SD 2.x")
         clone = model.clone()
         clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _loaded_with_room_for_gradients)
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, partial(self._sampled, loss))
         return clone
 
-    def _sampled(self, loss: WordsLoss, executor, noise, latents, sampler, sigmas, *args: Any, **kwargs: Any) -> Tensor:
+    def _loss(self, normalised: bool) -> Loss:
+        if isinstance(self.words, PromptWords):
+            return WordsLoss(self.words, self.settings.method, normalised)
+        return LossOfEach([WordsLoss(words, self.settings.method, normalised) for words in self.words])
+
+    def _sampled(self, loss: Loss, executor, noise, latents, sampler, sigmas, *args: Any, **kwargs: Any) -> Tensor:
         """OUTER_SAMPLE wrapper. Raises UnchangeableLatent."""
         guider = executor.class_obj
         if guider.model_patcher.get_additional_models_with_key("multigpu"):
@@ -150,7 +176,7 @@ def _loaded_with_room_for_gradients(executor, model: Any, shape: Any, *args: Any
 class _GuidedRun:
     """One run of a sampler."""
 
-    def __init__(self, guider: Any, guidance: AttentionGuidance, loss: WordsLoss):
+    def __init__(self, guider: Any, guidance: AttentionGuidance, loss: Loss):
         self._guider, self._loss = guider, loss
         self._settings, self._report = guidance.settings, guidance.report
         self._reader: MapReader | None = None

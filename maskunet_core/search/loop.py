@@ -13,12 +13,21 @@ from .slopes import Slope, norms, size_of, slopes_of
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One look at the estimates of a step. scores: `[N]`; watched: the held-out reward's, where there is one."""
+    """One look at the estimates of a step. scores: `[N]`; watched: the held-out reward's, where there is one.
+
+    losses: of attention, `[N]`, where the search follows it, too: the scores are the rewards less `weight` times these.
+    """
 
     step: int
     iteration: int
     scores: Tensor
     watched: Tensor | None = None
+    losses: Tensor | None = None
+    weight: float = 0.0
+
+    @property
+    def rewards(self) -> Tensor:
+        return self.scores if self.losses is None else self.scores + self.weight * self.losses
 
 
 class Group:

@@ -21,6 +21,7 @@ from ..seam.gradients import LeanGraph, kept_weights
 from ..seam.latent import SamplerLatent, before_each_call
 from ..seam.sampling import SEARCH, NoRoomForGradients, controls_of, has_hooks, loaded_with_room, mutable, step_of
 from ..seam.state import CallState
+from .attention import RewardAlone, RewardAndAttention, losses_to_follow
 from .graph import FixedBranches, StepGraph, TransformerGraph, UNetGraph, computed_once
 from .judge import Judge, views_of
 from .loop import Evaluation, Group, search_step
@@ -67,6 +68,7 @@ class RewardSearch:
         self._watch, self._stop_by_watch, self._report = watch, stop_by_watch, report
         self.peak = 0
         self._recompute, self._room = recompute, room
+        self._losses = losses_to_follow(model, settings.attention_weight)
         self._masks: SearchedMasks | None = None
         self._latent: SamplerLatent | None = None
         self._falls = 0
@@ -128,13 +130,14 @@ class RewardSearch:
         graph = self._graph(guider, masks, fixed=shift is None)
         options = self._options(graph, model_options, fixed=shift is None)
         state = CallState(model_options, x.device)
+        look = self._look(guider, model_options, state)
 
         def predict() -> Tensor:
             # Each look sees what the sampler's own call is going to see.
             state.restore()
             with LeanGraph():
                 seen = x if shift is None else x + self._latent.seen_change(shift)
-                return executor(seen, timestep, graph.of_a_look(options), seed)
+                return look.joined(executor(seen, timestep, graph.of_a_look(options), seed), seen, timestep)
 
         def current() -> dict[str, Tensor]:
             found = {} if shift is None else {SEARCH: shift.detach().clone()}
@@ -143,10 +146,11 @@ class RewardSearch:
         # The same at all looks of a step, or their scores would not compare.
         views = views_of(self.settings.views, hash((self.seed, step)) % (1 << 30))
 
-        def judge(estimate: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        def judge(seen: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+            estimate, losses = look.parted(seen)
             if gradient:
-                return self.judge.scores_and_gradient(estimate, views)
-            return self.judge.scores(estimate, views), None
+                return look.scored(*self.judge.scores_and_gradient(estimate, views), losses)
+            return look.scored(self.judge.scores(estimate, views), None, losses)
 
         first = len(self.history)
         meter = PeakMeter(x.device)
@@ -166,7 +170,7 @@ class RewardSearch:
                     judge=judge,
                     iterations=iterations,
                     settings=self.settings,
-                    report=partial(self._seen, step),
+                    report=partial(self._seen, step, look),
                     skipped=self._count_skipped,
                 )
         except torch.OutOfMemoryError:
@@ -181,12 +185,17 @@ class RewardSearch:
             self._latent.value.add_(change)
         return best.items
 
+    def _look(self, guider: Any, model_options: dict, state: CallState) -> RewardAlone:
+        """What each look of a step asks."""
+        if not self._losses:
+            return RewardAlone()
+        options = with_attachment(model_options, Attachment(self._masks)) if self.settings.masks else model_options
+        lent = not _on_cpu(guider) or has_hooks(guider.conds.values())
+        return RewardAndAttention(self._losses, self.settings.attention_weight, guider, options, state.restore, lent)
+
     def _graph(self, guider: Any, masks: SearchedMasks | None, fixed: bool) -> StepGraph:
         """fixed: whether the latent stays as it is."""
-        import comfy.model_management
-
-        model = guider.inner_model.diffusion_model
-        on_cpu = comfy.model_management.is_device_cpu(guider.model_patcher.load_device)
+        model, on_cpu = guider.inner_model.diffusion_model, _on_cpu(guider)
         hooks = has_hooks(guider.conds.values())
         family = family_of(model)
         learned = {} if masks is None else masks.logits
@@ -251,9 +260,11 @@ class RewardSearch:
     def _count_skipped(self, count: int) -> None:
         self.skipped += count
 
-    def _seen(self, step: int, iteration: int, scores: Tensor, estimate: Tensor) -> bool:
+    def _seen(self, step: int, look: RewardAlone, iteration: int, scores: Tensor, seen: Tensor) -> bool:
+        estimate, losses = look.parted(seen)
         watched = None if self._watch is None else self._watch(estimate).cpu()
-        evaluation = Evaluation(step, iteration, scores.cpu(), watched)
+        losses = None if losses is None else losses.cpu()
+        evaluation = Evaluation(step, iteration, scores.cpu(), watched, losses, look.weight)
         self.history.append(evaluation)
         if self._report is not None:
             self._report(evaluation, estimate)
@@ -265,3 +276,9 @@ class RewardSearch:
         chosen = max(seen, key=lambda evaluation: float(evaluation.scores.nan_to_num(-torch.inf).mean()))
         fell = bool(chosen.watched.mean() < seen[0].watched.mean())
         self._falls = self._falls + 1 if fell else 0
+
+
+def _on_cpu(guider: Any) -> bool:
+    import comfy.model_management
+
+    return comfy.model_management.is_device_cpu(guider.model_patcher.load_device)

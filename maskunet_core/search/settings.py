@@ -25,7 +25,9 @@ class SearchSettings:
     the noisy latent itself, which is then changed along with the masks (Adam); 0 leaves it alone. masks: off searches
     by `latent_lr` and candidates alone. candidates: starting noises that are drawn and judged first; candidate_percent:
     share of the steps after which they are judged by their estimates; at 1, and where nothing else is searched for,
-    they are drawn to the end. seconds: after which no iteration begins, 0 for no limit.
+    they are drawn to the end. seconds: after which no iteration begins, 0 for no limit. attention_weight: of the losses
+    of the model's attention guidance, which are subtracted from the reward of each look, but not from a candidate's; 0
+    asks the reward alone.
     """
 
     iterations: int = 10
@@ -50,6 +52,7 @@ class SearchSettings:
     candidates: int = 1
     candidate_percent: float = 1.0
     seconds: float = 0.0
+    attention_weight: float = 0.0
 
     def iterations_at(self, step: int, steps: int) -> int:
         """Updates at `step` of `steps`, counted from 0; none where there is nothing to improve."""

@@ -1,5 +1,6 @@
 """Attention maps of real models, and guidance by them inside the host's samplers."""
 
+import contextlib
 import gc
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,14 @@ from maskunet_core.attention.guidance import (
     WordsLoss,
 )
 from maskunet_core.attention.losses import excite_loss
-from maskunet_core.attention.maps import MapReader, NoAttentionMaps, attention_of, map_layers
+from maskunet_core.attention.maps import (
+    MapReader,
+    NoAttentionMaps,
+    _LastMapRead,
+    _Reading,
+    attention_of,
+    map_layers,
+)
 from maskunet_core.attention.words import read, sets_in
 from maskunet_core.masks.sources import GeneratorMasks, RandomMasks
 from maskunet_core.seam.attach import attach, with_options
@@ -30,7 +38,7 @@ from maskunet_core.seam.gradients import LeanGraph
 from maskunet_core.seam.latent import UnchangeableLatent
 from maskunet_core.toy.model import load_toy_model
 from tests.builders import SD15, SDXL, make_generator, sd15_unet
-from tests.tiny_models import controlnet, lora
+from tests.tiny_models import controlnet, lora, write_unet
 
 PROMPT = "a red circle and a small blue square"
 STEPS, SEED, CFG = 4, 3, 5.0
@@ -223,20 +231,38 @@ def test_a_run_calls_the_network_once_more_for_one_branch_at_each_guided_step(sc
     assert len(rows) == STEPS + looks
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_gradient_equals_central_differences(method):
+@pytest.mark.parametrize(("method", "kind"), [(METHODS[0], "toy"), (METHODS[1], "toy"), (METHODS[1], "SD 1.5")])
+def test_the_gradient_equals_central_differences_and_that_of_the_whole_network(method, kind, tmp_path, monkeypatch):
     # What was made in inference mode cannot get another precision in place.
     scene = Scene(load_toy_model())
+    if kind == "SD 1.5":
+        scene.model = comfy.sd.load_diffusion_model(str(write_unet(tmp_path / "unet.safetensors")))
+        context = torch.randn(1, scene.words.tokens, 768, generator=torch.Generator().manual_seed(2))
+        scene.texts = ([[context.double(), {}]],) * 2
     base = scene.model.model.double()
     base.manual_cast_dtype = torch.float64
     loss = WordsLoss(scene.words, method, normalised=False)
     point, direction = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).double()
 
+    reading = _Reading._add
+
+    def going_on(self, *of_layer):
+        """The network is not left after the last map."""
+        with contextlib.suppress(_LastMapRead):
+            reading(self, *of_layer)
+
     def slopes(guider, sigma, options):
         reader = MapReader(guider.inner_model, lent=False)
         value = lambda x: loss(reader.read(guider.conds["positive"], x, sigma.double(), options))  # noqa: E731
-        leaf = point.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(value(leaf).sum(), leaf)
+
+        def gradient_of():
+            leaf = point.clone().requires_grad_()
+            return torch.autograd.grad(value(leaf).sum(), leaf)[0]
+
+        gradient = gradient_of()
+        with monkeypatch.context() as patched:
+            patched.setattr(_Reading, "_add", going_on)
+            assert torch.equal(gradient_of(), gradient)
         step = 1e-4 * direction
         return (gradient * direction).sum(), (value(point + step) - value(point - step)).sum() / 2e-4
 

@@ -16,6 +16,11 @@ BENCH = "the/DET/det/1 car/NOUN/nsubj/2 is/AUX/ROOT/2 red/ADJ/acomp/2 and/CCONJ/
 BENCH += " is/AUX/conj/2 blue/ADJ/acomp/7"
 DOG = "a/DET/det/1 dog/NOUN/ROOT/1 that/PRON/nsubj/3 is/AUX/relcl/1 red/ADJ/acomp/3"
 DARK = "a/DET/det/4 very/ADV/advmod/2 dark/ADJ/amod/4 red/ADJ/amod/4 car/NOUN/ROOT/4"
+FLAG = "a/DET/det/6 red/ADJ/amod/6 ,/PUNCT/punct/1 white/ADJ/conj/1 and/CCONJ/cc/3 blue/ADJ/conj/3 flag/NOUN/ROOT/6"
+FRUIT = "a/DET/det/5 red/ADJ/amod/2 apple/NOUN/nmod/5 and/CCONJ/cc/2 yellow/ADJ/conj/2 bananas/NOUN/ROOT/5"
+HYDRANT = "a/DET/det/3 blue/ADJ/amod/2 fire/NOUN/compound/3 hydrant/NOUN/ROOT/3"
+WHICH = "an/DET/det/1 umbrella/NOUN/ROOT/1 which/PRON/nsubj/3 is/AUX/relcl/1 green/ADJ/acomp/3 ,/PUNCT/punct/1"
+WHICH += " and/CCONJ/cc/1 a/DET/det/8 hat/NOUN/conj/1"
 BAT = "a/DET/det/2 baseball/NOUN/compound/2 bat/NOUN/ROOT/2"
 SENTENCES = {
     APPLE: "red > apple; blue > car",
@@ -23,6 +28,11 @@ SENTENCES = {
     BENCH: "red > car; blue > bench",
     DOG: "red > dog",
     DARK: "very, dark, red > car",
+    FLAG: "red, white, blue > flag",
+    # A slip of the parser's, which the original shares.
+    FRUIT: "red, apple, yellow > bananas",
+    HYDRANT: "blue, fire > hydrant",
+    WHICH: "green > umbrella; hat",
     BAT: "baseball > bat",
     "a/DET/ROOT/0": "",
 }

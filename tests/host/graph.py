@@ -22,6 +22,7 @@ TEMPLATES = {
     "train_on_my_pictures": "MaskUNet 12 - train on my pictures",
     "video": "MaskUNet 13 - video",
     "learned_word": "MaskUNet 14 - learned word",
+    "attention_and_search": "MaskUNet 15 - attention guidance with the reward sampler",
     "sd15_best_of_6": "MaskUNet SD 1.5 - best of 6",
     "sd15_reward_sampler": "MaskUNet SD 1.5 - reward sampler",
     "sd15_random_masks": "MaskUNet SD 1.5 - random masks",

@@ -108,6 +108,18 @@ def overlap(one, other):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_graph_can_be_read_where_all_of_it_is_shown(name):
+    """Fit View leaves a quarter of a window of 1440 x 900 free, and below 8/14 the front end draws no texts."""
+    shipped, bar = load_workflow(name), 30
+    boxes = [group["bounding"] for group in shipped["groups"]]
+    boxes += [(*node["pos"], *node["size"]) for node in shipped["nodes"]]
+    boxes += [(node["pos"][0], node["pos"][1] - bar, 0, 0) for node in shipped["nodes"]]
+    for axis, shown in enumerate((1440, 900)):
+        size = max(box[axis] + box[axis + 2] for box in boxes) - min(box[axis] for box in boxes)
+        assert 0.75 * shown / (size + 20) >= 8 / 14
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_graphs_have_no_overlapping_nodes_or_groups(name):
     shipped, bar = load_workflow(name), 30
     nodes = {n["title"]: (n["pos"][0], n["pos"][1] - bar, n["size"][0], n["size"][1] + bar) for n in shipped["nodes"]}

@@ -101,6 +101,7 @@ THUMBNAILS = {
             ("with masks, at half the price", "Save with masks"),
         )
     ),
+    "attention_and_search": Thumbnail((("fast", "Save plainly"), ("fast, guided", "Save with guidance"))),
     "sd15_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "a black ring and a yellow cross", 1, 1),
     "sd15_reward_sampler": Thumbnail(_SEARCH, "reward_sampler", text="a red circle and a green triangle", seed=2),
     "sd15_random_masks": Thumbnail(_RANDOM, "random_masks", text="a yellow star", seed=1),

@@ -121,13 +121,20 @@ def test_a_search_for_masks_begins_each_step_where_guidance_has_moved_the_latent
     assert torch.isfinite(found["samples"]).all()
     assert not torch.equal(found["samples"], plain["samples"])
     assert masks.steps.keys() == guided_masks.steps.keys()
+    unweighted = scene.search(model=made.guided(), attention_weight=0.0, **inputs)[0]
+    assert torch.equal(unweighted["samples"], found["samples"])
 
 
-@pytest.mark.parametrize("method", ["syngen", "attend-and-excite"])
-def test_the_masks_of_a_guided_search_draw_its_image_again_on_the_guided_model(made, extension, method):
+def test_a_weight_without_attention_guidance_is_refused_in_a_sentence(made, extension):
+    with pytest.raises(ValueError, match="carries no attention guidance"):
+        Scene(extension, "toy").search(model=made.model, attention_weight=1.0)
+
+
+@pytest.mark.parametrize(("method", "weight"), [("syngen", 3.0), ("attend-and-excite", 0.0)])
+def test_the_masks_of_a_guided_search_draw_its_image_again_on_the_guided_model(made, extension, method, weight):
     scene, sampling = Scene(extension, "toy"), {"steps": 4, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal"}
     inputs = {"positive": made.positive, "negative": made.negative, "prompt": PROMPT, "candidates": 1, "seed": 3}
-    inputs |= {"iterations": 3, "start_percent": 0.0, "lr": 0.3}
+    inputs |= {"iterations": 3, "start_percent": 0.0, "lr": 0.3, "attention_weight": weight}
     found, masks, *_ = scene.search(model=made.guided(method=method), **inputs | sampling)
     assert any(masks.steps.values())
     with torch.inference_mode():

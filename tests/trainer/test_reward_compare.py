@@ -167,7 +167,8 @@ def test_attention_guidance_acts_on_each_prompts_own_words(stage, captions):
     for latents in found.values():
         assert all(not torch.equal(mine, plain) for mine, plain in zip(latents, base))
     alone = plan.METHODS["SynGen"](stage, captions[1:2], 0)
-    torch.testing.assert_close(found["SynGen"][1:], alone)
+    # Batches of other sizes round otherwise.
+    torch.testing.assert_close(found["SynGen"][1:], alone, atol=1e-4, rtol=0)
     assert 1.1 < costs["SynGen"] / costs["base"] < 1.6
 
 

@@ -26,6 +26,8 @@ from .word import MARK
 
 SHIPPED = WEIGHTS.with_name("generators") / "toy_shapes.safetensors"
 WORD = "star"
+LONG = "three vectors, timesteps by importance, 8 times the steps"
+_MORE_STEPS = {LONG: 8}
 MASKS = {"method": "embedding+maskunet"}
 PLAIN = {"embedding": {"relation": {"alpha": 0.0, "weight": 0.0}}}
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
@@ -42,6 +44,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
         "+ both": {},
         "masks, start's vector": {**MASKS, "embedding": {"lr": 0.0}},
         "+ both, and masks": MASKS,
+        LONG: {"embedding": {"start": "above left of", "lr": 1e-2, "relation": {"weight": 0.0}}},
     },
 }
 """What is trained, by what is taught: changes of the configuration."""
@@ -67,8 +70,8 @@ def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return values | changes | both
 
 
-def _config(taught: str, changes: dict[str, Any], seed: int, scale: Scale, output: Path) -> Config:
-    relation = taught == DIAGONAL
+def _config(taught: str, name: str, seed: int, scale: Scale, output: Path) -> Config:
+    relation, steps = taught == DIAGONAL, scale.steps * _MORE_STEPS.get(name, 1)
     values = {
         "output": str(output / "word"),
         "method": "embedding",
@@ -82,10 +85,10 @@ def _config(taught: str, changes: dict[str, Any], seed: int, scale: Scale, outpu
         },
         "optimiser": {"lr": 1e-3, "lr_bias": 1e-2},
         "generator": {"rank": 8, "width": 64, "start": 1.0},
-        "loop": {"steps": scale.steps, "batch": 8, "precision": "fp32", "schedule": "constant", "warm_up": 0},
+        "loop": {"steps": steps, "batch": 8, "precision": "fp32", "schedule": "constant", "warm_up": 0},
         "validation": {"every": 0},
     }
-    return parse_config(_merged(values, changes))
+    return parse_config(_merged(values, RUNS[taught][name]))
 
 
 class Judge:
@@ -148,8 +151,8 @@ def _rows(taught: str, scale: Scale, base: Any, output: Path) -> list[dict[str, 
     of_words = {word: _kept(folder / f"{word}.json", partial(judge.of_words, word)) for word in (start_word, *known)}
     start = of_words[start_word]
     rows = [_row(taught, f'base, "{word}"', [scores], start) for word, scores in of_words.items()]
-    for name, changes in RUNS[taught].items():
-        configs = [_config(taught, changes, seed, scale, output) for seed in range(scale.seeds)]
+    for name in RUNS[taught]:
+        configs = [_config(taught, name, seed, scale, output) for seed in range(scale.seeds)]
         scores = [_kept(folder / f"{name} {c.seed}.json", partial(_trained, c, judge)) for c in configs]
         rows.append(_row(taught, name, scores, start))
     return rows

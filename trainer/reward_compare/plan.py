@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from maskunet_core.attention.guidance import AttentionGuidance, GuidanceSettings
@@ -64,15 +63,12 @@ def guided(method: str, draw: Draw) -> Draw:
     """Attention guidance by a method of `maskunet_core.attention.guidance`, under another method."""
     settings = GuidanceSettings(method, step=5.0, share=0.5)
 
-    def changed(stage: Stage, caption: Caption) -> Any:
-        words = read(stage.base.clip, str(caption))
-        words = replace(words, sets=sets_in(words.words))
-        # The stage's sampler looks at each step once.
-        return AttentionGuidance(words, settings, lambda *_: True).guiding(stage.base.patcher)
-
     def drawn(stage: Stage, captions: list[Caption], seed: int) -> Tensor:
-        # A guided model is for one prompt.
-        return torch.cat([draw(with_base(stage, changed(stage, each)), [each], seed) for each in captions])
+        prompts = [read(stage.base.clip, str(caption)) for caption in captions]
+        words = [replace(prompt, sets=sets_in(prompt.words)) for prompt in prompts]
+        # The stage's sampler looks at each step once.
+        guidance = AttentionGuidance(words, settings, lambda *_: True)
+        return draw(with_base(stage, guidance.guiding(stage.base.patcher)), captions, seed)
 
     return drawn
 
@@ -109,6 +105,7 @@ _QUALITY = PRESETS["quality"]
 _EARLY = _QUALITY.candidate_percent
 _MASKS_FAST = replace(_QUALITY, candidates=5, iterations=1, start_percent=0.6, end_percent=0.73, lr=3e-2, views=0)
 _FOLLOWS = "toy_follows.safetensors"
+_ONE_NOISE = replace(_QUALITY, candidates=1)
 _LATENTS = replace(_QUALITY, masks=False, latent_lr=0.03, iterations=3, views=0)
 
 STUDENT_METHODS: dict[str, Draw] = {
@@ -144,13 +141,24 @@ METHODS: dict[str, Draw] = {
     "Attend-and-Excite, best of 3": guided("attend-and-excite", best_of(3)),
     "SynGen, best of 3": guided("syngen", best_of(3)),
     "SynGen, and fast": guided("syngen", searched(PRESETS["fast"])),
+    "Attend-and-Excite, and quality": guided("attend-and-excite", searched(_QUALITY)),
     "SynGen, and quality": guided("syngen", searched(_QUALITY)),
     "CFG 1": unguided(drawn_plainly),
     "CFG 1, a generator": unguided(generated(_FOLLOWS, drawn_plainly)),
     "CFG 1, best of 2": unguided(best_of(2)),
     "CFG 1, fast": unguided(searched(PRESETS["fast"])),
     "CFG 1, a generator, and fast": unguided(generated(_FOLLOWS, searched(PRESETS["fast"]))),
-    "SynGen, and a generator": generated("toy_shapes.safetensors", guided("syngen", drawn_plainly)),
+    "SynGen, and masks": guided("syngen", searched(_ONE_NOISE)),
+    "SynGen, and masks by attention, too": guided("syngen", searched(replace(_ONE_NOISE, attention_weight=1.0))),
+    "CFG 1, Attend-and-Excite": unguided(guided("attend-and-excite", drawn_plainly)),
+    "CFG 1, SynGen": unguided(guided("syngen", drawn_plainly)),
+    "CFG 1, Attend-and-Excite, and a generator": unguided(
+        generated(_FOLLOWS, guided("attend-and-excite", drawn_plainly))
+    ),
+    "CFG 1, SynGen, and a generator": unguided(generated(_FOLLOWS, guided("syngen", drawn_plainly))),
+    "a generator": generated(_FOLLOWS, drawn_plainly),
+    "Attend-and-Excite, and a generator": generated(_FOLLOWS, guided("attend-and-excite", drawn_plainly)),
+    "SynGen, and a generator": generated(_FOLLOWS, guided("syngen", drawn_plainly)),
 }
 """In the order of their jobs: what the others are held against comes first."""
 BODIES = {
@@ -192,7 +200,17 @@ PAIRS = (
     ("SynGen, best of 3", "best of 4"),
     ("SynGen, and fast", "fast"),
     ("SynGen, and quality", "quality"),
+    ("Attend-and-Excite, and quality", "quality"),
+    ("SynGen, and masks by attention, too", "SynGen, and masks"),
+    ("Attend-and-Excite, and a generator", "Attend-and-Excite"),
+    ("Attend-and-Excite, and a generator", "a generator"),
     ("SynGen, and a generator", "SynGen"),
+    ("SynGen, and a generator", "a generator"),
+    ("a generator", "base"),
+    ("CFG 1, Attend-and-Excite", "CFG 1"),
+    ("CFG 1, SynGen", "CFG 1"),
+    ("CFG 1, Attend-and-Excite, and a generator", "CFG 1, a generator"),
+    ("CFG 1, SynGen, and a generator", "CFG 1, a generator"),
     ("CFG 1, a generator", "CFG 1"),
     ("CFG 1, a generator, and fast", "CFG 1, fast"),
     ("CFG 1, a generator, and fast", "best of 2"),
@@ -220,10 +238,10 @@ class Scale:
     student_steps: int = 2500
 
     @classmethod
-    def of(cls, body: str, prompts: int | None = None) -> "Scale":
-        """prompts: another number of them."""
+    def of(cls, body: str, prompts: int | None = None, seeds: int | None = None) -> "Scale":
+        """prompts, seeds: another number of them."""
         whole = cls(body=body) if body == "unet" else cls(body=body, prompts=60, batch=30)
-        return whole if prompts is None else replace(whole, prompts=prompts)
+        return replace(whole, prompts=prompts or whole.prompts, seeds=seeds or whole.seeds)
 
     @classmethod
     def quick(cls, body: str = "unet") -> "Scale":
@@ -252,13 +270,16 @@ DIFFICULTY, STUDENT = "difficulty", "student"
 
 
 def make_plan(scale: Scale, only: Collection[str] = ()) -> list[Job]:
-    """All jobs, or those of some methods, seed by seed, so that what is done at any time makes a whole table."""
-    jobs = []
+    """All jobs, or those of some methods, seed by seed, so that what is done at any time makes a whole table.
+
+    How hard prompts are, which costs as much as many methods, comes last where some are asked for.
+    """
+    jobs, hard = [], [Job(DIFFICULTY, DIFFICULTY)]
     for seed in range(scale.seeds):
         for method in (name for name in scale.methods if not only or name in only):
             needs = (STUDENT,) if method in STUDENT_METHODS else ()
             jobs.append(Job(f"{method}/seed-{seed}", method, seed, needs))
         if seed == 0:
-            jobs.append(Job(DIFFICULTY, DIFFICULTY))
+            jobs += [] if only else hard
             jobs += [Job(STUDENT, STUDENT)] if any(job.needs for job in jobs) else []
-    return jobs
+    return jobs + (hard if only else [])

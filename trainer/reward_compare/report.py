@@ -94,11 +94,12 @@ def differences_of(output: Path, scale: Scale) -> list[dict[str, Any]]:
     for method, rival in PAIRS:
         both = [(_result(output, method, seed), _result(output, rival, seed)) for seed in range(scale.seeds)]
         both = [pair for pair in both if None not in pair]
-        if not both or classes is None:
+        if not both:
             continue
         count = min(len(result["right"]) for result in both[0])
         mine, other = (torch.tensor([pair[side]["right"][:count] for pair in both]).float() for side in (0, 1))
-        row = {"method": method, "rival": rival, "all prompts": share(mine - other), **_shares(mine - other, classes)}
+        row = {"method": method, "rival": rival, "all prompts": share(mine - other)}
+        row |= _shares(mine - other, classes) if classes is not None else {}
         row["operations"] = round(both[0][0]["operations"] / both[0][1]["operations"], 2)
         row["seconds"] = round(sum(a["seconds"] for a, _ in both) / sum(b["seconds"] for _, b in both), 2)
         rows.append(row | {"prompts": count, "seeds": len(both)})

@@ -123,7 +123,10 @@ def test_a_removed_word_is_learned_back(base, tmp_path):
     assert left != right
 
 
-@pytest.mark.parametrize("changes", [RELATION, {"method": "embedding+maskunet"}], ids=["relation", "with masks"])
+WITH_MASKS = {"method": "embedding+maskunet"}
+
+
+@pytest.mark.parametrize("changes", [RELATION, RELATION | WITH_MASKS], ids=["relation", "relation with masks"])
 def test_a_resumed_run_ends_with_the_same_bits(changes, tmp_path):
     values = {**changes, "loop": {"steps": 4, "ema": 0.9}, "validation": {"every": 2, "pictures": 2}}
     whole = config_of(tmp_path / "whole", **values)
@@ -144,12 +147,14 @@ def test_a_resumed_run_ends_with_the_same_bits(changes, tmp_path):
         assert_same(load_file(one), load_file(other))
 
 
-def test_a_word_and_masks_are_trained_together_into_two_files(base, tmp_path):
-    config = config_of(tmp_path, method="embedding+maskunet", optimiser={"lr": 0.1, "lr_bias": 0.5})
+@pytest.mark.parametrize("taught", [{}, RELATION], ids=["object", "relation"])
+def test_a_word_and_masks_are_trained_together_into_two_files(taught, base, tmp_path):
+    config = config_of(tmp_path, **taught, **WITH_MASKS, optimiser={"lr": 0.1, "lr_bias": 0.5})
     run = make_run(config, base)
     before = {name: p.detach().clone() for name, p in run.module.named_parameters()}
     run.run()
     assert all(not torch.equal(before[name], p) for name, p in run.module.named_parameters())
+    assert ("steering" in run.objective.told()) is bool(taught)
     generator = checkpoint.load(tmp_path / "mystar" / "mystar_maskunet.safetensors")
     assert generator.targets == "decoder attention"
     assert list(load_file(run.result)) == ["mystar"]
