@@ -226,6 +226,13 @@ def _partly_masked(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Learned
     return torch.cat(results)
 
 
+def _probability(logits: Tensor, start: float, tau: float) -> Tensor:
+    """Sigmoid of (logits + start) / tau, in as few passes over memory as it takes."""
+    scaled = logits + start if start else logits
+    scaled = scaled if tau == 1.0 else scaled / tau
+    return logits.sigmoid() if scaled is logits else scaled.sigmoid_()
+
+
 class _ThresholdedProduct(torch.autograd.Function):
     """[M, R, in] times the masked weights: [M, R, out]."""
 
@@ -252,7 +259,7 @@ class _ThresholdedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 of_rows = torch.bmm(gradient, binary_mask(logits, threshold - start).to(weight.dtype).mul_(weight))
             slope = torch.bmm(gradient.transpose(1, 2), rows).mul_(weight).to(logits.dtype)
-            slope = torch.ops.aten.sigmoid_backward(slope, ((logits + start if start else logits) / tau).sigmoid_())
+            slope = torch.ops.aten.sigmoid_backward(slope, _probability(logits, start, tau))
             of_left = of_right = None
             if left is not None:
                 of_left = (slope @ right).div_(tau)
@@ -260,4 +267,5 @@ class _ThresholdedProduct(torch.autograd.Function):
             of_static = slope
             if static.ndim != 3:
                 of_static = (slope[0] if len(slope) == 1 else slope.sum(0)).sum_to_size(static.shape)
-        return of_rows, None, of_static.div_(tau), of_left, of_right, None
+        of_static = of_static if tau == 1.0 else of_static.div_(tau)
+        return of_rows, None, of_static, of_left, of_right, None

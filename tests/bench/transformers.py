@@ -240,7 +240,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     keep_freed_memory()
     tokens, turns = (16, 2) if quick else (32, 3)
     jobs: list[Callable[[], list[dict[str, Any]]]] = [
-        *(partial(_steps, name, tokens, turns) for name in (STEP_OF[:1] if quick else STEP_OF)),
+        *(partial(_steps, name, tokens, 3 * turns) for name in (STEP_OF[:1] if quick else STEP_OF)),
         *(partial(_searched, name, tokens, turns) for name in (STEP_OF if quick else TINY)),
         _on_paper,
         lambda: [_import(1 if quick else 3)],
