@@ -21,7 +21,7 @@ from ..maskunet_core.seam.attention import attention_notice
 from ..maskunet_core.seam.sampling import SEARCH, loaded_with_room
 from ..maskunet_core.search.decoder import is_plain, latent_decoder, pictures_by_host
 from ..maskunet_core.search.judge import Judge
-from ..maskunet_core.search.memory import bytes_of_blocks, bytes_of_masks, room_for
+from ..maskunet_core.search.memory import bytes_of_blocks, bytes_of_masks, keeps_ways, room_for
 from ..maskunet_core.search.run import SearchResult, search_images, structure_for
 from ..maskunet_core.search.settings import SMALL_SIDE, SearchSettings
 from .candidate_sheet import candidate_sheets, small
@@ -219,9 +219,11 @@ class RewardRun:
             decoded = self.judge.decoded_size(*self.samples.shape[-2:])
             structure = structure_for(self.model, self.targets, updates=True)
             computing = self.model.model.get_dtype_inference()
-            masks = bytes_of_masks(structure, self.settings, computing)
+            diffusion_model = self.model.model.diffusion_model
+            ways = keeps_ways(self.settings, diffusion_model)
+            masks = bytes_of_masks(structure, self.settings, computing, ways)
             cells = self.samples.shape[2:].numel()
-            blocks = bytes_of_blocks(self.model.model.diffusion_model, structure, cells, computing)
+            blocks = bytes_of_blocks(diffusion_model, structure, cells, computing)
             branches = 1 if self.settings.branches == "positive" else self.sampling.branches
             room = room_for(masks, branches * blocks, self.gradient_vae, len(self.samples), decoded)
         found = search_images(

@@ -122,9 +122,10 @@ class MaskLogits:
 class LearnedMask:
     """A layer's masks that are being learned: what Eq. 5 makes of logits, with its straight-through gradient.
 
-    logits: of M masks. noise: gives the same values, of the given shape, whenever it is called; they are added to the
-    logits. samples: the mask of each sample of the batch, M in their order or this several times, None for a sample
-    that keeps everything; by default the samples of the batch take the M masks in their order.
+    logits: of M masks; start: what is added to all of them. noise: gives the same values, of the given shape, whenever
+    it is called; they are added to the logits. samples: the mask of each sample of the batch, M in their order or this
+    several times, None for a sample that keeps everything; by default the samples of the batch take the M masks in
+    their order.
     """
 
     logits: MaskLogits
@@ -132,6 +133,7 @@ class LearnedMask:
     tau: float = 1.0
     noise: Callable[[torch.Size], Tensor] | None = None
     samples: tuple[int | None, ...] | None = None
+    start: float = 0.0
 
     def __post_init__(self):
         acting = [] if self.samples is None else [n for n in self.samples if n is not None]
@@ -200,7 +202,7 @@ def thresholded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Lea
     dtype = computing_dtype(x)
     with without_autocast(x.device):
         rows = x.to(dtype).reshape(chunks, count, -1, x.shape[-1]).transpose(0, 1).reshape(count, -1, x.shape[-1])
-        options = (mask.threshold, mask.tau, mask.noise)
+        options = (mask.threshold, mask.tau, mask.noise, mask.start)
         out = _ThresholdedProduct.apply(rows, weight.to(dtype), logits.static, logits.left, logits.right, options)
         if bias is not None:
             out = out + bias.to(dtype)
@@ -224,6 +226,13 @@ def _partly_masked(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Learned
     return torch.cat(results)
 
 
+def _probability(logits: Tensor, start: float, tau: float) -> Tensor:
+    """Sigmoid of (logits + start) / tau, in as few passes over memory as it takes."""
+    scaled = logits + start if start else logits
+    scaled = scaled if tau == 1.0 else scaled / tau
+    return logits.sigmoid() if scaled is logits else scaled.sigmoid_()
+
+
 class _ThresholdedProduct(torch.autograd.Function):
     """[M, R, in] times the masked weights: [M, R, out]."""
 
@@ -234,23 +243,23 @@ class _ThresholdedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, weight, static, left, right, options) -> Tensor:
-        threshold, _, noise = ctx.options = options
+        threshold, _, noise, start = ctx.options = options
         ctx.save_for_backward(rows, weight, static, left, right)
-        kept = binary_mask(_ThresholdedProduct._logits(static, left, right, noise), threshold)
+        kept = binary_mask(_ThresholdedProduct._logits(static, left, right, noise), threshold - start)
         return torch.bmm(rows, kept.to(weight.dtype).mul_(weight).transpose(1, 2))
 
     @staticmethod
     def backward(ctx, gradient):
         rows, weight, static, left, right = ctx.saved_tensors
-        threshold, tau, noise = ctx.options
+        threshold, tau, noise, start = ctx.options
         with without_autocast(rows.device):
             gradient = gradient.to(rows.dtype)
             logits = _ThresholdedProduct._logits(static, left, right, noise)
             of_rows = None
             if ctx.needs_input_grad[0]:
-                of_rows = torch.bmm(gradient, binary_mask(logits, threshold).to(weight.dtype).mul_(weight))
+                of_rows = torch.bmm(gradient, binary_mask(logits, threshold - start).to(weight.dtype).mul_(weight))
             slope = torch.bmm(gradient.transpose(1, 2), rows).mul_(weight).to(logits.dtype)
-            slope = torch.ops.aten.sigmoid_backward(slope, (logits / tau).sigmoid_())
+            slope = torch.ops.aten.sigmoid_backward(slope, _probability(logits, start, tau))
             of_left = of_right = None
             if left is not None:
                 of_left = (slope @ right).div_(tau)
@@ -258,4 +267,5 @@ class _ThresholdedProduct(torch.autograd.Function):
             of_static = slope
             if static.ndim != 3:
                 of_static = (slope[0] if len(slope) == 1 else slope.sum(0)).sum_to_size(static.shape)
-        return of_rows, None, of_static.div_(tau), of_left, of_right, None
+        of_static = of_static if tau == 1.0 else of_static.div_(tau)
+        return of_rows, None, of_static, of_left, of_right, None

@@ -39,6 +39,20 @@ def kept_weights(modules: Iterable[nn.Module]) -> Shadowed:
     )
 
 
+def kept_on_the_way(layers: Iterable[nn.Module]) -> Shadowed:
+    """As `kept_weights`, for those layers alone whose input takes gradients when they are called. Others run as in the
+    sampler's own call: a layer in 8 bits that computes with a copy rounds its input no more."""
+    return Shadowed((layer, {"forward": partial(_kept_if_needed, layer, layer.forward)}) for layer in layers)
+
+
+def _kept_if_needed(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    given = (*args, *kwargs.values())
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given):
+        with kept_weights([layer]):
+            return forward(*args, **kwargs)
+    return forward(*args, **kwargs)
+
+
 def recomputed(layers: Iterable[nn.Module]) -> Shadowed:
     """Inside the block these layers keep their inputs alone for the backward pass, and run once more in it.
 

@@ -16,7 +16,7 @@ from ..models.structure import Structure
 from ..seam.attach import options_of, with_options
 from ..seam.attention import with_differentiable_attention
 from ..seam.blocks import recomputed_blocks
-from ..seam.gradients import kept_weights, on_a_copy, recomputed
+from ..seam.gradients import kept_on_the_way, kept_weights, on_a_copy, recomputed
 from ..seam.prefix import Prefix, TransformerPrefix, UNetPrefix, same
 from ..seam.run import RUN
 from ..seam.sampling import SEARCH, acts_in_blocks, joins_branches
@@ -138,7 +138,7 @@ class TransformerGraph(StepGraph):
             elif self._lent:
                 stack.enter_context(kept_weights(block for block, _ in self._blocks))
             if self._lent:
-                stack.enter_context(kept_weights(self._others))
+                stack.enter_context(kept_on_the_way(self._others))
             yield
 
 

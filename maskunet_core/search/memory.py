@@ -19,21 +19,32 @@ _TEXT_TOKENS = 512
 """As many as text encoders of today give."""
 
 
-def dtype_of_logits(settings: SearchSettings, computing: torch.dtype) -> torch.dtype:
-    """bf16 where the model computes in half precision. computing: the model's; Adam's second moments need fp32."""
-    halves = computing in (torch.float16, torch.bfloat16) and settings.optimiser != "AdamW"
-    return torch.bfloat16 if halves else torch.float32
+def keeps_ways(settings: SearchSettings, diffusion_model: nn.Module) -> bool:
+    """Whether the search keeps the way of its logits from their start, in bf16: on all transformers, where AdamW, which
+    needs fp32, does not forbid it. On U-Nets masks that were found once are found again, bit for bit."""
+    return settings.optimiser != "AdamW" and isinstance(family_of(diffusion_model), Transformer)
 
 
-def bytes_of_masks(structure: Structure, settings: SearchSettings, computing: torch.dtype = torch.float32) -> int:
+def dtype_of_logits(settings: SearchSettings, computing: torch.dtype, ways: bool = False) -> torch.dtype:
+    """bf16 where the model computes in half precision, and of ways (see `keeps_ways`).
+
+    computing: the model's; Adam's second moments need fp32.
+    """
+    halves = ways or computing in (torch.float16, torch.bfloat16)
+    return torch.bfloat16 if halves and settings.optimiser != "AdamW" else torch.float32
+
+
+def bytes_of_masks(
+    structure: Structure, settings: SearchSettings, computing: torch.dtype = torch.float32, ways: bool = False
+) -> int:
     """Of one image: logits, moments, gradients (see `Slope`), and the bits of the best masks and of those of now.
 
-    computing: the dtype that the model computes in.
+    computing: the dtype that the model computes in. ways: see `keeps_ways`.
     """
     if not settings.masks:
         return 0
     moments = 2 if settings.optimiser == "AdamW" else int(settings.momentum > 0)
-    dtype = dtype_of_logits(settings, computing)
+    dtype = dtype_of_logits(settings, computing, ways)
     slope = 4 if dtype == torch.float32 else 1
     return structure.masked_weights * (dtype.itemsize * (1 + moments) + slope) + structure.masked_weights // 4
 

@@ -26,7 +26,7 @@ from .graph import FixedBranches, StepGraph, TransformerGraph, UNetGraph, comput
 from .judge import Judge, views_of
 from .loop import Evaluation, Group, search_step
 from .masks import SearchedMasks
-from .memory import PeakMeter, dtype_of_logits
+from .memory import PeakMeter, dtype_of_logits, keeps_ways
 from .settings import SearchSettings
 
 
@@ -125,7 +125,7 @@ class RewardSearch:
         """The best masks of this step, packed; the sampler's latent is changed where it is searched, too."""
         guider = executor.class_obj
         conditions = list(guider.conds.values())
-        groups, shift = self._groups(x, guider.inner_model.get_dtype_inference())
+        groups, shift = self._groups(x, guider.inner_model)
         masks = self._masks if self.settings.masks else None
         graph = self._graph(guider, masks, fixed=shift is None)
         options = self._options(graph, model_options, fixed=shift is None)
@@ -209,16 +209,17 @@ class RewardSearch:
             return TransformerGraph(family, model, self.structure, learned, **options)
         return UNetGraph(model, self.structure, **options)
 
-    def _groups(self, x: Tensor, computing: torch.dtype) -> tuple[list[Group], Tensor | None]:
+    def _groups(self, x: Tensor, model: Any) -> tuple[list[Group], Tensor | None]:
         """What is improved at this step: mask logits, the noisy latent, or both."""
         settings, groups, shift = self.settings, [], None
         if settings.masks:
             if self._masks is None:
                 noise = self.seed if settings.noise else None
                 positive_only = settings.branches == "positive"
-                dtype = dtype_of_logits(settings, computing)
+                ways = keeps_ways(settings, model.diffusion_model)
+                dtype = dtype_of_logits(settings, model.get_dtype_inference(), ways)
                 start = (self.structure, self.images, settings.start, x.device)
-                self._masks = SearchedMasks(*start, noise, positive_only, dtype)
+                self._masks = SearchedMasks(*start, noise, positive_only, dtype, ways)
             else:
                 self._masks.restart(settings.carry)
             leaves = list(self._masks.logits.values())

@@ -51,6 +51,12 @@ def _judges(quick: bool):
     return judges.measure(1 if quick else 3), {"seed": 0, "precision": "fp32"}
 
 
+def _transformers(quick: bool):
+    from tests.bench import transformers
+
+    return transformers.measure(quick), {"seed": 0, "precision": "fp32", "guidance": "none"}
+
+
 TABLES = {
     "starting": _starting,
     "sampling": _sampling,
@@ -58,8 +64,9 @@ TABLES = {
     "search": _search,
     "video": _video,
     "judges": _judges,
+    "transformers": _transformers,
 }
-ALONE = ("training", "search", "video", "judges")
+ALONE = ("training", "search", "video", "judges", "transformers")
 """Measured where they are asked for: at full size they take minutes to hours."""
 
 

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 
 
-def seconds(action: Callable[[], Any]) -> float:
+def now() -> float:
     """Of the processor where there is no GPU (torch should have one thread then: waiting threads count, too)."""
     if not torch.cuda.is_available():
-        began = time.process_time()
-        action()
-        return time.process_time() - began
+        return time.process_time()
     torch.cuda.synchronize()
-    began = time.perf_counter()
+    return time.perf_counter()
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    """What an action takes."""
+    began = now()
     action()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return now() - began

@@ -154,7 +154,7 @@ def test_logits_carry_over_only_where_asked(toy_structure):
 def test_a_model_in_half_precision_is_searched_with_logits_in_half_precision(toy, judge, monkeypatch):
     """They take 5 bytes a weight instead of 12, and find nearly the same."""
     whole, expected = found(toy, judge, FEW)
-    monkeypatch.setattr(sampling, "dtype_of_logits", lambda settings, _: dtype_of_logits(settings, torch.float16))
+    monkeypatch.setattr(sampling, "dtype_of_logits", lambda settings, *_: dtype_of_logits(settings, torch.float16))
     halves, latents = found(toy, judge, FEW)
     assert {logits.dtype for logits in whole._masks.logits.values()} == {torch.float32}
     assert {logits.dtype for logits in halves._masks.logits.values()} == {torch.bfloat16}

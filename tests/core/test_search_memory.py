@@ -9,11 +9,16 @@ import comfy.sampler_helpers
 import pytest
 import torch
 
+from maskunet_core.masks.linear import LearnedMask, MaskLogits, thresholded_linear
 from maskunet_core.seam.sampling import NoRoomForGradients
+from maskunet_core.search import sampling
 from maskunet_core.search.judge import Judge
-from maskunet_core.search.memory import bytes_of_masks
+from maskunet_core.search.loop import Group
+from maskunet_core.search.masks import SearchedMasks
+from maskunet_core.search.memory import bytes_of_masks, keeps_ways
 from maskunet_core.search.sampling import RewardSearch
 from maskunet_core.search.settings import SearchSettings
+from maskunet_core.toy.model import load_toy_model
 
 SETTINGS = SearchSettings(iterations=1)
 
@@ -28,6 +33,55 @@ def test_masks_take_as_many_numbers_as_their_optimiser_keeps(toy_structure):
     halves = partial(bytes_of_masks, toy_structure, computing=torch.float16)
     assert halves(SETTINGS) == (2 + 2 + 1) * weights + weights // 4
     assert halves(replace(SETTINGS, optimiser="AdamW")) == plain + 8 * weights
+
+
+def test_on_a_transformer_a_masked_weight_takes_at_most_6_bytes(monkeypatch):
+    """Counted while all of it exists, in fp32, and as much as is told before."""
+    counted = []
+
+    def tensors_of(value):
+        if isinstance(value, torch.Tensor):
+            return [value]
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        return [tensor for part in parts for tensor in tensors_of(part)]
+
+    class Counting(Group):
+        def step(self, slopes, *rest):
+            super().step(slopes, *rest)
+            moments = [dict(optimiser.state) for optimiser in self._optimisers]
+            best = [search._masks.bits(), search._masks.bits()]
+            kept = tensors_of([self.leaves, moments, best, [(slope.values, slope.unit) for slope in slopes]])
+            counted.append(sum(tensor.nbytes for tensor in kept))
+
+    monkeypatch.setattr(sampling, "Group", Counting)
+    model, clip, _ = load_toy_model(body="transformer")
+    judge = Judge(lambda z: z[:, :3], lambda pictures: (pictures.sum((1, 2, 3)), torch.ones_like(pictures)))
+    search = RewardSearch(model, SETTINGS, judge, 1)
+    sample(search.searching(model), clip)
+    weights = search.structure.masked_weights
+    assert search.recorded.structure.masked_weights == weights
+    assert max(counted) <= 6 * weights
+    told = bytes_of_masks(search.structure, SETTINGS, ways=keeps_ways(SETTINGS, model.model.diffusion_model))
+    assert told == pytest.approx(max(counted), rel=0.02)
+
+
+def test_a_way_from_the_start_makes_the_masks_and_gradients_of_its_logits(toy_structure):
+    layer = next(iter(toy_structure.layers.values()))
+    x, weight = (torch.randn(2, size, layer.in_features) for size in (5, layer.out_features))
+    found = []
+    for from_start in (False, True):
+        masks = SearchedMasks(toy_structure, 2, 1.0, torch.device("cpu"), from_start=from_start)
+        # Numbers that are the same in either form.
+        way = torch.arange(masks.logits[layer.name].numel()).remainder(512).view_as(masks.logits[layer.name]) / 128 - 3
+        masks.logits[layer.name].data += way
+        learned = LearnedMask(MaskLogits(masks.logits[layer.name]), 0.0, start=1.0 if from_start else 0.0)
+        product = thresholded_linear(x, weight[0], None, learned)
+        (gradient,) = torch.autograd.grad(product.square().sum(), masks.logits[layer.name])
+        found.append((product, gradient, masks.bits()[layer.name]))
+        masks.restart(0.5)
+        moved = masks.logits[layer.name] + (1.0 if from_start else 0.0)
+        assert torch.equal(moved, 1 + way / 2)
+    assert all(torch.equal(some, other) for some, other in zip(*found))
 
 
 @torch.no_grad()
