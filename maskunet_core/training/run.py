@@ -88,7 +88,7 @@ class Training:
         held = held_out_count(config, len(data))
         training, held_out = data.split(held, config.seed)
         self.data, self.held_out = training, held_out
-        self.digests = torch.tensor(data.digests, dtype=torch.int64)
+        self.digests = torch.as_tensor(data.digests, dtype=torch.int64)
         self.method = self.build_method()
         # Again: a method may need the text encoder as well.
         self.device = base.load()
