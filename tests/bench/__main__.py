@@ -51,6 +51,13 @@ def _judges(quick: bool):
     return judges.measure(1 if quick else 3), {"seed": 0, "precision": "fp32"}
 
 
+def _data(quick: bool):
+    from tests.bench import data
+
+    sizes = data.SIZES[:2] if quick else data.SIZES
+    return data.measure(sizes), {"batch": data.BATCH, "simulated step": f"{data.STEP} s"}
+
+
 TABLES = {
     "starting": _starting,
     "sampling": _sampling,
@@ -58,8 +65,9 @@ TABLES = {
     "search": _search,
     "video": _video,
     "judges": _judges,
+    "data": _data,
 }
-ALONE = ("training", "search", "video", "judges")
+ALONE = ("training", "search", "video", "judges", "data")
 """Measured where they are asked for: at full size they take minutes to hours."""
 
 
