@@ -99,10 +99,12 @@ def prepare(
     none. broken_limit: the largest share of pictures that may be broken and left out. Raises BadData where more are
     broken, none is left, or an encoder's values are not usable.
     """
-    return _Preparation(records, encoders, cache, fingerprint, broken_limit, progress).run()
+    return Preparation(records, encoders, cache, fingerprint, broken_limit, progress).run()
 
 
-class _Preparation:
+class Preparation:
+    """parts: the tables of a set, in order, of `size` pictures each."""
+
     def __init__(
         self,
         records: Sequence[Record],
@@ -216,15 +218,17 @@ class _Preparation:
 
     def _encode_texts(self) -> None:
         """Those of all captions, by all processes."""
-        keys, caption_of = captions_of(self.parts)
+        keys, captions = captions_of(self.parts)
         store = self.cache.texts
         store.refresh()
         missing = np.flatnonzero(store.find(keys) < 0) if self.trusted else np.arange(len(keys))
         self.share.wait()
         with store.writing():
             expected = _shapes(self._text(self.encoders.empty, ""))
-            for row in tqdm(self.share.mine(missing), desc="captions", mininterval=1, disable=not self.progress):
-                self._text(keys[row].tobytes(), caption_of(row), expected)
+            mine = self.share.mine(missing)
+            shown = {"total": len(mine), "desc": "captions", "mininterval": 1, "disable": not self.progress}
+            for key, caption in tqdm(captions(mine), **shown):
+                self._text(key, caption, expected)
                 if store.due:
                     store.flush()
         self._await(lambda: self._all_there(keys))

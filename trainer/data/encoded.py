@@ -1,7 +1,7 @@
 """A data set that is encoded: which picture has which latent and text, in a table on disk."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from maskunet_core.training.data import EMPTY, BadData, digest_of
 from .store import KEY, Damage, ShardStore, arrow, fixed, open_tables, write_table
 
 SKIPPED = b"skipped"
+_AT_ONCE = 1000
 
 
 class Rows:
@@ -65,12 +66,18 @@ def skipped_in(parts: list[Path]) -> list[tuple[str, str]]:
     return found
 
 
-def captions_of(parts: list[Path]) -> tuple[np.ndarray, Callable[[int], str]]:
-    """(the different captions' keys, the caption of each by its number)."""
+def captions_of(parts: list[Path]) -> tuple[np.ndarray, Callable[[np.ndarray], Iterator[tuple[bytes, str]]]]:
+    """(the different captions' keys, (key, caption) of those with some numbers)."""
     table = open_tables(parts)
     keys, rows = np.unique(fixed(table.data.column("text")), return_index=True)
-    captions = table.select_columns(["caption"])
-    return keys, lambda number: captions[int(rows[number])]["caption"]
+
+    def captions(numbers: np.ndarray) -> Iterator[tuple[bytes, str]]:
+        for first in range(0, len(numbers), _AT_ONCE):
+            some = numbers[first : first + _AT_ONCE]
+            found = table[rows[some].tolist()]
+            yield from zip(found["text"], found["caption"])
+
+    return keys, captions
 
 
 class DiskSamples:

@@ -64,15 +64,19 @@ def write_table(path: Path, columns: dict[str, Any], metadata: dict[bytes, bytes
 
 
 def open_tables(paths: Iterable[Path]) -> Any:
-    """Tables with the same columns as one, read in place; those that are damaged are left out. None for no rows."""
+    """Tables with the same columns as one Dataset, read in place; those that are damaged are left out. None for no
+    rows."""
     datasets, pyarrow = arrow()
+    from datasets.table import MemoryMappedTable, concat_tables
+
     found = []
     for path in paths:
         # Removed meanwhile, cut off, or no such file.
         with contextlib.suppress(OSError, ValueError, pyarrow.ArrowException):
-            found.append(datasets.Dataset.from_file(str(path)))
+            found.append(MemoryMappedTable.from_file(str(path)))
     found = [table for table in found if len(table)]
-    return datasets.concatenate_datasets(found) if found else None
+    # What it is made of needs no name of its own: working one out takes milliseconds a file.
+    return datasets.Dataset(concat_tables(found), fingerprint="shards") if found else None
 
 
 def fixed(column: Any) -> np.ndarray:
@@ -148,12 +152,16 @@ class ShardStore:
 
     def add(self, key: bytes, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keeps tensors, fp32 as fp16 unless a value overflows; on disk after `flush`. Returns what is kept."""
+        kept = {name: compact(tensor) for name, tensor in tensors.items()}
+        self.add_saved(key, save(kept))
+        return kept
+
+    def add_saved(self, key: bytes, data: bytes) -> None:
+        """data: tensors as safetensors holds them."""
         if not self._waiting:
             self._since = time.monotonic()
-        kept = {name: compact(tensor) for name, tensor in tensors.items()}
-        self._waiting[key] = save(kept)
-        self._bytes += len(self._waiting[key])
-        return kept
+        self._waiting[key] = data
+        self._bytes += len(data)
 
     @property
     def due(self) -> bool:
