@@ -22,6 +22,10 @@ class HostNotFound(MaskUNetError):
     """No ComfyUI where one is looked for; the message says what to do."""
 
 
+class MissingPackage(MaskUNetError):
+    """The trainer needs a package that ComfyUI does not bring."""
+
+
 def is_comfyui(folder: Path) -> bool:
     return (folder / "main.py").is_file() and (folder / "comfy" / "model_patcher.py").is_file()
 

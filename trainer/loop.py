@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from maskunet_core.errors import MaskUNetError
@@ -137,11 +138,12 @@ class Run(Training):
         where the data is not what it was."""
         state = read_state(self.folder)
         require_same(state["config"], self.config, self.folder)
-        then, now = (set(digests.tolist()) for digests in (state.get("data", self.digests), self.digests))
-        if then != now:
+        then, now = state.get("data", self.digests).numpy(), self.digests.numpy()
+        if not np.array_equal(then, now):
+            gone, new = (len(np.setdiff1d(*pair, assume_unique=True)) for pair in ((then, now), (now, then)))
             self.warn(
-                f"The data has changed since the run was stopped: {len(then - now):,} of its {len(then):,} pictures "
-                f"and captions are gone or changed, {len(now - then):,} are new. The run goes on with what is there."
+                f"The data has changed since the run was stopped: {gone:,} of its {len(then):,} pictures "
+                f"and captions are gone or changed, {new:,} are new. The run goes on with what is there."
             )
         try:
             self.restore(state)

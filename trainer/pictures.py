@@ -3,6 +3,7 @@
 import hashlib
 import mmap
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from maskunet_core.training.data import EncodedPictures, EncodeText, sha256
 
 from .base_files import checkpoint_file, lora_files, part_files
 from .config import Base, Config
-from .data.cache import prepare
+from .data.cache import Cache, Encoders, prepare
 from .data.decoding import BadPicture, Record, picture_size, read_bytes
 from .data.problems import NAMED
 from .data.records import Scan, scan
+from .data.share import ALONE, Share
 
+ENCODED = "encoded"
+"""Folder of a run for latents and text embeddings, where its processes have no cache in common."""
 U_NET = "model.diffusion_model."
 
 
@@ -118,13 +122,13 @@ def sizes_in_use(config: Config) -> Counter[Size]:
     return found
 
 
-def cached_pictures(config: Config, base: Any) -> EncodedPictures:
+def cached_pictures(config: Config, base: Any, share: Share = ALONE) -> EncodedPictures:
     """The configured data as latents and text embeddings. base: a BaseModel. Raises BadData."""
     found = read_data(config)
     for note in found.notes:
         tqdm.write(note)
     tell_cut([(record.name, record.caption) for record in found.records], "captions", base)
-    return encoded(found.records, picture_sizes(config), config, base)
+    return encoded(found.records, picture_sizes(config), config, base, share=share)
 
 
 def tell_cut(texts: list[tuple[str, str]], what: str, base: Any) -> None:
@@ -136,23 +140,27 @@ def tell_cut(texts: list[tuple[str, str]], what: str, base: Any) -> None:
 
 
 def encoded(
-    records: list[Record], sizes: list[Size], config: Config, base: Any, encode_text: EncodeText | None = None
+    records: Sequence[Record],
+    sizes: list[Size],
+    config: Config,
+    base: Any,
+    encode_text: EncodeText | None = None,
+    share: Share = ALONE,
 ) -> EncodedPictures:
     """Records as latents of buckets of these sizes, and text embeddings; what is not in the cache yet is encoded.
 
     base: a BaseModel. encode_text: instead of the base's. Raises BadData.
     """
     settings = config.data
-    encoders = encoders_digest(config.base)
-    text_key = encoders + _merged(config.base) + _embeddings(records, base) if encode_text is None else "no text"
-    return prepare(
-        records,
+    encoders_key = encoders_digest(config.base)
+    text_key = encoders_key + _merged(config.base) + _embeddings(records, base) if encode_text is None else "no text"
+    encoders = Encoders(
         sizes=sizes,
-        encode_picture=base.encode_picture,
-        picture_key=encoders,
-        encode_text=encode_text or base.encode_text,
+        picture=base.encode_picture,
+        picture_key=encoders_key,
+        text=encode_text or base.encode_text,
         text_key=text_key,
-        folder=Path(settings.cache),
         flip=settings.flip,
-        broken_limit=settings.broken_limit,
     )
+    cache = Cache(Path(settings.cache), Path(config.output) / ENCODED, share)
+    return prepare(records, encoders, cache, broken_limit=settings.broken_limit)

@@ -17,16 +17,13 @@ from maskunet_core.training.seeds import seeded
 from .base import load_base, require_trainable
 from .config import Config
 from .config_file import BadConfig, for_unets_alone, warnings
-from .host import cpu_has_bf16
+from .data.share import ALONE, Share
+from .host import MissingPackage, cpu_has_bf16
 from .loop import Run
 from .run_folder import claimed, clear, earlier_run, occupied, read_state, reopened, require_same, stopped, write_config
 
 LESS_MEMORY = "raise loop.accumulate, set loop.checkpointing to true, or lower data.resolution"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class MissingPackage(MaskUNetError):
-    """The trainer needs a package that ComfyUI does not bring."""
 
 
 def make_accelerator(config: Config):
@@ -62,9 +59,19 @@ def make_accelerator(config: Config):
     return accelerator
 
 
-def load_data(config: Config, base: BaseModel) -> Any:
-    """Latents and conditioning of the configured data: the rendered toy world, or pictures through the cache; prompts
-    where rewards are trained on."""
+def load_data(config: Config, base: BaseModel, share: Share = ALONE) -> Any:
+    """Latents and conditioning of the configured data: the rendered toy world, or pictures through the cache, encoded
+    by all processes; prompts where rewards are trained on."""
+    if config.objective == "diffusion" and config.data.path and not config.learns_word:
+        from .pictures import cached_pictures
+
+        return cached_pictures(config, base, share)
+    with share.in_turn():
+        return _load_alone(config, base)
+
+
+def _load_alone(config: Config, base: BaseModel) -> Any:
+    """Data that each process makes for itself."""
     settings = config.data
     if config.objective == "reward":
         from .rewarded.prompts import load_prompts, tell
@@ -76,24 +83,21 @@ def load_data(config: Config, base: BaseModel) -> Any:
         from .embedding.pictures import described_pictures
 
         return described_pictures(config, base)
-    if config.is_toy and not settings.path:
-        from .toy.data import ToyData, latent_set
+    from .toy.data import ToyData, latent_set
 
-        autoencoder = base.vae.first_stage_model
-        found = latent_set(settings.pictures, seeded(21, config.seed), autoencoder, settings.caption_noise)
-        return ToyData(found, base.encode_tokens)
-    from .pictures import cached_pictures
-
-    return cached_pictures(config, base)
+    autoencoder = base.vae.first_stage_model
+    found = latent_set(settings.pictures, seeded(21, config.seed), autoencoder, settings.caption_noise)
+    return ToyData(found, base.encode_tokens)
 
 
-def load_prior(config: Config, base: BaseModel) -> Any:
+def load_prior(config: Config, base: BaseModel, share: Share = ALONE) -> Any:
     """The pictures of `prior.prompt` as data, drawn where they are missing; None where no prior is configured."""
     if not config.prior.prompt:
         return None
     from .prior import prior_data
 
-    return prior_data(config, base)
+    with share.in_turn():
+        return prior_data(config, base)
 
 
 def check(config: Config) -> list[str]:
@@ -222,8 +226,8 @@ def _loaded(config: Config, accelerator: Any) -> tuple[BaseModel, Any, Any]:
     for sentence in warnings(config):
         accelerator.print(f"Warning: {sentence}")
     base = load(config, accelerator)
-    with accelerator.main_process_first():
-        return base, load_data(config, base), load_prior(config, base)
+    share = Share.of(accelerator)
+    return base, load_data(config, base, share), load_prior(config, base, share)
 
 
 def _finished(run: Run, prior: Any) -> Path:

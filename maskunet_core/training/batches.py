@@ -46,10 +46,12 @@ class Batch:
         """In page-locked memory, from where `part` copies to a GPU while the CPU goes on."""
         return self._each(Tensor.pin_memory)
 
-    def part(self, index: int, parts: int, device: torch.device) -> "Batch":
-        """Part `index` of `parts` equal ones, moved to `device`."""
+    def part(self, index: int, parts: int, device: torch.device | None = None) -> "Batch":
+        """Part `index` of `parts` equal ones, moved to `device` where one is named."""
         size = len(self.clean) // parts
         rows = slice(index * size, (index + 1) * size)
+        if device is None:
+            return self._each(lambda value: value[rows])
         return self._each(lambda value: value[rows].to(device, non_blocking=value.is_pinned()))
 
     def chosen(self, which: list[bool]) -> "Batch":
@@ -90,22 +92,30 @@ class Batches:
                 )
         self._order = Order(data.buckets, batch - self._of_class, config.seed)
 
-    def draw(self, step: int) -> Batch:
-        """The whole batch of a step, counted from 0: class pictures come last."""
+    def draw(self, step: int, index: int = 0, parts: int = 1) -> Batch:
+        """The batch of a step, counted from 0, in which class pictures come last; of several equal parts that with this
+        index, for which no more is read."""
         rows = self._order.rows(step)
         count = len(rows) + self._of_class
+        mine = slice(index * count // parts, (index + 1) * count // parts)
         stream = seeded(20, self.config.seed, step)
         drawn = torch.randint(self.timesteps, (count,), generator=stream)
         dropped = torch.rand(count, generator=stream) < self.config.data.caption_dropout
         flips = torch.rand(count, generator=stream) < 0.5 if self.config.data.flip else None
-        clean, conditions = _read(self.data, rows, dropped[: len(rows)], flips)
+        sources = [(self.data, rows)]
         if self.prior is not None:
-            of_class = self._class_orders[clean.shape[1:]].rows(step)
-            others = _read(self.prior, of_class, dropped[len(rows) :], flips if flips is None else flips[len(rows) :])
-            clean = torch.cat([clean, others[0]])
-            conditions = joined(conditions, others[1])
-        noise = torch.randn(clean.shape, generator=stream)
-        return Batch(clean, conditions, drawn, noise, self._weights(len(rows)))
+            sources.append((self.prior, self._class_orders[_shape(self.data, rows)].rows(step)))
+        found, first = [], 0
+        for data, of_source in sources:
+            chosen = slice(max(mine.start - first, 0), max(mine.stop - first, 0))
+            if len(own := of_source[chosen]):
+                there = slice(max(mine.start, first), max(mine.start, first) + len(own))
+                found.append(_read(data, own, dropped[there], None if flips is None else flips[there]))
+            first += len(of_source)
+        clean = torch.cat([latents for latents, _ in found])
+        conditions = found[0][1] if len(found) == 1 else joined(*(conditions for _, conditions in found))
+        noise = torch.randn(count, *clean.shape[1:], generator=stream)
+        return Batch(clean, conditions, drawn[mine], noise[mine], self._weights(len(rows))[mine])
 
     def _weights(self, count: int) -> Tensor:
         """The loss is the mean over `count` pictures, plus prior.weight times the mean over class pictures."""
@@ -121,4 +131,4 @@ def _shape(data: Any, rows: Tensor) -> torch.Size:
 
 
 def _read(data: Any, rows: Tensor, dropped: Tensor, flips: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-    return data.latents(rows, None if flips is None else flips[: len(rows)]), data.conditions(rows, dropped)
+    return data.latents(rows, flips), data.conditions(rows, dropped)

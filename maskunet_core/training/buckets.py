@@ -44,18 +44,30 @@ def fit(image: Image.Image, size: Size) -> Tensor:
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous().float() / 255
 
 
-def epoch_batches(buckets: list[Tensor], batch: int, generator: torch.Generator) -> list[Tensor]:
-    """One epoch in random order: batches of `batch` rows, each from one bucket.
+class Epoch:
+    """One epoch in random order: batches of `batch` rows, each from one bucket; made up when they are asked for.
 
     buckets: the rows of each, [N]. Every row comes up. A bucket's last batch is filled with other rows of the bucket,
     which come up twice then; a batch holds a row twice only where its bucket has fewer rows than a batch.
     """
-    batches = []
-    for rows in buckets:
-        shuffled = rows[torch.randperm(len(rows), generator=generator)]
-        count = math.ceil(len(rows) / batch)
-        batches += shuffled[torch.arange(count * batch) % len(rows)].chunk(count)
-    return [batches[place] for place in torch.randperm(len(batches), generator=generator)]
+
+    def __init__(self, buckets: list[Tensor], batch: int, generator: torch.Generator):
+        self._shuffled = [rows[torch.randperm(len(rows), generator=generator)] for rows in buckets]
+        self._batch = batch
+        counts = [math.ceil(len(rows) / batch) for rows in buckets]
+        self._ends = np.cumsum(counts)
+        self._order = torch.randperm(sum(counts), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, place: int) -> Tensor:
+        """[batch]"""
+        number = int(self._order[place])
+        bucket = int(np.searchsorted(self._ends, number, side="right"))
+        first = number - (int(self._ends[bucket - 1]) if bucket else 0)
+        rows = self._shuffled[bucket]
+        return rows[torch.arange(first * self._batch, (first + 1) * self._batch) % len(rows)]
 
 
 class Order:
@@ -64,12 +76,13 @@ class Order:
     def __init__(self, buckets: list[Tensor], batch: int, seed: int):
         self.buckets, self.batch, self.seed = buckets, batch, seed
         self.steps_per_epoch = sum(math.ceil(len(rows) / batch) for rows in buckets)
-        self._epoch, self._batches = -1, []
+        self._latest: tuple[int, Epoch] | None = None
 
     def rows(self, step: int) -> Tensor:
         """[batch] row indices of one bucket, for steps counted from 0."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._batches = epoch_batches(self.buckets, self.batch, seeded(40, self.seed, epoch))
-            self._epoch = epoch
-        return self._batches[place]
+        number, place = divmod(step, self.steps_per_epoch)
+        latest = self._latest
+        if latest is None or latest[0] != number:
+            # Threads that read ahead may both make it; either is the same.
+            latest = self._latest = number, Epoch(self.buckets, self.batch, seeded(40, self.seed, number))
+        return latest[1][place]

@@ -1,11 +1,11 @@
 """Pictures with captions as training reads them: latents and text embeddings."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,72 +21,89 @@ class BadData(MaskUNetError):
 
 EncodePicture = Callable[[Tensor], Tensor]
 EncodeText = Callable[[str], dict[str, Tensor]]
-ReadTensors = Callable[[str], dict[str, Tensor]]
+EMPTY = -1
+"""In the place of a row: the empty caption."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A prepared picture. content: hash of its file; latents: keys of upright and, with flips, mirrored; text: key."""
+class Samples(Protocol):
+    """Encoded pictures with captions, by row. What grows with their number is in arrays, or on disk.
 
-    name: str
-    caption: str
-    content: str
-    shape: tuple[int, ...]
-    latents: tuple[str, ...]
-    text: str
+    contents: [N] of 32 bytes, SHA-256 of a picture's file; digests: [N] int64, which tell pictures with captions apart;
+    shapes: of the latents in use; shape_of: [N], which of them; mirrors: whether mirrored latents are there; on_disk:
+    whether reading waits for a disk, and may be done by several threads.
+    """
+
+    contents: np.ndarray
+    digests: np.ndarray
+    shapes: list[tuple[int, ...]]
+    shape_of: np.ndarray
+    mirrors: bool
+    on_disk: bool
+
+    def names(self, rows: np.ndarray) -> list[str]: ...
+
+    def captions(self, rows: np.ndarray) -> list[str]: ...
+
+    def latents(self, rows: np.ndarray, mirrored: np.ndarray) -> list[Tensor]:
+        """Raises BadData where the cache was damaged meanwhile."""
+
+    def texts(self, rows: np.ndarray) -> list[dict[str, Tensor]]:
+        """Of captions, or of the empty one for EMPTY. Raises BadData where the cache was damaged meanwhile."""
+
+
+def content_of(data: bytes) -> bytes:
+    """32 bytes that name a picture's file."""
+    return hashlib.sha256(data).digest()
+
+
+def digest_of(content: bytes, caption: str) -> int:
+    """60 bits that name a picture with its caption."""
+    return int(sha256(f"{content.hex()} {caption}".encode())[:15], 16)
 
 
 class EncodedPictures:
-    """A prepared data set. skipped: (name, reason) of each broken picture."""
+    """A prepared data set, or a part of it. skipped: (name, reason) of each broken picture; rows: those of the part."""
 
-    def __init__(
-        self,
-        samples: list[Sample],
-        empty: str,
-        read_latent: ReadTensors,
-        read_text: ReadTensors,
-        skipped: list[tuple[str, str]],
-    ):
-        """empty: key of the empty caption; read_latent, read_text: tensors by key."""
-        self.samples, self.skipped = samples, skipped
-        self._empty, self._read_latent, self._read_text = empty, read_latent, read_text
+    def __init__(self, samples: Samples, skipped: list[tuple[str, str]] = (), rows: np.ndarray | None = None):
+        self.samples, self.skipped = samples, list(skipped)
+        self._rows = np.arange(len(samples.contents)) if rows is None else rows
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._rows)
+
+    @property
+    def on_disk(self) -> bool:
+        return self.samples.on_disk
 
     @property
     def names(self) -> list[str]:
-        return [sample.name for sample in self.samples]
+        return self.samples.names(self._rows)
 
     @property
     def captions(self) -> list[str]:
-        return [sample.caption for sample in self.samples]
+        return self.samples.captions(self._rows)
 
     @property
-    def digests(self) -> list[int]:
-        """A number for each picture with its caption, in rising order: it tells data sets apart."""
-        whole = {sha256(f"{sample.content} {sample.caption}".encode()) for sample in self.samples}
-        return sorted(int(digest[:15], 16) for digest in whole)
+    def digests(self) -> np.ndarray:
+        """A number for each different picture with its caption, in rising order: they tell data sets apart."""
+        return np.unique(self.samples.digests[self._rows])
 
     @cached_property
     def buckets(self) -> list[Tensor]:
         """The rows [N] of each shape of latents in use."""
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for row, sample in enumerate(self.samples):
-            rows.setdefault(sample.shape, []).append(row)
-        return [torch.tensor(rows[shape]) for shape in sorted(rows)]
+        shapes, used = self.samples.shapes, self.samples.shape_of[self._rows]
+        found = ((shape, np.flatnonzero(used == number)) for number, shape in enumerate(shapes))
+        return [torch.from_numpy(rows) for _, rows in sorted(found, key=lambda pair: pair[0]) if len(rows)]
 
     def latents(self, rows: Tensor, flips: Tensor | None = None) -> Tensor:
         """[B, C, h, w] in fp32. rows: [B] of one bucket; flips: [B] bool, where the mirrored picture is wanted.
 
         Raises ValueError for flips of data that was prepared without, BadData where the cache was damaged meanwhile.
         """
-        turned = [False] * len(rows) if flips is None else flips.tolist()
-        samples = [self.samples[row] for row in rows.tolist()]
-        if any(turned) and any(len(sample.latents) < 2 for sample in samples):
+        mirrored = np.zeros(len(rows), bool) if flips is None else flips.numpy()
+        if mirrored.any() and not self.samples.mirrors:
             raise ValueError("Mirrored latents are asked for, but the data was prepared without flips.")
-        keys = [sample.latents[int(flip)] for sample, flip in zip(samples, turned)]
-        return torch.stack([self._read_latent(key)["latent"].float() for key in keys])
+        return torch.stack([latent.float() for latent in self.samples.latents(self._rows[rows.numpy()], mirrored)])
 
     def conditions(self, rows: Tensor, dropped: Tensor) -> dict[str, Tensor]:
         """The text encoder's tensors, each [B, ...], fp32 unless they are integers; of texts of unequal lengths as
@@ -95,8 +112,7 @@ class EncodedPictures:
         rows: [B]; dropped: [B] bool, where the empty caption takes the caption's place. Raises BadData where the
         cache was damaged meanwhile.
         """
-        keys = [self._empty if drop else self.samples[row].text for row, drop in zip(rows.tolist(), dropped.tolist())]
-        texts = [self._read_text(key) for key in keys]
+        texts = self.samples.texts(np.where(dropped.numpy(), EMPTY, self._rows[rows.numpy()]))
         return stacked([{name: _single(value) for name, value in text.items()} for text in texts])
 
     def split(self, held_out: int, seed: int) -> tuple["EncodedPictures", "EncodedPictures"]:
@@ -105,23 +121,51 @@ class EncodedPictures:
         Chosen by the hash of a picture's content: where pictures are added, none that was trained on before becomes
         held out. Copies of a picture stay together. Raises BadData where nothing is left to train on.
         """
-        copies = Counter(sample.content for sample in self.samples)
-        chosen, count = set(), 0
-        for content in sorted(copies, key=lambda content: sha256(f"{seed} {content}".encode())):
-            if count >= held_out:
-                break
-            chosen.add(content)
-            count += copies[content]
-        if count == len(self):
+        if not held_out:
+            return self, self._part(np.zeros(len(self), bool), True)
+        contents, which, copies = np.unique(self.samples.contents[self._rows], return_inverse=True, return_counts=True)
+        places = [sha256(f"{seed} {content.tobytes().hex()}".encode())[:16] for content in contents]
+        order = np.argsort(np.array(places, dtype="S16"))
+        # As many, by rising hash, as give enough pictures with their copies.
+        count = int(np.searchsorted(np.cumsum(copies[order]), held_out)) + 1
+        chosen = np.zeros(len(contents), bool)
+        chosen[order[:count]] = True
+        if chosen.all():
             raise BadData(
-                f"Holding out {held_out} of {len(self)} pictures ({len(copies)} of them different) leaves none to "
+                f"Holding out {held_out} of {len(self)} pictures ({len(contents)} of them different) leaves none to "
                 "train on: hold out fewer (validation.pictures), or add pictures."
             )
-        rest = [sample for sample in self.samples if sample.content not in chosen]
-        return self._part(rest), self._part([sample for sample in self.samples if sample.content in chosen])
+        return self._part(chosen[which], False), self._part(chosen[which], True)
 
-    def _part(self, samples: list[Sample]) -> "EncodedPictures":
-        return EncodedPictures(samples, self._empty, self._read_latent, self._read_text, self.skipped)
+    def _part(self, chosen: np.ndarray, held_out: bool) -> "EncodedPictures":
+        return EncodedPictures(self.samples, self.skipped, self._rows[chosen == held_out])
+
+
+class _HeldSamples:
+    """Samples in memory. latents: upright and, with flips, mirrored ones; texts: by caption."""
+
+    on_disk = False
+
+    def __init__(self, captions: list[str], contents: list[bytes], latents: list[list[Tensor]], texts: dict[str, dict]):
+        self._captions, self._latents, self._texts = captions, latents, texts
+        self.contents = np.array([np.void(content) for content in contents], dtype="V32")
+        self.digests = np.array([digest_of(*pair) for pair in zip(contents, captions)], dtype=np.int64)
+        shapes = [tuple(of_one[0].shape) for of_one in latents]
+        self.shapes = sorted(set(shapes))
+        self.shape_of = np.array([self.shapes.index(shape) for shape in shapes], dtype=np.int64)
+        self.mirrors = bool(latents) and len(latents[0]) > 1
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        return [f"picture {row + 1}" for row in rows.tolist()]
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        return [self._captions[row] for row in rows.tolist()]
+
+    def latents(self, rows: np.ndarray, mirrored: np.ndarray) -> list[Tensor]:
+        return [self._latents[row][int(flip)] for row, flip in zip(rows.tolist(), mirrored.tolist())]
+
+    def texts(self, rows: np.ndarray) -> list[dict[str, Tensor]]:
+        return [self._texts["" if row == EMPTY else self._captions[row]] for row in rows.tolist()]
 
 
 def finite(tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
@@ -169,18 +213,15 @@ def encode_pictures(
         caption: finite(_compacted(encode_text(caption)), f"The text embedding of '{caption}'")
         for caption in dict.fromkeys(["", *captions])
     }
-    latents: dict[str, dict[str, Tensor]] = {}
-    samples = []
-    for number, (picture, caption) in enumerate(zip(pictures, captions)):
+    latents, contents = [], []
+    for number, picture in enumerate(pictures):
         fitted = fit(picture, nearest_bucket(*picture.size, sizes))
-        keys = tuple(f"{number} {turn}" for turn in (("upright", "mirrored") if flip else ("upright",)))
-        for key, view in zip(keys, (fitted, fitted.flip(-1))):
-            latents[key] = finite(_compacted({"latent": encode_picture(view)}), f"The latent of picture {number + 1}")
-        content = sha256(f"{picture.size}".encode() + picture.tobytes())
-        shape = tuple(latents[keys[0]]["latent"].shape)
-        samples.append(Sample(f"picture {number + 1}", caption, content, shape, keys, caption))
+        views = (fitted, fitted.flip(-1)) if flip else (fitted,)
+        what = f"The latent of picture {number + 1}"
+        latents.append([finite(_compacted({"latent": encode_picture(view)}), what)["latent"] for view in views])
+        contents.append(content_of(f"{picture.size}".encode() + picture.tobytes()))
         progress()
-    return EncodedPictures(samples, "", latents.__getitem__, texts.__getitem__, [])
+    return EncodedPictures(_HeldSamples(captions, contents, latents, texts))
 
 
 def _compacted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,15 +9,23 @@ from .validate import Validator
 
 
 class DiffusionObjective:
-    """Pictures with captions, by the diffusion loss. run: a Run; training, prior: as it takes them."""
+    """Pictures with captions, by the diffusion loss. run: a Run; training, prior: as it takes them.
+
+    on_disk: whether batches are read from a disk, and several threads may do so.
+    """
 
     def __init__(self, run: Any, training: Any, prior: Any):
         self.run = run
+        self.on_disk = getattr(training, "on_disk", False)
         self.batches = Batches(training, run.config, run.base.timesteps, prior)
 
     def draw(self, step: int) -> Batch:
         """The whole batch of a step, counted from 0, on the CPU."""
         return self.batches.draw(step)
+
+    def draw_part(self, step: int, index: int, parts: int) -> Batch:
+        """Part `index` of `parts` equal ones of that batch; of the others nothing is read."""
+        return self.batches.draw(step, index, parts)
 
     def known(self, step: int) -> bool:
         """Whether a step's batch can be drawn before the step in front of it has been made."""

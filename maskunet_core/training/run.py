@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import MaskUNetError
 from ..torch_file import write_torch
+from .ahead import ReadAhead
 from .base import BaseModel
 from .batches import Batch
 from .method import MaskMethod
@@ -88,7 +89,7 @@ class Training:
         held = held_out_count(config, len(data))
         training, held_out = data.split(held, config.seed)
         self.data, self.held_out = training, held_out
-        self.digests = torch.tensor(data.digests, dtype=torch.int64)
+        self.digests = torch.as_tensor(data.digests, dtype=torch.int64)
         self.method = self.build_method()
         # Again: a method may need the text encoder as well.
         self.device = base.load()
@@ -101,7 +102,7 @@ class Training:
         self.average = [p.detach().clone() for p in self.module.parameters()] if config.loop.ema else None
         self.validator = self.objective.validator(held_out) if config.validation.every and held else None
         self.left_out = LeftOut()
-        self._ahead: tuple[int, Batch] | None = None
+        self.reading = ReadAhead(self._batch, config.loop.steps, self.objective.on_disk)
         self.step = 0
         self.seconds = 0.0
         self.best: dict[str, float] | None = None
@@ -141,10 +142,10 @@ class Training:
     # One step ---------------------------------------------------------------------------------------------------
 
     def _batch(self, step: int) -> Batch:
-        """The batch of a step, where the copies to the device do not wait if it can be told so."""
+        """This process's part of a step's batch, where the copies to the device do not wait if it can be told so."""
         import comfy.model_management
 
-        batch = self.objective.draw(step)
+        batch = self.objective.draw_part(step, self.accelerator.process_index, self.accelerator.num_processes)
         if self.device.type != "cpu" and comfy.model_management.device_supports_non_blocking(self.device):
             return batch.pinned()
         return batch
@@ -152,14 +153,15 @@ class Training:
     def _forward_backward(self, batch: Batch, finite: list[bool] | None = None) -> Tensor:
         """Adds the gradients of this process's samples to the parameters'. Returns their weighted losses [N] there.
 
-        finite: [N], which samples take part; the others' losses are left out of the result.
+        batch: of this process. finite: [N], which samples take part; the others' losses are left out of the result.
         """
-        parts = self.accelerator.num_processes * self.config.loop.accumulate
-        size = len(batch.clean) // parts
+        turns = self.config.loop.accumulate
+        parts = self.accelerator.num_processes * turns
+        size = len(batch.clean) // turns
         losses = []
-        for turn in range(self.config.loop.accumulate):
-            index = self.accelerator.process_index * self.config.loop.accumulate + turn
-            part = batch.part(index, parts, self.device)
+        for turn in range(turns):
+            index = self.accelerator.process_index * turns + turn
+            part = batch.part(turn, turns, self.device)
             if finite is not None:
                 part = part.chosen(finite[turn * size : (turn + 1) * size])
                 if not len(part.clean):
@@ -171,7 +173,7 @@ class Training:
                 with self.method.acting():
                     with self.accelerator.autocast():
                         of_group = self.objective.losses(group)
-                    share = len(of_group) / size / self.config.loop.accumulate
+                    share = len(of_group) / size / turns
                     self.accelerator.backward(of_group.mean() * share)
                 weighted[rows] = of_group.detach()
             losses.append(weighted)
@@ -182,13 +184,11 @@ class Training:
 
         Returns their weighted losses, the number of samples that were left out, and whether the gradients are finite.
         """
-        if self._ahead is None or self._ahead[0] != self.step:
-            self._ahead = self.step, self._batch(self.step)
-        _, batch = self._ahead
+        batch = self.reading.take(self.step)
         losses = self._forward_backward(batch)
-        if self.step + 1 < self.config.loop.steps and self.objective.known(self.step + 1):
+        if self.objective.known(self.step + 1):
             # The device is at work, and is asked for its results only then.
-            self._ahead = self.step + 1, self._batch(self.step + 1)
+            self.reading.look_ahead(self.step + 1)
         *weighted, largest = torch.cat([losses, self._largest_gradient()]).tolist()
         finite = [math.isfinite(loss) for loss in weighted]
         if not all(finite):
@@ -345,7 +345,10 @@ class Training:
         Returns whether it stopped early, because validations were no longer better. A finished one has its result.
         """
         self._validate_if_due()
-        stopped_early = self._steps(interrupted)
+        try:
+            stopped_early = self._steps(interrupted)
+        finally:
+            self.reading.close()
         halted = interrupted()
         if not halted and self.validated_step != self.step:
             self.validate()

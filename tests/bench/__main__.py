@@ -57,6 +57,13 @@ def _transformers(quick: bool):
     return transformers.measure(quick), {"seed": 0, "precision": "fp32", "guidance": "none"}
 
 
+def _data(quick: bool):
+    from tests.bench import data
+
+    sizes = data.SIZES[:2] if quick else data.SIZES
+    return data.measure(sizes), {"batch": data.BATCH, "simulated step": f"{data.STEP} s"}
+
+
 TABLES = {
     "starting": _starting,
     "sampling": _sampling,
@@ -65,8 +72,9 @@ TABLES = {
     "video": _video,
     "judges": _judges,
     "transformers": _transformers,
+    "data": _data,
 }
-ALONE = ("training", "search", "video", "judges", "transformers")
+ALONE = ("training", "search", "video", "judges", "transformers", "data")
 """Measured where they are asked for: at full size they take minutes to hours."""
 
 

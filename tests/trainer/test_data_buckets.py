@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskunet_core.training.buckets import Order, bucket_sizes, epoch_batches, fit, nearest_bucket
+from maskunet_core.training.buckets import Epoch, Order, bucket_sizes, fit, nearest_bucket
 
 
 def test_bucket_sizes_of_sd15():
@@ -69,7 +69,7 @@ BUCKETS = [torch.arange(0, 10), torch.arange(10, 13), torch.arange(13, 21)]
 
 
 def test_an_epoch_covers_every_row_in_batches_of_one_bucket():
-    batches = epoch_batches(BUCKETS, 4, torch.Generator().manual_seed(0))
+    batches = Epoch(BUCKETS, 4, torch.Generator().manual_seed(0))
     assert len(batches) == 3 + 1 + 2
     members = [set(bucket.tolist()) for bucket in BUCKETS]
     for rows in batches:
@@ -84,13 +84,13 @@ def test_an_epoch_covers_every_row_in_batches_of_one_bucket():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_batch_repeats_a_row_only_in_a_bucket_below_its_size(seed):
-    batches = epoch_batches(BUCKETS, 4, torch.Generator().manual_seed(seed))
+    batches = Epoch(BUCKETS, 4, torch.Generator().manual_seed(seed))
     for rows in batches:
         assert len(set(rows.tolist())) == (3 if rows[0] in BUCKETS[1] else 4)
 
 
 def test_a_lonely_row_fills_its_batch():
-    assert epoch_batches([torch.tensor([7])], 3, torch.Generator())[0].tolist() == [7, 7, 7]
+    assert Epoch([torch.tensor([7])], 3, torch.Generator())[0].tolist() == [7, 7, 7]
 
 
 def test_the_order_is_a_function_of_seed_and_step():

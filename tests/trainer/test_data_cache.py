@@ -1,5 +1,9 @@
 import io
+import os
+import signal
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,9 +13,12 @@ from PIL import Image
 
 from maskunet_core.training.data import BadData
 from maskunet_core.training.texts import by_length, joined
-from trainer.data.cache import prepare
+from trainer.data import store
+from trainer.data.cache import Cache, prepare
+from trainer.data.cache import Encoders as EncodersOf
 from trainer.data.decoding import Record
-from trainer.data.store import TensorStore, key_of
+from trainer.data.share import ALONE, Share
+from trainer.data.store import ShardStore, key_of
 
 SQUARE = [(32, 32)]
 
@@ -48,10 +55,12 @@ class Encoders:
         letters = torch.tensor([ord(letter) for letter in caption.ljust(8)[:8]])
         return {"cross": letters.float().view(4, 2) / 128, "ids": letters}
 
-    def prepare(self, records, folder: Path, **changes):
-        settings = {"sizes": SQUARE, "picture_key": "vae", "text_key": "clip", "flip": False, "broken_limit": 0.0}
-        settings |= {"encode_picture": self.picture, "encode_text": self.text, "progress": False}
-        return prepare(records, folder=folder, **settings | changes)
+    def prepare(self, records, folder: Path, fingerprint="", broken_limit=0.0, share=ALONE, cache=None, **changes):
+        """changes: of the encoders."""
+        settings = {"sizes": SQUARE, "picture_key": "vae", "text_key": "clip", "flip": False}
+        settings |= {"picture": self.picture, "text": self.text}
+        options = {"fingerprint": fingerprint, "broken_limit": broken_limit, "progress": False}
+        return prepare(records, EncodersOf(**settings | changes), cache or Cache(folder, share=share), **options)
 
     @property
     def work(self) -> tuple[int, int]:
@@ -147,15 +156,15 @@ def test_what_fp16_cannot_hold_is_kept_in_fp32(tmp_path, encoders):
     def encode(caption):
         return {"cross": values[caption], "brain": brain}
 
-    data = encoders.prepare(records_of("red", "blue"), tmp_path, encode_text=encode)
+    data = encoders.prepare(records_of("red", "blue"), tmp_path, text=encode)
     rows = torch.tensor([0, 1])
     conditions = data.conditions(rows, no_dropout(rows))
     assert conditions["cross"].dtype == torch.float32
     assert conditions["cross"][0].tolist() == [1e6, 1e6]
     assert conditions["cross"][1].tolist() == [float(torch.tensor(0.1).half())] * 2
     assert conditions["brain"][0] == brain.float()
-    store = TensorStore(tmp_path / "text")
-    stored = [store.read(path.stem) for path in files_of(tmp_path / "text")]
+    store = ShardStore(tmp_path / "text")
+    stored = [store.get(key_of("text", caption, "clip")) for caption in values]
     assert Counter(text["cross"].dtype for text in stored) == {torch.float16: 2, torch.float32: 1}
     assert {text["brain"].dtype for text in stored} == {torch.bfloat16}
 
@@ -171,7 +180,7 @@ def test_a_second_run_encodes_nothing(tmp_path, encoders):
     assert again.work == (0, 0)
     rows = torch.tensor([0, 1])
     assert torch.equal(first.latents(rows), second.latents(rows))
-    assert not [path for path in files_of(tmp_path) if path.suffix != ".safetensors"]
+    assert not [path for path in files_of(tmp_path) if path.suffix != ".arrow"]
 
 
 def test_equal_captions_are_encoded_once(tmp_path, encoders):
@@ -207,14 +216,14 @@ def test_an_interrupted_preparation_goes_on(tmp_path, encoders):
         return encoders.picture(pixels)
 
     with pytest.raises(KeyboardInterrupt):
-        encoders.prepare(records_of("red", "blue", "lime"), tmp_path, encode_picture=interrupted)
+        encoders.prepare(records_of("red", "blue", "lime"), tmp_path, picture=interrupted)
     again = Encoders()
     assert len(again.prepare(records_of("red", "blue", "lime"), tmp_path)) == 3
     assert again.pictures == 1
 
 
-def truncated(path, other):
-    path.write_bytes(path.read_bytes()[:-10])
+def cut_in_half(path, other):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def emptied(path, other):
@@ -226,12 +235,13 @@ def removed(path, other):
 
 
 def one_bit(path, other):
+    """Of the last tensor's numbers."""
     data = bytearray(path.read_bytes())
-    data[-1] ^= 64
+    data[data.rindex(b"data_offsets") + 60] ^= 64
     path.write_bytes(data)
 
 
-def no_safetensors(path, other):
+def no_arrow(path, other):
     path.write_bytes(b"hello, this is no such file")
 
 
@@ -239,16 +249,13 @@ def of_another_picture(path, other):
     path.write_bytes(other.read_bytes())
 
 
-def renamed_tensor(path, other):
-    path.write_bytes(path.read_bytes().replace(b'"latent"', b'"latens"'))
-
-
-DAMAGES = [truncated, emptied, removed, one_bit, no_safetensors, of_another_picture, renamed_tensor]
+DAMAGES = [cut_in_half, emptied, removed, one_bit, no_arrow, of_another_picture]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_made_again(tmp_path, encoders, damage):
     rows = torch.tensor([0, 1])
+    encoders.prepare(records_of("red"), tmp_path)
     whole = encoders.prepare(records_of("red", "blue"), tmp_path).latents(rows)
     first, second = latent_files(tmp_path)
     damage(first, second)
@@ -266,11 +273,107 @@ def test_a_damaged_text_is_made_again(tmp_path, encoders):
     assert again.work == (0, 1)
 
 
-def test_damage_while_training_is_told(tmp_path, encoders):
-    data = encoders.prepare(records_of("red"), tmp_path)
-    truncated(latent_files(tmp_path)[0], None)
+def test_damage_while_training_is_told_and_mended_by_the_next_start(tmp_path, encoders):
+    data = encoders.prepare(records_of("red", "blue"), tmp_path, "as named")
+    whole = data.latents(torch.tensor([0, 1]))
+    one_bit(latent_files(tmp_path)[0], None)
     with pytest.raises(BadData, match="was damaged or removed meanwhile: start the run again"):
-        data.latents(torch.tensor([0]))
+        data.latents(torch.tensor([0, 1]))
+    again = Encoders()
+    assert torch.equal(
+        again.prepare(records_of("red", "blue"), tmp_path, "as named").latents(torch.tensor([0, 1])), whole
+    )
+    assert again.work == (1, 0)
+
+
+# Of records that are named
+
+
+def unreadable(name: str) -> Record:
+    def read() -> bytes:
+        raise AssertionError("A picture is read again.")
+
+    return Record(name, name, read)
+
+
+def test_a_named_set_is_begun_without_reading_a_picture(tmp_path, encoders):
+    colours = ("red", "blue", "lime")
+    first = encoders.prepare(records_of(*colours), tmp_path, "as named", flip=True)
+    again = Encoders()
+    second = again.prepare([unreadable(colour) for colour in colours], tmp_path, "as named", flip=True)
+    assert again.work == (0, 0)
+    rows, flips = torch.tensor([2, 0, 2]), torch.tensor([True, False, False])
+    assert torch.equal(first.latents(rows, flips), second.latents(rows, flips))
+    assert second.names == list(colours)
+    assert (first.digests == second.digests).all()
+    assert again.prepare(records_of("red", "blue", "tan"), tmp_path, "another name", flip=True).names[2] == "tan"
+    assert again.work == (2, 1)
+
+
+MANY = [f"#{value:02x}{value:02x}40" for value in range(90)]
+
+
+def in_processes(count: int, work) -> list:
+    """What work(share) returns in each of so many; threads stand for processes."""
+    barrier, numbers = threading.Barrier(count), [0.0] * count
+
+    def share(index: int) -> Share:
+        def sum_of(number: float) -> float:
+            numbers[index] = number
+            barrier.wait()
+            total = sum(numbers)
+            barrier.wait()
+            return total
+
+        return Share(index, count, barrier.wait, sum_of)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda index: work(share(index)), range(count)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that may be killed without starting anew")
+def test_a_killed_encoding_goes_on_in_another_number_of_processes(tmp_path, encoders, monkeypatch):
+    monkeypatch.setattr(store, "SHARD", 16)
+
+    def killed(pixels):
+        if encoders.pictures == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encoders.picture(pixels)
+
+    if not (child := os.fork()):
+        encoders.prepare(records_of(*MANY), tmp_path, "as named", picture=killed)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    both = [Encoders(), Encoders()]
+    found = in_processes(
+        2, lambda share: both[share.index].prepare(records_of(*MANY), tmp_path, "as named", share=share)
+    )
+    # Two parts of 16 had been written, of the third nothing; what is left is shared.
+    assert sorted(one.pictures for one in both) == [26, 32]
+    whole = Encoders().prepare(records_of(*MANY), tmp_path / "whole")
+    rows = torch.arange(len(MANY))
+    for data in found:
+        assert data.names == whole.names
+        assert (data.digests == whole.digests).all()
+        assert torch.equal(data.latents(rows), whole.latents(rows))
+        assert torch.equal(
+            data.conditions(rows, no_dropout(rows))["ids"], whole.conditions(rows, no_dropout(rows))["ids"]
+        )
+
+
+def test_machines_with_caches_of_their_own_meet_in_a_shared_folder(tmp_path):
+    """What one of them has encoded before is taken from its cache."""
+    Encoders().prepare(records_of(*MANY[:16]), tmp_path / "cache 0")
+    both = [Encoders(), Encoders()]
+
+    def work(share: Share):
+        cache = Cache(tmp_path / f"cache {share.index}", tmp_path / "shared", share)
+        return both[share.index].prepare(records_of(*MANY), None, "as named", cache=cache)
+
+    found = in_processes(2, work)
+    assert [one.pictures for one in both] == [32, 42]
+    rows = torch.arange(len(MANY))
+    assert torch.equal(found[0].latents(rows), found[1].latents(rows))
+    assert not (tmp_path / "cache 1").exists()
 
 
 def test_keys_do_not_run_into_each_other():
@@ -311,18 +414,16 @@ def test_a_data_set_with_nothing_left_is_refused(tmp_path, encoders):
 
 def test_values_that_are_not_finite_are_refused(tmp_path, encoders):
     with pytest.raises(BadData, match="The latent of 'red' holds values that are not finite: run its encoder in fp32"):
-        encoders.prepare(records_of("red"), tmp_path, encode_picture=lambda pixels: pixels / 0)
+        encoders.prepare(records_of("red"), tmp_path, picture=lambda pixels: pixels / 0)
     with pytest.raises(BadData, match="The text embedding of '' holds values that are not finite"):
-        encoders.prepare(records_of("red"), tmp_path, encode_text=lambda _: {"cross": torch.tensor([float("nan")])})
+        encoders.prepare(records_of("red"), tmp_path, text=lambda _: {"cross": torch.tensor([float("nan")])})
     assert not files_of(tmp_path / "text")
 
 
 def test_embeddings_that_do_not_fit_into_one_batch_are_refused(tmp_path, encoders):
     shapes = "'red' has the shapes {'cross': .3,.}, that of the empty caption {'cross': .0,.}"
     with pytest.raises(BadData, match=shapes):
-        encoders.prepare(
-            records_of("red"), tmp_path, encode_text=lambda caption: {"cross": torch.ones(5, len(caption))}
-        )
+        encoders.prepare(records_of("red"), tmp_path, text=lambda caption: {"cross": torch.ones(5, len(caption))})
 
 
 def test_texts_of_any_length_share_a_batch(tmp_path, encoders):
@@ -330,7 +431,7 @@ def test_texts_of_any_length_share_a_batch(tmp_path, encoders):
         letters = torch.tensor([float(ord(letter)) for letter in caption or " "])
         return {"cross": letters[:, None].expand(-1, 3).contiguous(), "pooled": letters[:1]}
 
-    data = encoders.prepare(records_of("red", "tan", "orange"), tmp_path, encode_text=encode)
+    data = encoders.prepare(records_of("red", "tan", "orange"), tmp_path, text=encode)
     conditions = data.conditions(torch.tensor([2, 0, 1, 1]), torch.tensor([False, False, False, True]))
     seen = {}
     for rows, group in by_length(conditions):

@@ -332,9 +332,9 @@ def test_batches_are_read_ahead_each_once_and_in_order(base, tmp_path, monkeypat
     run = make_run(config_of(tmp_path), base)
     drawn, draw = [], run.objective.batches.draw
 
-    def noted(step):
+    def noted(step, *part):
         drawn.append((step, run.step))
-        return draw(step)
+        return draw(step, *part)
 
     monkeypatch.setattr(run.objective.batches, "draw", noted)
     for _ in range(4):

@@ -1,62 +1,196 @@
-"""Tensors on disk by key: written in one go, checked when read."""
+"""Tensors on disk by key, in Arrow files that `datasets` reads in place.
 
+A row is found by its number, so that the rows of a batch may be any: this is why `datasets` serves here, and not a
+format that is read from one end, where a run that goes on could not begin in the middle. Nothing of it is in memory
+but eight bytes for each key and each row.
+"""
+
+import contextlib
 import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import numpy as np
 from safetensors.torch import load, save
 from torch import Tensor
 
 from maskunet_core.replacing import replacing
-from maskunet_core.training.data import compact, sha256
+from maskunet_core.training.data import compact, content_of
 
-FORMAT_VERSION = "1"
+from ..host import MissingPackage
+
+FORMAT_VERSION = "2"
+SHARD = 2048
+"""Rows of a file, unless it grows too large or is long in the making."""
+SHARD_BYTES = 256 * 2**20
+SHARD_SECONDS = 60.0
+KEY = np.dtype("V32")
 
 
-def key_of(*parts: str | int | bool) -> str:
-    """A key that differs wherever a part, their number or this file's format differs."""
-    return sha256(json.dumps([FORMAT_VERSION, *parts]).encode())
+class Damage(Exception):
+    """A row that is not what was written."""
 
 
-class TensorStore:
-    """Dictionaries of tensors, each in a safetensors file `folder/ab/abcd….safetensors` named by its key.
+def key_of(*parts: str | int | bool) -> bytes:
+    """32 bytes that differ wherever a part, their number or this format differs."""
+    return content_of(json.dumps([FORMAT_VERSION, *parts]).encode())
 
-    The metadata holds the key and a checksum, so that a damaged or misplaced file counts as missing.
+
+def arrow() -> tuple[Any, Any]:
+    """The packages (datasets, pyarrow). Raises MissingPackage."""
+    try:
+        import datasets
+        import pyarrow
+    except ImportError:
+        raise MissingPackage(
+            "Pictures are kept by a package that is not installed: run `pip install datasets`."
+        ) from None
+    return datasets, pyarrow
+
+
+def write_table(path: Path, columns: dict[str, Any], metadata: dict[bytes, bytes] | None = None) -> None:
+    """An Arrow stream, in one go. columns: Arrow arrays by name."""
+    _, pyarrow = arrow()
+    table = pyarrow.table(columns).replace_schema_metadata(metadata)
+    with (
+        replacing(path) as temporary,
+        pyarrow.OSFile(str(temporary), "wb") as file,
+        pyarrow.ipc.new_stream(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
+
+
+def open_tables(paths: Iterable[Path]) -> Any:
+    """Tables with the same columns as one Dataset, read in place; those that are damaged are left out. None for no
+    rows."""
+    datasets, pyarrow = arrow()
+    from datasets.table import MemoryMappedTable, concat_tables
+
+    found = []
+    for path in paths:
+        # Removed meanwhile, cut off, or no such file.
+        with contextlib.suppress(OSError, ValueError, pyarrow.ArrowException):
+            found.append(MemoryMappedTable.from_file(str(path)))
+    found = [table for table in found if len(table)]
+    # What it is made of needs no name of its own: working one out takes milliseconds a file.
+    return datasets.Dataset(concat_tables(found), fingerprint="shards") if found else None
+
+
+def fixed(column: Any) -> np.ndarray:
+    """An Arrow column of 32 bytes as an array."""
+    parts = [np.frombuffer(c.buffers()[1], KEY, len(c), c.offset * KEY.itemsize) for c in column.chunks if len(c)]
+    return np.concatenate(parts) if parts else np.empty(0, KEY)
+
+
+def _beginnings(keys: np.ndarray) -> np.ndarray:
+    """The first eight bytes of each: enough to find a row, whose whole key is compared when it is read."""
+    return np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 4)[:, 0]
+
+
+class ShardStore:
+    """Dictionaries of tensors by key, in the files of a folder, to which several processes may add.
+
+    A row holds its key and a checksum, so that a damaged one is noticed. Where a key was written twice, the later one
+    counts. beside: a store whose rows are taken over where this one lacks them.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, beside: "ShardStore | None" = None):
+        self.folder, self.beside = folder, beside
+        self._waiting: dict[bytes, bytes] = {}
+        self._bytes, self._since = 0, time.monotonic()
+        self.refresh()
 
-    def path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
+    def refresh(self) -> None:
+        """See what other processes have written meanwhile."""
+        # Names begin with the time.
+        self._table = open_tables(sorted(self.folder.glob("*.arrow")))
+        keys = np.empty(0, KEY) if self._table is None else fixed(self._table.data.column("key"))
+        beginnings = _beginnings(keys)
+        self._order = np.argsort(beginnings, kind="stable")
+        self._sorted = beginnings[self._order]
 
-    def read(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors as they are stored, or None where they are missing or damaged."""
+    # Reading ----------------------------------------------------------------------------------------------------
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """The row of each key, [N]; -1 for those that are not there."""
+        wanted = _beginnings(keys)
+        if not len(self._sorted):
+            return np.full(len(wanted), -1)
+        last = np.searchsorted(self._sorted, wanted, side="right") - 1
+        return np.where((last >= 0) & (self._sorted[last] == wanted), self._order[last], -1)
+
+    def read(self, rows: list[int], keys: list[bytes]) -> list[dict[str, Tensor]]:
+        """The tensors as they are stored. keys: which they are to be of. Raises Damage."""
+        if not rows:
+            return []
         try:
-            # Read whole instead of mapped: a mapped file cannot be replaced on Windows.
-            data = self.path(key).read_bytes()
-            if _header(data)["__metadata__"] != {"key": key, "sha256": _checksum(data)}:
-                return None
-            return load(data)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):
-            return None
+            found = self._table[rows]
+        except (OSError, LookupError, ValueError) as error:
+            raise Damage from error
+        tensors = []
+        for wanted, key, checksum, data in zip(keys, found["key"], found["sha256"], found["tensors"]):
+            if key != wanted or content_of(key + data) != checksum:
+                raise Damage
+            tensors.append(load(data))
+        return tensors
 
-    def write(self, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Stores tensors, fp32 as fp16 unless a value overflows. Returns them as they are stored."""
+    def get(self, key: bytes) -> dict[str, Tensor] | None:
+        """The tensors of one key, or None where they are missing or damaged."""
+        if key in self._waiting:
+            return load(self._waiting[key])
+        (row,) = self.find(np.array([np.void(key)], KEY))
+        if row >= 0:
+            with contextlib.suppress(Damage):
+                return self.read([int(row)], [key])[0]
+        found = self.beside.get(key) if self.beside else None
+        return None if found is None else self.add(key, found)
+
+    # Writing ----------------------------------------------------------------------------------------------------
+
+    def add(self, key: bytes, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keeps tensors, fp32 as fp16 unless a value overflows; on disk after `flush`. Returns what is kept."""
         kept = {name: compact(tensor) for name, tensor in tensors.items()}
-        data = save(kept, {"key": key, "sha256": _checksum(save(kept))})
-        with replacing(self.path(key)) as temporary:
-            temporary.write_bytes(data)
+        self.add_saved(key, save(kept))
         return kept
 
+    def add_saved(self, key: bytes, data: bytes) -> None:
+        """data: tensors as safetensors holds them."""
+        if not self._waiting:
+            self._since = time.monotonic()
+        self._waiting[key] = data
+        self._bytes += len(data)
 
-def _header(data: bytes) -> dict:
-    """Names, kinds and places of the tensors, and the metadata: JSON behind eight bytes with its length."""
-    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    @property
+    def due(self) -> bool:
+        """Whether enough waits for a file."""
+        late = bool(self._waiting) and time.monotonic() - self._since > SHARD_SECONDS
+        return late or len(self._waiting) >= SHARD or self._bytes >= SHARD_BYTES
 
+    def flush(self) -> None:
+        """Writes what waits, as one file. Raises OSError."""
+        if not self._waiting:
+            return
+        _, pyarrow = arrow()
+        keys, data = list(self._waiting), list(self._waiting.values())
+        columns = {
+            "key": pyarrow.array(keys, pyarrow.binary(32)),
+            "sha256": pyarrow.array(
+                [content_of(key + value) for key, value in self._waiting.items()], pyarrow.binary(32)
+            ),
+            "tensors": pyarrow.array(data, pyarrow.large_binary()),
+        }
+        write_table(self.folder / f"{time.time_ns():020}-{uuid.uuid4().hex[:8]}.arrow", columns)
+        self._waiting.clear()
+        self._bytes = 0
 
-def _checksum(data: bytes) -> str:
-    """Of everything in a safetensors file but its metadata."""
-    header = {name: value for name, value in _header(data).items() if name != "__metadata__"}
-    content = data[8 + int.from_bytes(data[:8], "little") :]
-    return sha256(json.dumps(header, sort_keys=True).encode() + content)
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """What was added in the block is on disk after it, also where it was interrupted."""
+        try:
+            yield
+        finally:
+            self.flush()
+            self.refresh()

@@ -63,6 +63,9 @@ class EmbeddingObjective(DiffusionObjective):
         positives = self.steering.drawn(count, stream) if self.steering else {}
         return DescribedBatch(found.clean, {}, timesteps, found.noise, found.weights, ids, positives)
 
+    def draw_part(self, step: int, index: int, parts: int) -> DescribedBatch:
+        return self.draw(step).part(index, parts)
+
     def prepared(self, part: DescribedBatch) -> DescribedBatch:
         part.conditions = self.word.encode(part.ids)
         return part

@@ -55,6 +55,8 @@ class Round:
 class RewardObjective:
     """run: a Run; training: what it may draw pictures of."""
 
+    on_disk = False
+
     def __init__(self, run: Any, training: Prompts):
         self.run, self.prompts = run, training
         self.settings = run.config.reward
@@ -132,6 +134,9 @@ class RewardObjective:
         return JudgedBatch(
             clean, conditions, timesteps, noise, torch.ones(batch), found.goodness[rows], empty, empty.clone()
         )
+
+    def draw_part(self, step: int, index: int, parts: int) -> JudgedBatch:
+        return self.draw(step).part(index, parts)
 
     def known(self, step: int) -> bool:
         """Whether a step's batch can be drawn before the step in front of it has been made."""

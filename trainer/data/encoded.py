@@ -1,0 +1,140 @@
+"""A data set that is encoded: which picture has which latent and text, in a table on disk."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from maskunet_core.replacing import replacing
+from maskunet_core.training.data import EMPTY, BadData, digest_of
+
+from .store import KEY, Damage, ShardStore, arrow, fixed, open_tables, write_table
+
+SKIPPED = b"skipped"
+_AT_ONCE = 1000
+
+
+class Rows:
+    """Samples of a part of a data set, as they are collected. skipped: (name, reason) of each broken picture."""
+
+    def __init__(self):
+        self._columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        self.skipped: list[tuple[str, str]] = []
+
+    def add(
+        self, name: str, caption: str, content: bytes, shape: tuple[int, ...], keys: tuple[bytes, ...], text: bytes
+    ):
+        """keys: of the latents, upright and, with flips, mirrored; text: key."""
+        values = name, caption, content, digest_of(content, caption), "x".join(map(str, shape)), keys[0], keys[-1], text
+        for column, value in zip(self._columns.values(), values):
+            column.append(value)
+
+    def write(self, path: Path) -> None:
+        """Raises OSError."""
+        _, pyarrow = arrow()
+        columns = {
+            name: pyarrow.array(values, getattr(pyarrow, kind)(*size))
+            for (name, values), (kind, *size) in zip(self._columns.items(), _COLUMNS.values())
+        }
+        write_table(path, columns, {SKIPPED: json.dumps(self.skipped).encode()})
+
+
+_OF_32 = ("binary", 32)
+_COLUMNS = {
+    "name": ("string",),
+    "caption": ("string",),
+    "content": _OF_32,
+    "digest": ("int64",),
+    "shape": ("string",),
+    "latent": _OF_32,
+    "mirrored": _OF_32,
+    "text": _OF_32,
+}
+
+
+def skipped_in(parts: list[Path]) -> list[tuple[str, str]]:
+    """What was left out of parts."""
+    _, pyarrow = arrow()
+    found: list[tuple[str, str]] = []
+    for part in parts:
+        with pyarrow.OSFile(str(part)) as file:
+            metadata = pyarrow.ipc.open_stream(file).schema.metadata
+        found += [(name, reason) for name, reason in json.loads(metadata[SKIPPED])]
+    return found
+
+
+def captions_of(parts: list[Path]) -> tuple[np.ndarray, Callable[[np.ndarray], Iterator[tuple[bytes, str]]]]:
+    """(the different captions' keys, (key, caption) of those with some numbers)."""
+    table = open_tables(parts)
+    keys, rows = np.unique(fixed(table.data.column("text")), return_index=True)
+
+    def captions(numbers: np.ndarray) -> Iterator[tuple[bytes, str]]:
+        for first in range(0, len(numbers), _AT_ONCE):
+            some = numbers[first : first + _AT_ONCE]
+            found = table[rows[some].tolist()]
+            yield from zip(found["text"], found["caption"])
+
+    return keys, captions
+
+
+class DiskSamples:
+    """Samples whose latents and texts lie in stores. empty: key of the empty caption; damaged: a file whose presence
+    says that something has to be made anew."""
+
+    on_disk = True
+
+    def __init__(
+        self, parts: list[Path], latents: ShardStore, texts: ShardStore, empty: bytes, mirrors: bool, damaged: Path
+    ):
+        self.mirrors, self._latents, self._texts, self._damaged = mirrors, latents, texts, damaged
+        self._table = open_tables(parts)
+        column = self._table.data.column
+        self.contents = fixed(column("content"))
+        self.digests = column("digest").to_numpy()
+        shapes = column("shape").combine_chunks().dictionary_encode()
+        self.shapes = [tuple(int(side) for side in shape.split("x")) for shape in shapes.dictionary.to_pylist()]
+        self.shape_of = shapes.indices.to_numpy()
+        turns = ("latent", "mirrored") if mirrors else ("latent",)
+        self._latent_rows = np.stack([latents.find(fixed(column(turn))) for turn in turns])
+        self._text_rows = texts.find(fixed(column("text")))
+        self._latent_keys, self._text_keys = (self._table.select_columns(list(names)) for names in (turns, ("text",)))
+        self._empty, self._empty_row = empty, int(texts.find(np.array([np.void(empty)], KEY))[0])
+
+    @property
+    def latents_are_there(self) -> bool:
+        return bool((self._latent_rows >= 0).all())
+
+    @property
+    def texts_are_there(self) -> bool:
+        return self._empty_row >= 0 and bool((self._text_rows >= 0).all())
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        return self._table[rows.tolist()]["name"] if len(rows) else []
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        return self._table[rows.tolist()]["caption"] if len(rows) else []
+
+    def latents(self, rows: np.ndarray, mirrored: np.ndarray) -> list[Tensor]:
+        found = self._latent_keys[rows.tolist()]
+        keys = [found["mirrored" if flip else "latent"][n] for n, flip in enumerate(mirrored.tolist())]
+        return [one["latent"] for one in self._read(self._latents, self._latent_rows[mirrored.astype(int), rows], keys)]
+
+    def texts(self, rows: np.ndarray) -> list[dict[str, Tensor]]:
+        there = rows != EMPTY
+        found = iter(self._text_keys[rows[there].tolist()]["text"] if there.any() else ())
+        keys = [next(found) if row else self._empty for row in there.tolist()]
+        return self._read(self._texts, np.where(there, self._text_rows[rows], self._empty_row), keys)
+
+    def _read(self, store: ShardStore, rows: np.ndarray, keys: list[bytes]) -> list[dict[str, Tensor]]:
+        try:
+            return store.read(rows.tolist(), keys)
+        except Damage:
+            with replacing(self._damaged) as temporary:
+                temporary.touch()
+            raise BadData(
+                f"A file in '{store.folder}' was damaged or removed meanwhile: start the run again, which makes it "
+                "anew."
+            ) from None
