@@ -40,7 +40,7 @@ def other_format(path):
 
 
 def newer_version(path):
-    rewritten(path, metadata=parts_of(path)[1] | {"format_version": "3"})
+    rewritten(path, metadata=parts_of(path)[1] | {"format_version": "99"})
 
 
 def unknown_architecture(path):

@@ -1,10 +1,10 @@
 """Generator files: one `.safetensors` each, with metadata that tells what it is and for which model.
 
-Format version 1, or 2 where parts of layers are masked alone (a layer of `base_model` then has `module`, and `rows` or
-`columns`). Metadata (strings; JSON where it is more than a word): `format` "maskunet", `format_version`,
-`architecture`, `base_model` (a `Structure`), `targets`, `hyper_parameters`, `training`. Tensors: the parameters of the
-architecture's module by name, fp16; a bias per weight `X.bias` is stored as `X.bias.packed` (two 4-bit levels per
-byte) and `X.bias.step`.
+Format version 1, or 2 where parts of layers are masked alone (a layer of `base_model` then has `module`, and `rows`
+or `columns`), or 3 where the bias is one per group. Metadata (strings; JSON where it is more than a word): `format`
+"maskunet", `format_version`, `architecture`, `base_model` (a `Structure`), `targets`, `hyper_parameters`, `training`.
+Tensors: the parameters of the architecture's module by name, fp16; a bias per weight or group `X.bias` is stored as
+`X.bias.packed` (two 4-bit levels per byte) and `X.bias.step`.
 """
 
 import json
@@ -32,7 +32,7 @@ class BadCheckpoint(MaskUNetError):
 KIND = FileKind(
     format="maskunet",
     version="1",
-    later=("2",),
+    later=("2", "3"),
     noun="MaskUNet generator",
     error=BadCheckpoint,
     place="Put generator files into models/maskunet.",
@@ -108,8 +108,11 @@ def save(path: Path, generator: nn.Module, targets: str, training: dict[str, Any
         "hyper_parameters": json.dumps(generator.hyper_parameters()),
         "training": json.dumps(training),
     }
-    if generator.structure.has_parts:
-        metadata["format_version"] = KIND.later[0]
+    if generator.hyper_parameters().get("bias") == "group":
+        # Older versions say that it is newer, not that it is damaged.
+        metadata["format_version"] = "3"
+    elif generator.structure.has_parts:
+        metadata["format_version"] = "2"
     KIND.write(path, to_tensors(generator), metadata)
 
 

@@ -12,7 +12,9 @@ from .gumbel import logistic_noise
 from .linear import MaskLogits
 from .quantise import PackedLogits, PackedMatrix
 
-BIASES = ("weight", "row_column")
+BIASES = ("weight", "row_column", "group")
+GROUP = 8
+"""Neighbouring inputs of a row that share a logit of a bias per group."""
 CODES = ("block", "layer")
 
 
@@ -26,10 +28,11 @@ class LowRankSettings:
     """Hyper-parameters of `LowRankGenerator`, as the checkpoint holds them.
 
     rank: of the dynamic part of a layer's logits; 0 makes a static mask, the same for every step and sample. width:
-    channels of z' and of the hidden layers. bias: `weight` (one logit per weight) or `row_column` (one per row plus one
-    per column). start: logit at which every weight begins, above the threshold. tau, delta: temperature and threshold
-    on the probability (Eq. 5); the lower tau, the more the gradient is that of weights near the threshold. use_time,
-    use_sample: the inputs of Eq. 3, for ablations. codes: a network for every `block`, or for every `layer`.
+    channels of z' and of the hidden layers. bias: `weight` (one logit per weight), `row_column` (one per row plus one
+    per column), or `group` (one for each 8 neighbouring inputs of a row). start: logit at which every weight begins,
+    above the threshold. tau, delta: temperature and threshold on the probability (Eq. 5); the lower tau, the more the
+    gradient is that of weights near the threshold. use_time, use_sample: the inputs of Eq. 3, for ablations. codes: a
+    network for every `block`, or for every `layer`.
     """
 
     rank: int = 8
@@ -95,6 +98,7 @@ class _LayerLogits(nn.Module):
     def __init__(self, layer: Layer, settings: LowRankSettings):
         super().__init__()
         rows, columns, rank = layer.out_features, layer.in_features, settings.rank
+        self.columns, self.grouped = columns, settings.bias == "group"
         if rank:
             # Small enough that no weight starts below the threshold, large enough that all gradients are alive.
             spread = 0.35 / rank**0.25
@@ -102,12 +106,14 @@ class _LayerLogits(nn.Module):
             self.v = nn.Parameter(spread * torch.randn(columns, rank))
         if settings.bias == "weight":
             self.bias = nn.Parameter(torch.full((rows, columns), settings.start))
+        elif settings.bias == "group":
+            self.bias = nn.Parameter(torch.full((rows, math.ceil(columns / GROUP)), settings.start))
         else:
             self.row = nn.Parameter(torch.full((rows, 1), settings.start))
             self.column = nn.Parameter(torch.zeros(1, columns))
 
     def hold_packed(self, bias: PackedMatrix) -> None:
-        """The bias per weight stays at four bits per value from now on, and no longer learns."""
+        """The bias per weight or group stays at four bits per value from now on, and no longer learns."""
         del self.bias
         self.bias = bias
 
@@ -115,6 +121,9 @@ class _LayerLogits(nn.Module):
         """code: [B, rank]. B masks; one where the rank is 0. The static part is what all steps and samples share."""
         dynamic = (self.u * code[:, None, :], self.v) if code.shape[1] else ()
         static = self.bias if hasattr(self, "bias") else self.row + self.column
+        if self.grouped:
+            groups = static.whole() if isinstance(static, PackedMatrix) else static
+            static = groups.repeat_interleave(GROUP, dim=1)[:, : self.columns]
         return (PackedLogits if isinstance(static, PackedMatrix) else MaskLogits)(static, *dynamic)
 
 

@@ -47,12 +47,13 @@ def saved(tmp_path, toy_structure):
     return path, generator
 
 
-@pytest.mark.parametrize("bias", ["weight", "row_column"])
-def test_a_generator_comes_back(tmp_path, toy_structure, bias):
+@pytest.mark.parametrize(("bias", "version"), [("weight", "1"), ("row_column", "1"), ("group", "3")])
+def test_a_generator_comes_back(tmp_path, toy_structure, bias, version):
     path = tmp_path / "generator.safetensors"
     generator = make_generator(toy_structure, bias=bias, lively=True)
     checkpoint.save(path, generator, "decoder attention", {"steps": 3})
     loaded = checkpoint.load(path)
+    assert checkpoint.read_metadata(path)["format_version"] == version
     assert loaded.targets == "decoder attention"
     assert loaded.training == {"steps": 3}
     assert loaded.structure == toy_structure
@@ -173,7 +174,7 @@ def test_nothing_is_left_behind_when_saving_fails(tmp_path, toy_structure, monke
         (header_cut, "is not a readable safetensors file"),
         (empty, "is not a readable safetensors file"),
         (other_format, "is a safetensors file, but not a MaskUNet generator"),
-        (newer_version, "has format version 3; this extension reads version 1 and 2. Update ComfyUI-MaskUNet"),
+        (newer_version, "has format version 99; this extension reads version 1 and 2 and 3. Update ComfyUI-MaskUNet"),
         (unknown_architecture, "has the architecture 'transformer', which this extension does not know"),
         (damaged_metadata, "has damaged metadata"),
         (unknown_setting, "has damaged metadata"),

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from maskunet_core.files.checkpoint import file_size
-from maskunet_core.masks.generator import LowRankGenerator, LowRankSettings
+from maskunet_core.masks.generator import BIASES, LowRankGenerator, LowRankSettings
 from maskunet_core.masks.gumbel import straight_through
 from tests.builders import make_generator, sd15_unet
 
@@ -24,7 +24,7 @@ def inputs(structure, batch=4, seed=0):
     return features, torch.randn(batch, structure.embedding)
 
 
-@pytest.mark.parametrize("bias", ["weight", "row_column"])
+@pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("rank", [1, 8, 32])
 def test_every_weight_is_kept_at_the_start(toy_structure, bias, rank):
     generator = make_generator(toy_structure, bias=bias, rank=rank)
@@ -33,7 +33,7 @@ def test_every_weight_is_kept_at_the_start(toy_structure, bias, rank):
     assert all(bool((mask == 1).all()) for mask in masks.values())
 
 
-@pytest.mark.parametrize("bias", ["weight", "row_column"])
+@pytest.mark.parametrize("bias", BIASES)
 def test_every_parameter_has_a_gradient_at_the_first_step(toy_structure, bias):
     generator = make_generator(toy_structure, bias=bias).requires_grad_(True)
     masks = all_masks(generator, *inputs(toy_structure, batch=8))

@@ -182,7 +182,7 @@ def floating_point(path):
         (header_cut, "is not a readable safetensors file"),
         (empty, "is not a readable safetensors file"),
         (other_format, r"but not a file of recorded masks .* Choose a file that MaskUNet Save Masks wrote"),
-        (newer_version, "has format version 3; this extension reads version 1 and 2. Update ComfyUI-MaskUNet"),
+        (newer_version, "has format version 99; this extension reads version 1 and 2. Update ComfyUI-MaskUNet"),
         (missing_tensor, "lacks tensor 2.output_blocks"),
         (extra_tensor, "holds the unknown tensor extra"),
         (misshapen_tensor, r"but should be U8 \(3, 2048\)"),
