@@ -171,6 +171,8 @@ class Run(Training):
         self.log.left_out(self.left_out)
         why = " (no better validation for a while)" if stopped_early else ""
         self.accelerator.print(f"wrote {self.result} after {self.step} steps, {self.seconds:.0f} s{why}")
+        if (waited := self.reading.waited / max(self.seconds, 1e-9)) > 0.05 and self.objective.on_disk:
+            self.accelerator.print(f"It waited for data {waited:.0%} of the time: a faster disk for data.cache helps.")
         self.accelerator.print(told_gain(self.best))
         for file, (folder, use) in self.method.files(self.result).items():
             self.accelerator.print(f"Next: copy {file.name} into {models_folder() / folder}, {use}.")

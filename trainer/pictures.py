@@ -1,9 +1,12 @@
 """A user's pictures for a base model: read, bucketed, encoded once, and cached on disk."""
 
 import hashlib
+import json
 import mmap
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +14,23 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+from maskunet_core.replacing import replacing
 from maskunet_core.toy.model import WEIGHTS
-from maskunet_core.training.buckets import Size, bucket_sizes, nearest_bucket
+from maskunet_core.training.buckets import Size, bucket_sizes, fit, nearest_bucket
 from maskunet_core.training.data import EncodedPictures, EncodeText, sha256
 
 from .base_files import checkpoint_file, lora_files, part_files
 from .config import Base, Config
 from .data.cache import Cache, Encoders, prepare
-from .data.decoding import BadPicture, Record, picture_size, read_bytes
+from .data.decoding import BadPicture, Record, decode_bytes, picture_size, read_bytes
 from .data.problems import NAMED
-from .data.records import Scan, scan
+from .data.records import Scan, fingerprint, scan
 from .data.share import ALONE, Share
 
 ENCODED = "encoded"
 """Folder of a run for latents and text embeddings, where its processes have no cache in common."""
+TRIED = 4
+"""Pictures by which the time of encoding is estimated."""
 U_NET = "model.diffusion_model."
 
 
@@ -50,10 +56,10 @@ def _merged(base: Base) -> str:
     return "".join(f" {sha256(file.read_bytes())}*{s}" for file, s in sorted(lora_files(base).items()))
 
 
-def _embeddings(records: list[Record], base: Any) -> str:
+def _embeddings(prompts: list[str], base: Any) -> str:
     """Names the vectors of the embeddings that captions name: their files may change."""
-    prompts = (record.caption for record in records if "embedding:" in record.caption)
-    chunks = (chunk for prompt in prompts for of_encoder in base.tokens(prompt).values() for chunk in of_encoder)
+    named = (prompt for prompt in prompts if "embedding:" in prompt)
+    chunks = (chunk for prompt in named for of_encoder in base.tokens(prompt).values() for chunk in of_encoder)
     vectors = [token for chunk in chunks for token, _ in chunk if torch.is_tensor(token)]
     return sha256(b"".join(v.float().numpy().tobytes() for v in vectors)) if vectors else ""
 
@@ -88,18 +94,18 @@ def encoders_digest(base: Base) -> str:
     return digest.hexdigest()
 
 
-def scan_data(config: Config) -> Scan:
+def scan_data(config: Config, sample: bool = False) -> Scan:
     """The pictures at `data.path` with their captions, or with texts about a word that is learned."""
     if config.learns_word:
         from .embedding.texts import scan_texts
 
         return scan_texts(config)
-    return scan(config.data.path, config.data.caption_column)
+    return scan(config.data.path, config.data.caption_column, sample)
 
 
-def read_data(config: Config) -> Scan:
-    """Raises BadData with all problems at once."""
-    found = scan_data(config)
+def read_data(config: Config, sample: bool = False) -> Scan:
+    """Raises BadData with all problems at once. sample: of many shards or tables look into a few."""
+    found = scan_data(config, sample)
     found.require()
     return found
 
@@ -122,21 +128,58 @@ def sizes_in_use(config: Config) -> Counter[Size]:
     return found
 
 
+class LaterRecords(Sequence):
+    """Records of a known number, which are looked for when one of them is needed."""
+
+    def __init__(self, count: int, find: Callable[[], Sequence[Record]]):
+        self._count, self._find = count, lru_cache(1)(find)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._find()[place]
+
+
 def cached_pictures(config: Config, base: Any, share: Share = ALONE) -> EncodedPictures:
-    """The configured data as latents and text embeddings. base: a BaseModel. Raises BadData."""
-    found = read_data(config)
-    for note in found.notes:
+    """The configured data as latents and text embeddings. base: a BaseModel. Raises BadData.
+
+    What has to be known of all captions is kept beside them, so that files that are as they were are not read again.
+    """
+    settings = config.data
+    cache = Cache(Path(settings.cache), Path(config.output) / ENCODED, share)
+    state = sha256(f"{fingerprint(settings.path, settings.caption_column)} {encoders_digest(config.base)}".encode())
+    # Times of files may differ between machines.
+    name = f"{share.from_first(int(state[:15], 16)):015x}"
+    file = cache.sets / f"{name}.json"
+    facts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if share.everywhere(facts is not None):
+        records = LaterRecords(facts["pictures"], lambda: read_data(config).records)
+    else:
+        found = read_data(config)
+        records = found.records
+        cut = told_cut([(record.name, record.caption) for record in records], "captions", base)
+        special = [record.caption for record in records if "embedding:" in record.caption]
+        facts = {"pictures": len(records), "notes": found.notes + cut, "with embeddings": special}
+        if share.first:
+            with replacing(file) as temporary:
+                temporary.write_text(json.dumps(facts), encoding="utf-8")
+    for note in facts["notes"] if share.first else ():
         tqdm.write(note)
-    tell_cut([(record.name, record.caption) for record in found.records], "captions", base)
-    return encoded(found.records, picture_sizes(config), config, base, share=share)
+    prompts = facts["with embeddings"]
+    return encoded(records, picture_sizes(config), config, base, cache=cache, fingerprint=name, prompts=prompts)
 
 
-def tell_cut(texts: list[tuple[str, str]], what: str, base: Any) -> None:
-    """Counts texts whose end the text encoder leaves out. texts: (name, text); what: they are; base: a BaseModel."""
+def told_cut(texts: list[tuple[str, str]], what: str, base: Any) -> list[str]:
+    """Counts texts whose end the text encoder leaves out, in a sentence; none where there are none.
+
+    texts: (name, text); what: they are; base: a BaseModel.
+    """
     cut = [name for name, text in texts if base.cuts(text)]
-    if cut:
-        named = ", ".join(cut[:NAMED]) + (f" and {len(cut) - NAMED} more" if len(cut) > NAMED else "")
-        tqdm.write(f"Cut: {len(cut)} {what} have more tokens than the text encoder takes at once, of {named}.")
+    if not cut:
+        return []
+    named = ", ".join(cut[:NAMED]) + (f" and {len(cut) - NAMED} more" if len(cut) > NAMED else "")
+    return [f"Cut: {len(cut)} {what} have more tokens than the text encoder takes at once, of {named}."]
 
 
 def encoded(
@@ -145,22 +188,47 @@ def encoded(
     config: Config,
     base: Any,
     encode_text: EncodeText | None = None,
-    share: Share = ALONE,
+    cache: Cache | None = None,
+    fingerprint: str = "",
+    prompts: list[str] | None = None,
 ) -> EncodedPictures:
     """Records as latents of buckets of these sizes, and text embeddings; what is not in the cache yet is encoded.
 
-    base: a BaseModel. encode_text: instead of the base's. Raises BadData.
+    base: a BaseModel. encode_text: instead of the base's. cache: of this machine alone if there is none. fingerprint:
+    as `prepare` takes it. prompts: the captions that name embeddings, if they are known. Raises BadData.
     """
     settings = config.data
-    encoders_key = encoders_digest(config.base)
-    text_key = encoders_key + _merged(config.base) + _embeddings(records, base) if encode_text is None else "no text"
+    key = encoders_digest(config.base)
+    if encode_text is None:
+        prompts = [record.caption for record in records] if prompts is None else prompts
+        text_key = key + _merged(config.base) + _embeddings(prompts, base)
+    else:
+        text_key = "no text"
     encoders = Encoders(
         sizes=sizes,
         picture=base.encode_picture,
-        picture_key=encoders_key,
+        picture_key=key,
         text=encode_text or base.encode_text,
         text_key=text_key,
         flip=settings.flip,
     )
-    cache = Cache(Path(settings.cache), Path(config.output) / ENCODED, share)
-    return prepare(records, encoders, cache, broken_limit=settings.broken_limit)
+    cache = cache or Cache(Path(settings.cache))
+    return prepare(records, encoders, cache, fingerprint=fingerprint, broken_limit=settings.broken_limit)
+
+
+@torch.no_grad()
+def encoding_seconds(records: list[Record], config: Config, base: Any) -> float:
+    """Of a picture with its caption, by a few of them. base: a BaseModel. Raises BadPicture."""
+    some = records[:: max(1, len(records) // TRIED)][:TRIED]
+    sizes, turns = picture_sizes(config), 2 if config.data.flip else 1
+    began = time.monotonic()
+    for number, record in enumerate([some[0], *some]):
+        data = read_bytes(record)
+        picture = fit(decode_bytes(record.name, data), nearest_bucket(*picture_size(record.name, data), sizes))
+        for _ in range(turns):
+            base.encode_picture(picture)
+        base.encode_text(record.caption)
+        if number == 0:
+            # The first sets up what the others find.
+            began = time.monotonic()
+    return (time.monotonic() - began) / len(some)

@@ -111,7 +111,7 @@ def check(config: Config) -> list[str]:
     told = [f"Warning: {sentence}" for sentence in warnings(config)]
     if sentence := earlier_run(config):
         told.append(f"Warning: {sentence}")
-    size = (64, 64)
+    size, pictures, records = (64, 64), config.data.pictures, []
     if config.objective == "reward":
         from .rewarded.drawing import picture_side
         from .rewarded.prompts import load_prompts
@@ -122,12 +122,11 @@ def check(config: Config) -> list[str]:
         training, held_out = prompts.split(config.validation.pictures, config.seed)
         data = f"{len(training):,} prompts, pictures of {size[0]}x{size[1]}; {len(held_out):,} more"
     else:
-        pictures = config.data.pictures
         if not config.is_toy or config.data.path or config.learns_word:
             from .pictures import picture_sizes, read_data
 
-            found = read_data(config)
-            pictures = len(found.records)
+            found = read_data(config, sample=True)
+            pictures, records = found.count, found.records
             told += found.notes
             size = max(picture_sizes(config), key=lambda pair: pair[0] * pair[1])
         data = f"{pictures:,} pictures, up to {size[0]}x{size[1]}, of which {held_out_count(config, pictures):,}"
@@ -162,7 +161,26 @@ def check(config: Config) -> list[str]:
             for file, (folder, _) in method.files(config.result).items()
         ),
         f"Estimated peak memory: {cost.peak / MB:,.0f} MB, on {device}.",
+        *_told_encoding(records, pictures, config, base, accelerator),
         f"Estimated time: {cost.seconds:.2f} s a step, {whole:.1f} h for {config.loop.steps:,} steps{without}.",
+    ]
+
+
+def _told_encoding(records: list[Any], pictures: int, config: Config, base: BaseModel, accelerator: Any) -> list[str]:
+    """How long it takes to encode a data set, in a sentence. records: some of it; pictures: all of them."""
+    from .data.decoding import BadPicture
+    from .pictures import encoding_seconds
+
+    if not records or config.learns_word:
+        return []
+    try:
+        seconds = encoding_seconds(records, config, base)
+    except BadPicture as error:
+        return [f"Warning: {error}"]
+    hours = pictures * seconds / accelerator.num_processes / 3600
+    return [
+        f"Encoding, of what the cache lacks: {seconds:.2f} s a picture, at most {hours:.1f} h for {pictures:,} in "
+        f"{accelerator.num_processes} processes."
     ]
 
 

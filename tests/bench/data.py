@@ -101,6 +101,7 @@ def _of_process(folder: Path, count: int) -> dict[str, Any]:
         "start s": round(start, 1),
         "of which computing s": round(working, 1),
         "memory MB": round(memory().rss / 2**20),
+        "of which not of files MB": round((memory().rss - memory().shared) / 2**20),
         "of which libraries MB": round(before / 2**20),
         "batches a second": round(STEPS / alone),
         "steps a second": round(STEPS / whole, 1),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from maskunet_core.training.data import BadData
 from trainer.data.decoding import BadPicture, Record, decode, picture_size
-from trainer.data.records import scan
+from trainer.data.records import fingerprint, scan
 
 
 def encoded(colour, size=(8, 6), kind="PNG", mode="RGB", **options) -> bytes:
@@ -482,3 +482,28 @@ def test_what_is_no_picture_is_broken(tmp_path):
         decode(as_record(b""))
     with pytest.raises(BadPicture, match="No such file"):
         decode(Record("gone", "", (tmp_path / "gone.png").read_bytes))
+
+
+# Of many
+
+
+def test_a_sample_of_many_shards_tells_about_all_of_them(tmp_path):
+    for number in range(20):
+        members = {f"{n}.{end}": content for n in range(3) for end, content in (("png", RED), ("txt", "red"))}
+        write_shard(tmp_path / f"{number:02}.tar", {"orphan.txt": "nobody"} | members if number == 19 else members)
+    found = scan(tmp_path, sample=True)
+    assert (len(found.records), found.count) == (24, 60)
+    assert found.notes[0].startswith("Looked into 8 of 20 files (00.tar, 02.tar, ")
+    assert len(found.problems) == 1
+    assert scan(tmp_path).count == 60
+
+
+def test_a_fingerprint_changes_with_files_and_captions_alone(tmp_path):
+    write(tmp_path, {"a.png": RED, "a.txt": "red", "b/c.png": BLUE, "b/c.txt": "blue"})
+    before = fingerprint(tmp_path, "")
+    assert before == fingerprint(str(tmp_path), "") != fingerprint(tmp_path, "text")
+    write(tmp_path, {"b/c.txt": "blues"})
+    changed = fingerprint(tmp_path, "")
+    (tmp_path / "b" / "c.png").rename(tmp_path / "b" / "d.png")
+    assert len({before, changed, fingerprint(tmp_path, "")}) == 3
+    assert fingerprint(tmp_path / "none", "") == ""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from maskunet_core.files import checkpoint
 from maskunet_core.training.validate import Validator
@@ -340,6 +341,40 @@ def test_a_state_of_another_configuration_is_refused(base, tmp_path):
     make_run(small(tmp_path), base).run()
     with pytest.raises(CannotResume, match="was saved with another configuration"):
         make_run(small(tmp_path, seed=5), base).load_state()
+
+
+ON_TWO_MACHINES = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+from trainer.host import enter_host
+enter_host(cpu=True)
+from trainer.config_file import load_config
+from trainer.train import start
+rank = os.environ["RANK"]
+start(load_config(sys.argv[1], [f"data.cache={sys.argv[2]}/cache {rank}"]))
+"""
+
+
+def test_two_machines_encode_and_learn_what_one_does(tmp_path):
+    """Each has a cache of its own; what they write is shared."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(24):
+        Image.new("RGB", (48 + number, 64), (10 * number, 90, 200)).save(tmp_path / "pictures" / f"{number:02}.png")
+        (tmp_path / "pictures" / f"{number:02}.txt").write_text(f"a red circle {'and a blue ring ' * (number % 2)}")
+    changes = {"data": {"path": str(tmp_path / "pictures"), "flip": True}, "validation": {"every": 0}}
+    changes |= {"loop": {"steps": 3, "batch": 4, "precision": "fp32"}}
+    one, two = small(tmp_path / "one", **changes), small(tmp_path / "two", **changes)
+    assert trainer_command("train", write_config(one, tmp_path / "one.toml")).returncode == 0
+    (script := tmp_path / "script.py").write_text(ON_TWO_MACHINES)
+    result = in_two_processes(str(script), write_config(two, tmp_path / "two.toml"), str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    first, second = (state_of(Path(config.output)) for config in (one, two))
+    assert torch.equal(first["data"], second["data"])
+    for name, value in first["module"].items():
+        torch.testing.assert_close(value, second["module"][name], rtol=1e-3, atol=1e-4)
+    # Both have encoded, into the folder that they share alone.
+    assert len(list((Path(two.output) / "encoded" / "latents").iterdir())) == 2
+    assert not list(tmp_path.glob("cache */latents"))
 
 
 @pytest.mark.parametrize("changes", [PLAIN, WITH_PRIOR], ids=["plain", "prior"])

@@ -128,7 +128,7 @@ class Preparation:
 
     def run(self) -> EncodedPictures:
         found = self._opened() if self.trusted else None
-        if self.share.sum_of(found is not None) == self.share.count:
+        if self.share.everywhere(found is not None):
             return found
         if self.share.first and self.damaged.exists():
             shutil.rmtree(self.folder, ignore_errors=True)

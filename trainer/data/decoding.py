@@ -22,7 +22,7 @@ class BadPicture(MaskUNetError):
         self.name, self.reason = name, reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """name: for messages; read: gives the bytes of the encoded picture file, which are fetched only then."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from maskunet_core.replacing import replacing
 from maskunet_core.training.data import EMPTY, BadData, digest_of
 
-from .store import KEY, Damage, ShardStore, arrow, fixed, open_tables, write_table
+from .store import Damage, ShardStore, arrow, beginnings, fixed, open_tables, write_table
 
 SKIPPED = b"skipped"
 _AT_ONCE = 1000
@@ -67,9 +67,9 @@ def skipped_in(parts: list[Path]) -> list[tuple[str, str]]:
 
 
 def captions_of(parts: list[Path]) -> tuple[np.ndarray, Callable[[np.ndarray], Iterator[tuple[bytes, str]]]]:
-    """(the different captions' keys, (key, caption) of those with some numbers)."""
+    """(the beginnings of the different captions' keys, (key, caption) of those with some numbers)."""
     table = open_tables(parts)
-    keys, rows = np.unique(fixed(table.data.column("text")), return_index=True)
+    keys, rows = np.unique(beginnings(table.data.column("text")), return_index=True)
 
     def captions(numbers: np.ndarray) -> Iterator[tuple[bytes, str]]:
         for first in range(0, len(numbers), _AT_ONCE):
@@ -92,16 +92,19 @@ class DiskSamples:
         self.mirrors, self._latents, self._texts, self._damaged = mirrors, latents, texts, damaged
         self._table = open_tables(parts)
         column = self._table.data.column
-        self.contents = fixed(column("content"))
         self.digests = column("digest").to_numpy()
         shapes = column("shape").combine_chunks().dictionary_encode()
         self.shapes = [tuple(int(side) for side in shape.split("x")) for shape in shapes.dictionary.to_pylist()]
         self.shape_of = shapes.indices.to_numpy()
         turns = ("latent", "mirrored") if mirrors else ("latent",)
-        self._latent_rows = np.stack([latents.find(fixed(column(turn))) for turn in turns])
-        self._text_rows = texts.find(fixed(column("text")))
+        self._latent_rows = np.stack([latents.find(beginnings(column(turn))) for turn in turns])
+        self._text_rows = texts.find(beginnings(column("text")))
         self._latent_keys, self._text_keys = (self._table.select_columns(list(names)) for names in (turns, ("text",)))
-        self._empty, self._empty_row = empty, int(texts.find(np.array([np.void(empty)], KEY))[0])
+        self._empty, self._empty_row = empty, int(texts.find(np.frombuffer(empty[:8], np.uint64))[0])
+
+    @property
+    def contents(self) -> np.ndarray:
+        return fixed(self._table.data.column("content").chunks)
 
     @property
     def latents_are_there(self) -> bool:

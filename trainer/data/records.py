@@ -1,5 +1,6 @@
 """What a user may name as data: a folder of pictures, a Hugging Face data set, parquet files, webdataset shards."""
 
+import hashlib
 import os
 import posixpath
 import re
@@ -23,14 +24,24 @@ CAPTION_NAMES = ("text", "caption", "TEXT")
 TESTING = ("test", "testing", "validation", "valid", "val", "dev", "eval")
 
 
+SAMPLE = 8
+"""Files of a sample of shards or tables."""
+
+
 @dataclass(frozen=True)
 class Scan:
     """records: what can be used, in an order that is the same on every system; problems, notes: a sentence each, about
-    what must be mended, and about what is left out."""
+    what must be mended, and about what is left out. share: of the data that was looked at."""
 
     records: list[Record]
     problems: list[str]
     notes: list[str] = field(default_factory=list)
+    share: float = 1.0
+
+    @property
+    def count(self) -> int:
+        """Pictures, estimated where not all was looked at."""
+        return round(len(self.records) / self.share)
 
     def require(self) -> list[Record]:
         """The records. Raises BadData with all problems, a line each."""
@@ -39,47 +50,76 @@ class Scan:
         return self.records
 
 
-def scan(path: str | Path, caption_column: str = "") -> Scan:
+def fingerprint(path: str | Path, caption_column: str) -> str:
+    """SHA-256 of the names, sizes and times of all files of a data set; "" where there is none."""
+    path, digest = user_path(str(path)), hashlib.sha256(caption_column.encode())
+    if not path.exists():
+        return ""
+    for file in _walk(path, frozenset()) if path.is_dir() else (path,):
+        if file.exists():
+            state = file.stat()
+            digest.update(f"{file.relative_to(path)}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="replace"))
+    return digest.hexdigest()
+
+
+def scan(path: str | Path, caption_column: str = "", sample: bool = False) -> Scan:
     """Looks through a data set without decoding a picture, and finds all its problems at once.
 
     path: a folder of pictures, each with its caption in NAME.txt beside it or in a `metadata.jsonl` (fields
     `file_name` and `text` or `caption`); a data set that `datasets` saved to disk (of several splits, "train");
     parquet files (columns `image`, and `text`, `caption` or `TEXT`); webdataset shards (.tar); or a folder of either,
     of which the splits that are there to test are left out where it holds several.
-    caption_column: the captions' column or field, where it has another name.
+    caption_column: the captions' column or field, where it has another name. sample: of many shards or tables look into
+    a few.
     """
     path, problems = user_path(str(path)), Problems()
     names = (caption_column,) if caption_column else CAPTION_NAMES
-    records = _records(path, names, problems)
+    records, share = _records(path, names, problems, sample)
     if not records and not problems:
         problems.add("Empty", f"'{path}' holds no pictures: name {CHOICE}.")
-    return Scan(records, problems.sentences(), problems.notes)
+    return Scan(records, problems.sentences(), problems.notes, share)
 
 
-def _records(path: Path, caption_names: tuple[str, ...], problems: Problems) -> list[Record]:
+def _sampled(files: dict[str, Path], problems: Problems) -> tuple[dict[str, Path], float]:
+    """(files from the first to the last, their share of all by size)."""
+    if len(files) <= 2 * SAMPLE:
+        return files, 1.0
+    names = list(files)
+    chosen = {name: files[name] for name in (names[n * (len(names) - 1) // (SAMPLE - 1)] for n in range(SAMPLE))}
+    sizes = [sum(path.stat().st_size for path in some.values()) for some in (chosen, files)]
+    problems.notes.append(f"Looked into {SAMPLE} of {len(files):,} files ({', '.join(chosen)}).")
+    return chosen, sizes[0] / max(sizes[1], 1)
+
+
+def _records(
+    path: Path, caption_names: tuple[str, ...], problems: Problems, sample: bool
+) -> tuple[list[Record], float]:
+    """(the records, the share of the data that they are)."""
     if not path.exists():
         problems.add("Missing", f"'{path}' does not exist: name {CHOICE}.")
-        return []
+        return [], 1.0
     if any((path / mark).is_file() for mark in ON_DISK):
-        return disk_records(path, caption_names, problems)
+        return disk_records(path, caption_names, problems), 1.0
     files = _files_below(path, problems) if path.is_dir() else {path.name: path}
     files = _of_training(files, problems)
     pictures, shards, tables = (_ending(files, endings) for endings in (PICTURES, ("tar",), ("parquet",)))
     if path.is_file() and not shards and not tables:
         problems.add("Unknown", f"'{path}' is a file of a kind that holds no data set: name {CHOICE}.")
-        return []
+        return [], 1.0
     if pictures and (shards or tables):
         other = next(iter(shards or tables))
         problems.add("Mixed", f"'{path}' holds both pictures and '{other}': name a folder with only one of them.")
-        return []
+        return [], 1.0
     # Tools that write shards put tables of their own beside them, so that shards come first.
     if shards:
-        return shard_records(shards, caption_names, problems)
+        shards, share = _sampled(shards, problems) if sample else (shards, 1.0)
+        return shard_records(shards, caption_names, problems), share
     if tables:
-        return parquet_records(tables, caption_names, problems)
+        tables, share = _sampled(tables, problems) if sample else (tables, 1.0)
+        return parquet_records(tables, caption_names, problems), share
     if not pictures:
         problems.add("Empty", f"'{path}' holds no pictures ({', '.join(PICTURES)}), .parquet files or .tar shards.")
-    return folder_records(files, pictures, caption_names, problems)
+    return folder_records(files, pictures, caption_names, problems), 1.0
 
 
 def _files_below(folder: Path, problems: Problems) -> dict[str, Path]:

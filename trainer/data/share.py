@@ -52,9 +52,18 @@ class Share:
 
     def agreed(self) -> int:
         """A number that all processes draw together; another each time."""
-        # Sums are of fp32.
-        parts = (self.sum_of(random.SystemRandom().randrange(2**20) if self.first else 0) for _ in range(3))
-        return int("".join(f"{round(part):07}" for part in parts))
+        return self.from_first(random.SystemRandom().randrange(2**60))
+
+    def from_first(self, number: int) -> int:
+        """The first process's number, of at most 60 bits."""
+        # Sums are of fp32, which holds 24 bits.
+        parts = (self.sum_of((number >> shift) % 2**20 if self.first else 0) for shift in (40, 20, 0))
+        high, middle, low = (round(part) for part in parts)
+        return (high << 40) + (middle << 20) + low
+
+    def everywhere(self, holds: bool) -> bool:
+        """Whether something holds in all processes."""
+        return self.sum_of(holds) == self.count
 
     def sees(self, folder: Path) -> bool:
         """Whether every process finds the first one's files under this path; asked by all of them at once."""
@@ -66,7 +75,7 @@ class Share:
             folder.mkdir(parents=True, exist_ok=True)
             mark.touch()
         self.wait()
-        everyone = self.sum_of(mark.exists()) == self.count
+        everyone = self.everywhere(mark.exists())
         if self.first:
             mark.unlink()
         return everyone

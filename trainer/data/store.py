@@ -79,15 +79,18 @@ def open_tables(paths: Iterable[Path]) -> Any:
     return datasets.Dataset(concat_tables(found), fingerprint="shards") if found else None
 
 
-def fixed(column: Any) -> np.ndarray:
-    """An Arrow column of 32 bytes as an array."""
-    parts = [np.frombuffer(c.buffers()[1], KEY, len(c), c.offset * KEY.itemsize) for c in column.chunks if len(c)]
+def fixed(chunks: list[Any]) -> np.ndarray:
+    """Chunks of an Arrow column of 32 bytes as an array; of one chunk no copy."""
+    parts = [np.frombuffer(c.buffers()[1], KEY, len(c), c.offset * KEY.itemsize) for c in chunks if len(c)]
+    if len(parts) == 1:
+        return parts[0]
     return np.concatenate(parts) if parts else np.empty(0, KEY)
 
 
-def _beginnings(keys: np.ndarray) -> np.ndarray:
-    """The first eight bytes of each: enough to find a row, whose whole key is compared when it is read."""
-    return np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 4)[:, 0]
+def beginnings(column: Any) -> np.ndarray:
+    """The first eight bytes of each key of an Arrow column: enough to find a row, whose key is compared when read."""
+    parts = [fixed([part]).view(np.uint64).reshape(-1, 4)[:, 0].copy() for part in column.chunks if len(part)]
+    return np.concatenate(parts) if parts else np.empty(0, np.uint64)
 
 
 class ShardStore:
@@ -107,16 +110,14 @@ class ShardStore:
         """See what other processes have written meanwhile."""
         # Names begin with the time.
         self._table = open_tables(sorted(self.folder.glob("*.arrow")))
-        keys = np.empty(0, KEY) if self._table is None else fixed(self._table.data.column("key"))
-        beginnings = _beginnings(keys)
-        self._order = np.argsort(beginnings, kind="stable")
-        self._sorted = beginnings[self._order]
+        there = np.empty(0, np.uint64) if self._table is None else beginnings(self._table.data.column("key"))
+        self._order = np.argsort(there, kind="stable")
+        self._sorted = there[self._order]
 
     # Reading ----------------------------------------------------------------------------------------------------
 
-    def find(self, keys: np.ndarray) -> np.ndarray:
-        """The row of each key, [N]; -1 for those that are not there."""
-        wanted = _beginnings(keys)
+    def find(self, wanted: np.ndarray) -> np.ndarray:
+        """The rows of keys, [N]; -1 for those that are not there. wanted: their beginnings."""
         if not len(self._sorted):
             return np.full(len(wanted), -1)
         last = np.searchsorted(self._sorted, wanted, side="right") - 1
@@ -141,7 +142,7 @@ class ShardStore:
         """The tensors of one key, or None where they are missing or damaged."""
         if key in self._waiting:
             return load(self._waiting[key])
-        (row,) = self.find(np.array([np.void(key)], KEY))
+        (row,) = self.find(np.frombuffer(key[:8], np.uint64))
         if row >= 0:
             with contextlib.suppress(Damage):
                 return self.read([int(row)], [key])[0]

@@ -14,7 +14,7 @@ from maskunet_core.training.seeds import seeded
 
 from ..config import TOY, Config
 from ..data.decoding import decode_text
-from ..pictures import read_data, tell_cut
+from ..pictures import read_data, told_cut
 from .toy import toy_prompts
 
 SHOWN = 40
@@ -96,9 +96,8 @@ def _different(lines: list[str], origin: str, what: str, remark: str | None = No
 
 def tell(prompts: Prompts, base: Any) -> None:
     """Says what is left out of prompts. base: a BaseModel."""
-    for note in prompts.notes:
+    for note in prompts.notes + told_cut([(f"'{text[:SHOWN]}...'", text) for text in prompts.texts], "prompts", base):
         tqdm.write(note)
-    tell_cut([(f"'{text[:SHOWN]}...'", text) for text in prompts.texts], "prompts", base)
 
 
 def _require_readable(texts: list[str]) -> None:
