@@ -193,7 +193,7 @@ class Preparation:
             except BadPicture as error:
                 rows.skipped.append((error.name, error.reason))
                 tqdm.write(f"Left out: {error}")
-            bar.update(self.share.count)
+            bar.update(min(self.share.count, bar.total - bar.n))
         return rows
 
     def _encode_picture(self, record: Record) -> tuple[tuple[bytes, ...], bytes, tuple[int, ...]]:
