@@ -136,7 +136,7 @@ def test_contract_of_the_nodes(object_info):
         ],
         "MaskUNetTrain": [
             *("model", "clip", "vae", "images", "captions", "goal", "steps", "name"),
-            *("seed", "resolution", "batch", "rate", "held_out", "targets"),
+            *("seed", "resolution", "batch", "rate", "held_out", "targets", "minutes", "pictures", "picture_cfg"),
         ],
     }
     outputs = {node: object_info[node]["output"] for node in NODES}
@@ -150,7 +150,7 @@ def test_contract_of_the_nodes(object_info):
         assert outputs[node] == ["MODEL"]
     assert outputs["MaskUNetCrossFrame"] == ["MODEL"]
     assert outputs["MaskUNetVideoSampler"] == ["LATENT"]
-    assert outputs["MaskUNetTrain"] == ["MASKUNET", "STRING", "IMAGE"]
+    assert outputs["MaskUNetTrain"] == ["MASKUNET", "STRING", "IMAGE", "IMAGE"]
     assert outputs["MaskUNetToyModel"] == ["MODEL", "CLIP", "VAE"]
     assert outputs["MaskUNetRewardLoader"] == outputs["MaskUNetRewardCombine"] == ["MASKUNET_REWARD"]
     assert outputs["MaskUNetRewardScore"] == outputs["MaskUNetCheckPicture"] == ["FLOAT", "IMAGE", "STRING"]
