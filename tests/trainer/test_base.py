@@ -17,6 +17,7 @@ from tests.builders import write_tiny_checkpoint
 from trainer.base import BadBase, load_base, load_toy_base
 from trainer.config import Base
 from trainer.config_file import BadConfig, parse_config
+from trainer.data.store import open_tables
 from trainer.pictures import base_digest, cached_pictures, encoders_digest
 from trainer.train import check, start
 
@@ -53,11 +54,13 @@ def test_a_users_pictures_become_a_generator(tiny, pictures, tmp_path):
     assert loaded.structure.family == "SD 1.5"
     assert loaded.training["base"] == "tiny.safetensors"
     loaded.require_fit(structure_of(load_base(Base(str(tiny))).patcher, "decoder attention"))
-    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
+    cache = tmp_path / "cache"
+    files = {p: p.stat().st_mtime_ns for p in cache.rglob("*.arrow")}
     # Two orientations of six pictures; six captions and the empty one.
-    assert len(files) == 2 * 6 + 7
+    for kind, rows in (("latents", 2 * 6), ("text", 7)):
+        assert len(open_tables((cache / kind).glob("*.arrow"))) == rows
     start(config_of(tiny, pictures, tmp_path, seed=1), overwrite=True)
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")} == files
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.arrow")} == files
 
 
 def test_captions_that_are_cut_are_counted(tiny, pictures, tmp_path, capsys):
