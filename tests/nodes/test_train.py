@@ -112,7 +112,7 @@ def test_pictures_before_on_the_way_and_after(workshop):
         lambda value, total, preview, node_id=None: previews.append(preview[1]) if preview else None
     )
     try:
-        *_, pictures = workshop.train(pictures=2)
+        *_, pictures = workshop.train(pictures=2, picture_cfg=1.0)
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
     # Before on the left, in all of them the same; beside it the masks of a step.
@@ -207,7 +207,7 @@ def test_weights_that_are_lent_train_to_the_same_bits(extension, workshop, memor
     plain = workshop.train(**few)[1]
     with memory():
         lent = Workshop(extension, workshop.folder)
-        name = lent.train(**few, pictures=1)[1]
+        name = lent.train(**few, pictures=1, picture_cfg=1.0)[1]
     assert same_tensors(workshop.tensors(name), workshop.tensors(plain))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import re
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -184,7 +185,8 @@ def test_texts_of_unequal_lengths_are_learned_from_as_each_alone(tmp_path, monke
         with run.method.acting():
             alone.append(run.objective.losses(part))
             (alone[-1].sum() / 4).backward()
-    assert len({len(run.data._read_text(sample.text)["cross_attn"]) for sample in run.data.samples}) == 3
+    texts = run.data.samples.texts(np.arange(len(run.data)))
+    assert len({len(text["cross_attn"]) for text in texts}) == 3
     torch.testing.assert_close(losses, torch.cat(alone).detach())
     for parameter, gradient in zip(run.module.parameters(), together):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
