@@ -195,11 +195,12 @@ def test_some_methods_alone_are_planned():
 def test_the_transformer_is_measured_by_the_same_methods(tmp_path, monkeypatch):
     scale = dataclasses.replace(plan.Scale.quick("transformer"), prompts=2, batch=2, draws=2)
     monkeypatch.setattr(plan, "ON_TRANSFORMER", ("base", "best of 4"))
-    names = [job.name for job in plan.make_plan(scale)]
-    assert names == ["base/seed-0", "best of 4/seed-0", plan.DIFFICULTY], "no student is trained"
-    job_board.claim(tmp_path, vars(scale))
-    job_board.run_jobs(plan.make_plan(scale), tmp_path, "trainer.reward_compare.jobs", 1, lambda done: None)
-    base, best = (jobs.result_of(tmp_path, f"{method}/seed-0") for method in plan.ON_TRANSFORMER)
+    *drawing, difficulty = plan.make_plan(scale)
+    assert [job.name for job in drawing] == ["base/seed-0", "best of 4/seed-0"], "no student is trained"
+    assert difficulty.name == plan.DIFFICULTY
+    for job in drawing:
+        job_board.folder_of(tmp_path, job.name).mkdir(parents=True)
+    base, best = (jobs.do(tmp_path, job, scale) for job in drawing)
     unet = 2 * operations(load_toy_base())
     # As many steps as cost no more than the U-Net's 15.
     assert 0.95 < base["operations"] / (15 * unet) <= 1.01
