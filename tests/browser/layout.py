@@ -12,9 +12,11 @@ BOXES = """() => ({
     groups: app.graph._groups.map(group => [group.title, ...group.pos, ...group.size]),
 })"""
 
-# Texts are drawn as elements of the page, and only near enough: the view moves to each of them.
+# Texts are drawn as elements of the page, and only near enough: the view moves to each of them. One that comes by a
+# link is not drawn.
 TEXTS = """() => app.graph._nodes.flatMap(node => (node.widgets ?? [])
-    .filter(widget => widget.element).map(widget => [node.id, node.title, widget.name]))"""
+    .filter(widget => widget.element && !node.inputs?.some(one => one.link && one.widget?.name === widget.name))
+    .map(widget => [node.id, node.title, widget.name]))"""
 SHOW = """id => {
     const node = app.graph.getNodeById(id), {ds} = app.canvas
     ds.scale = 1
