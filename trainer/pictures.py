@@ -5,7 +5,7 @@ import json
 import mmap
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def cached_pictures(config: Config, base: Any, share: Share = ALONE) -> EncodedP
     else:
         found = read_data(config)
         records = found.records
-        cut = told_cut([(record.name, record.caption) for record in records], "captions", base)
+        cut = told_cut(((record.name, record.caption) for record in records), "captions", base)
         special = [record.caption for record in records if "embedding:" in record.caption]
         facts = {"pictures": len(records), "notes": found.notes + cut, "with embeddings": special}
         if share.first:
@@ -170,7 +170,7 @@ def cached_pictures(config: Config, base: Any, share: Share = ALONE) -> EncodedP
     return encoded(records, picture_sizes(config), config, base, cache=cache, fingerprint=name, prompts=prompts)
 
 
-def told_cut(texts: list[tuple[str, str]], what: str, base: Any) -> list[str]:
+def told_cut(texts: Iterable[tuple[str, str]], what: str, base: Any) -> list[str]:
     """Counts texts whose end the text encoder leaves out, in a sentence; none where there are none.
 
     texts: (name, text); what: they are; base: a BaseModel.
@@ -217,7 +217,7 @@ def encoded(
 
 
 @torch.no_grad()
-def encoding_seconds(records: list[Record], config: Config, base: Any) -> float:
+def encoding_seconds(records: Sequence[Record], config: Config, base: Any) -> float:
     """Of a picture with its caption, by a few of them. base: a BaseModel. Raises BadPicture."""
     some = records[:: max(1, len(records) // TRIED)][:TRIED]
     sizes, turns = picture_sizes(config), 2 if config.data.flip else 1

@@ -3,12 +3,14 @@
 `datasets`, which brings `pyarrow`, is imported late: who trains on plain files does without it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .decoding import Record
+from .listing import Listing
+from .places import arrow_source, reaching
 from .problems import Problems
 
 if TYPE_CHECKING:
@@ -18,28 +20,28 @@ PICTURE_COLUMN = "image"
 ROWS_AT_ONCE = 16  # of pictures, in memory
 
 
-def parquet_records(files: dict[str, Path], caption_names: tuple[str, ...], problems: Problems) -> list[Record]:
+def parquet_records(files: dict[str, Path], caption_names: tuple[str, ...], problems: Problems) -> Sequence[Record]:
     """The rows of all files. files: {name for messages: path}."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         _tell_missing_package(next(iter(files)), problems)
         return []
-    pictures, records = _ParquetPictures(), []
+    pictures, records = _ParquetPictures(), Listing()
     for name, path in files.items():
         try:
-            with ParquetFile(path) as file:
+            with ParquetFile(arrow_source(path)) as file:
                 column = _caption_column(file.schema_arrow, name, caption_names, problems)
                 captions = file.read(columns=[column]).column(0).to_pylist() if column else []
         except (OSError, ValueError) as error:
             sentence = f"'{name}' is not a readable parquet file ({error}): copy or download it again."
             problems.add("Damaged parquet files", sentence)
             continue
-        records += _row_records(name, captions, partial(pictures.read, path), problems)
+        _add_rows(records, name, captions, partial(pictures.read, path), problems)
     return records
 
 
-def disk_records(folder: Path, caption_names: tuple[str, ...], problems: Problems) -> list[Record]:
+def disk_records(folder: Path, caption_names: tuple[str, ...], problems: Problems) -> Sequence[Record]:
     """The rows of a data set that `save_to_disk` wrote; of one with splits, those of "train"."""
     try:
         import datasets
@@ -66,9 +68,9 @@ def disk_records(folder: Path, caption_names: tuple[str, ...], problems: Problem
     if isinstance(pictures.features[PICTURE_COLUMN], datasets.Image):
         pictures = pictures.cast_column(PICTURE_COLUMN, datasets.Image(decode=False))
     captions = data.select_columns([column])[:][column]
-    return list(
-        _row_records(folder.name, captions, lambda row: _bytes_of(pictures[row][PICTURE_COLUMN], folder), problems)
-    )
+    records = Listing()
+    _add_rows(records, folder.name, captions, lambda row: _bytes_of(pictures[row][PICTURE_COLUMN], folder), problems)
+    return records
 
 
 def _tell_missing_package(name: str | Path, problems: Problems) -> None:
@@ -102,10 +104,13 @@ def _holds_pictures(schema: "pyarrow.Schema") -> bool:
     return str(kind) in ("binary", "large_binary", "binary_view")
 
 
-def _row_records(name: str, captions: list[Any], read: Callable[[int], bytes], problems: Problems) -> Iterator[Record]:
+def _add_rows(
+    records: Listing, name: str, captions: list[Any], read: Callable[[int], bytes], problems: Problems
+) -> None:
+    reader = records.reader(lambda row, _: read(row))
     for row, caption in enumerate(captions):
         if isinstance(caption, str):
-            yield Record(f"{name} row {row}", caption.strip(), partial(read, row))
+            records.add(f"{name} row {row}", caption.strip(), reader, (row, 0))
         else:
             problems.add("Rows without captions", f"Row {row} of '{name}' has no caption: write one or remove the row.")
 
@@ -131,18 +136,19 @@ class _ParquetPictures:
 
     def read(self, path: Path, row: int) -> bytes:
         """The picture file's bytes in this row, counted from 0."""
-        if path != self._path or row < self._first:
-            self._open(path, row)
-        while row >= self._first + len(self._rows):
-            rows = next(self._batches).column(0)
-            self._first, self._rows = self._first + len(self._rows), rows
-        return _bytes_of(self._rows[row - self._first].as_py(), path.parent)
+        with reaching(path):
+            if path != self._path or row < self._first:
+                self._open(path, row)
+            while row >= self._first + len(self._rows):
+                rows = next(self._batches).column(0)
+                self._first, self._rows = self._first + len(self._rows), rows
+            return _bytes_of(self._rows[row - self._first].as_py(), path.parent)
 
     def _open(self, path: Path, row: int) -> None:
         """From the row group on that holds the row."""
         from pyarrow.parquet import ParquetFile
 
-        file = ParquetFile(path)
+        file = ParquetFile(arrow_source(path))
         first = group = 0
         while row >= first + file.metadata.row_group(group).num_rows:
             first += file.metadata.row_group(group).num_rows

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.training.data import BadData
 
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -32,9 +33,12 @@ class Record:
 
 
 def read_bytes(record: Record) -> bytes:
-    """The bytes of the picture file. Raises BadPicture where there are none (any more)."""
+    """The bytes of the picture file. Raises BadPicture where there are none (any more), BadData where a whole data set
+    cannot be reached, which is no fault of a picture's."""
     try:
         data = record.read()
+    except BadData:
+        raise
     except (OSError, ValueError, LookupError) as error:
         raise BadPicture(record.name, _reason(error)) from None
     if not data:

@@ -11,7 +11,7 @@ from torch import Tensor
 from maskunet_core.replacing import replacing
 from maskunet_core.training.data import EMPTY, BadData, digest_of
 
-from .store import Damage, ShardStore, arrow, beginnings, fixed, open_tables, write_table
+from .store import Damage, ShardStore, arrow, beginnings, fixed, open_tables, read_table, write_table
 
 SKIPPED = b"skipped"
 _AT_ONCE = 1000
@@ -80,6 +80,26 @@ def captions_of(parts: list[Path]) -> tuple[np.ndarray, Callable[[np.ndarray], I
     return keys, captions
 
 
+class _Index:
+    """What is kept in memory of a set: digests [N]; shapes of latents, and which a picture has; the beginnings of keys
+    by column. Read part by part and not from mapped files, whose pages would stay in memory for this one use."""
+
+    def __init__(self, parts: list[Path], columns: tuple[str, ...]):
+        numbers: dict[str, int] = {}
+        digests, shape_of, keys = [], [], {name: [] for name in columns}
+        for part in parts:
+            table = read_table(part)
+            digests.append(table.column("digest").to_numpy().copy())
+            shapes = table.column("shape").combine_chunks().dictionary_encode()
+            known = [numbers.setdefault(shape, len(numbers)) for shape in shapes.dictionary.to_pylist()]
+            shape_of.append(np.array(known, np.int32)[shapes.indices.to_numpy()])
+            for name, found in keys.items():
+                found.append(beginnings(table.column(name)))
+        self.digests, self.shape_of = np.concatenate(digests), np.concatenate(shape_of)
+        self.keys = {name: np.concatenate(found) for name, found in keys.items()}
+        self.shapes = [tuple(int(side) for side in shape.split("x")) for shape in numbers]
+
+
 class DiskSamples:
     """Samples whose latents and texts lie in stores. empty: key of the empty caption; damaged: a file whose presence
     says that something has to be made anew."""
@@ -90,15 +110,12 @@ class DiskSamples:
         self, parts: list[Path], latents: ShardStore, texts: ShardStore, empty: bytes, mirrors: bool, damaged: Path
     ):
         self.mirrors, self._latents, self._texts, self._damaged = mirrors, latents, texts, damaged
-        self._table = open_tables(parts)
-        column = self._table.data.column
-        self.digests = column("digest").to_numpy()
-        shapes = column("shape").combine_chunks().dictionary_encode()
-        self.shapes = [tuple(int(side) for side in shape.split("x")) for shape in shapes.dictionary.to_pylist()]
-        self.shape_of = shapes.indices.to_numpy()
         turns = ("latent", "mirrored") if mirrors else ("latent",)
-        self._latent_rows = np.stack([latents.find(beginnings(column(turn))) for turn in turns])
-        self._text_rows = texts.find(beginnings(column("text")))
+        index = _Index(parts, (*turns, "text"))
+        self.digests, self.shapes, self.shape_of = index.digests, index.shapes, index.shape_of
+        self._latent_rows = np.stack([latents.find(index.keys[turn]) for turn in turns])
+        self._text_rows = texts.find(index.keys["text"])
+        self._table = open_tables(parts)
         self._latent_keys, self._text_keys = (self._table.select_columns(list(names)) for names in (turns, ("text",)))
         self._empty, self._empty_row = empty, int(texts.find(np.frombuffer(empty[:8], np.uint64))[0])
 

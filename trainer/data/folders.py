@@ -5,9 +5,11 @@ import os
 import posixpath
 import unicodedata
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from .decoding import Record, caption_in, decode_text
+from .places import read_file
 from .problems import Problems
 
 PICTURES = ("bmp", "jpeg", "jpg", "png", "webp")
@@ -46,7 +48,9 @@ def folder_records(
     problems.note("pictures of kinds that are not read", others, f"To train on them, {_CONVERT}.")
     problems.note("texts that are no captions", [texts[stem] for stem in about], "They have no picture of their name.")
     captioned.sort(key=lambda entry: entry[0])
-    return [Record(name, caption, files[name].read_bytes) for name, caption in captioned if caption is not None]
+    return [
+        Record(name, caption, partial(read_file, files[name])) for name, caption in captioned if caption is not None
+    ]
 
 
 _CONVERT = f"convert pictures of other kinds to one of {', '.join(PICTURES)}"
@@ -65,7 +69,7 @@ def _caption_beside(picture: str, text: str | None, files: dict[str, Path], prob
 
 
 def _read_text(name: str, path: Path, problems: Problems) -> str | None:
-    text = decode_text(path.read_bytes())
+    text = decode_text(read_file(path))
     if text is None:
         problems.add("Captions in another encoding", f"'{name}' is not UTF-8 text: save it as UTF-8.")
     return text
@@ -90,7 +94,7 @@ def _listed_captions(
             wanted = "' or '".join(caption_names)
             problems.add("Lines without captions", f"{where} has no caption: it needs '{wanted}' with a text.")
         file_name = fields["file_name"]
-        if os.path.isabs(file_name):
+        if os.path.isabs(file_name) and isinstance(path, Path):
             file_name = os.path.relpath(file_name, path.parent)
         file_name = unicodedata.normalize("NFC", file_name.replace("\\", "/"))
         picture = posixpath.normpath(posixpath.join(posixpath.dirname(name), file_name))

@@ -5,16 +5,16 @@ import os
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from maskunet_core.training.data import BadData
 
-from ..files import user_path
 from .columns import disk_records, parquet_records
 from .decoding import Record
 from .folders import METADATA, PICTURES, folder_records
+from .places import Unreachable, is_address, place_of, reaching, remote_files, remote_state
 from .problems import Problems
 from .shards import shard_records
 
@@ -33,7 +33,7 @@ class Scan:
     """records: what can be used, in an order that is the same on every system; problems, notes: a sentence each, about
     what must be mended, and about what is left out. share: of the data that was looked at."""
 
-    records: list[Record]
+    records: Sequence[Record]
     problems: list[str]
     notes: list[str] = field(default_factory=list)
     share: float = 1.0
@@ -43,7 +43,7 @@ class Scan:
         """Pictures, estimated where not all was looked at."""
         return round(len(self.records) / self.share)
 
-    def require(self) -> list[Record]:
+    def require(self) -> Sequence[Record]:
         """The records. Raises BadData with all problems, a line each."""
         if self.problems:
             raise BadData("\n".join(self.problems))
@@ -51,10 +51,15 @@ class Scan:
 
 
 def fingerprint(path: str | Path, caption_column: str) -> str:
-    """SHA-256 of the names, sizes and times of all files of a data set; "" where there is none."""
-    path, digest = user_path(str(path)), hashlib.sha256(caption_column.encode())
-    if not path.exists():
-        return ""
+    """SHA-256 of the names, sizes and times of all files of a data set; "" where there is none. Raises Unreachable."""
+    path, digest = place_of(path), hashlib.sha256(caption_column.encode())
+    with reaching(path):
+        if not path.exists():
+            return ""
+        if is_address(path):
+            for state in remote_state(path):
+                digest.update(f"{state}\0".encode(errors="replace"))
+            return digest.hexdigest()
     for file in _walk(path, frozenset()) if path.is_dir() else (path,):
         if file.exists():
             state = file.stat()
@@ -65,16 +70,20 @@ def fingerprint(path: str | Path, caption_column: str) -> str:
 def scan(path: str | Path, caption_column: str = "", sample: bool = False) -> Scan:
     """Looks through a data set without decoding a picture, and finds all its problems at once.
 
-    path: a folder of pictures, each with its caption in NAME.txt beside it or in a `metadata.jsonl` (fields
-    `file_name` and `text` or `caption`); a data set that `datasets` saved to disk (of several splits, "train");
-    parquet files (columns `image`, and `text`, `caption` or `TEXT`); webdataset shards (.tar); or a folder of either,
-    of which the splits that are there to test are left out where it holds several.
+    path: on this machine, or an address that `fsspec` opens, of a folder of pictures, each with its caption in NAME.txt
+    beside it or in a `metadata.jsonl` (fields `file_name` and `text` or `caption`); a data set that `datasets` saved to
+    disk (of several splits, "train"); parquet files (columns `image`, and `text`, `caption` or `TEXT`); webdataset
+    shards (.tar); or a folder of either, of which splits that are there to test are left out where it holds several.
     caption_column: the captions' column or field, where it has another name. sample: of many shards or tables look into
     a few.
     """
-    path, problems = user_path(str(path)), Problems()
-    names = (caption_column,) if caption_column else CAPTION_NAMES
-    records, share = _records(path, names, problems, sample)
+    problems, names = Problems(), (caption_column,) if caption_column else CAPTION_NAMES
+    try:
+        path = place_of(path)
+        with reaching(path):
+            records, share = _records(path, names, problems, sample)
+    except Unreachable as error:
+        return Scan([], [str(error)], problems.notes)
     if not records and not problems:
         problems.add("Empty", f"'{path}' holds no pictures: name {CHOICE}.")
     return Scan(records, problems.sentences(), problems.notes, share)
@@ -93,14 +102,17 @@ def _sampled(files: dict[str, Path], problems: Problems) -> tuple[dict[str, Path
 
 def _records(
     path: Path, caption_names: tuple[str, ...], problems: Problems, sample: bool
-) -> tuple[list[Record], float]:
+) -> tuple[Sequence[Record], float]:
     """(the records, the share of the data that they are)."""
     if not path.exists():
         problems.add("Missing", f"'{path}' does not exist: name {CHOICE}.")
         return [], 1.0
     if any((path / mark).is_file() for mark in ON_DISK):
         return disk_records(path, caption_names, problems), 1.0
-    files = _files_below(path, problems) if path.is_dir() else {path.name: path}
+    if not path.is_dir():
+        files = {path.name: path}
+    else:
+        files = remote_files(path) if is_address(path) else _files_below(path, problems)
     files = _of_training(files, problems)
     pictures, shards, tables = (_ending(files, endings) for endings in (PICTURES, ("tar",), ("parquet",)))
     if path.is_file() and not shards and not tables:

@@ -6,19 +6,31 @@ Members are found once and read in place; nothing is extracted.
 import json
 import posixpath
 import tarfile
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from .decoding import Record, caption_in, decode_text
+from .decoding import caption_in, decode_text
 from .folders import PICTURES
+from .listing import Listing
+from .places import read_span
 from .problems import Problems
 
+TEXTS = ("txt", "json")
 Span = tuple[int, int]  # (offset, bytes) in the shard
 
 
-def shard_records(files: dict[str, Path], caption_names: tuple[str, ...], problems: Problems) -> list[Record]:
+@dataclass
+class Sample:
+    """spans, texts: of its members by their endings, of which texts are read at once."""
+
+    spans: dict[str, Span] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
+
+
+def shard_records(files: dict[str, Path], caption_names: tuple[str, ...], problems: Problems) -> Listing:
     """The samples of all shards. files: {name for messages: path}."""
-    records = []
+    records = Listing()
     for name, path in files.items():
         try:
             samples = _index(path)
@@ -26,21 +38,24 @@ def shard_records(files: dict[str, Path], caption_names: tuple[str, ...], proble
             sentence = f"'{name}' is not a readable .tar file ({error}): copy or download it again."
             problems.add("Damaged shards", sentence)
             continue
-        found = (_record(name, path, sample, samples[sample], caption_names, problems) for sample in sorted(samples))
-        records += [record for record in found if record is not None]
+        reader = records.reader(partial(read_span, path))
+        for sample in sorted(samples):
+            _add(records, reader, f"{name}/{sample}", samples[sample], caption_names, problems)
     return records
 
 
-def _index(path: Path) -> dict[str, dict[str, Span]]:
-    """{sample: {extension: span}} of an uncompressed tar file. Raises TarError where it is damaged."""
-    samples: dict[str, dict[str, Span]] = {}
-    with tarfile.open(path, "r:") as archive:
+def _index(path: Path) -> dict[str, Sample]:
+    """The samples of an uncompressed tar file. Raises TarError where it is damaged."""
+    samples: dict[str, Sample] = {}
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             folder, base = posixpath.split(member.name)
             stem, dot, extension = base.partition(".")
             if member.isfile() and stem and dot:
-                sample = samples.setdefault(posixpath.join(folder, stem), {})
-                sample[extension.lower()] = (member.offset_data, member.size)
+                sample, extension = samples.setdefault(posixpath.join(folder, stem), Sample()), extension.lower()
+                sample.spans[extension] = (member.offset_data, member.size)
+                if extension in TEXTS:
+                    sample.texts[extension] = archive.extractfile(member).read()
         # A damaged header ends the loop like the end of the file, after which there are only zeros.
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -48,41 +63,34 @@ def _index(path: Path) -> dict[str, dict[str, Span]]:
     return samples
 
 
-def _record(
-    shard: str, path: Path, sample: str, members: dict[str, Span], caption_names: tuple[str, ...], problems: Problems
-) -> Record | None:
-    """None where picture or caption is missing, which is told, or both are."""
-    picture = next((ending for ending in PICTURES if ending in members), None)
-    text = next((ending for ending in ("txt", "json") if ending in members), None)
+def _add(
+    records: Listing, reader: int, name: str, sample: Sample, caption_names: tuple[str, ...], problems: Problems
+) -> None:
+    """Where picture or caption is missing, that is told instead."""
+    picture = next((ending for ending in PICTURES if ending in sample.spans), None)
+    text = next((ending for ending in TEXTS if ending in sample.texts), None)
     if picture is None:
         if text is not None:
-            sentence = f"'{shard}/{sample}.{text}' has no picture in the shard: add it or remove the caption."
+            sentence = f"'{name}.{text}' has no picture in the shard: add it or remove the caption."
             problems.add("Captions without pictures", sentence)
-        return None
-    name, caption = f"{shard}/{sample}.{picture}", _caption(path, members, caption_names)
+        return
+    caption = _caption(sample, caption_names)
     if caption is None:
         wanted = "' or '".join(caption_names)
         problems.add(
             "Pictures without captions",
-            f"'{name}' has no caption: it needs a .txt in UTF-8, or a .json with '{wanted}', in the shard.",
+            f"'{name}.{picture}' has no caption: it needs a .txt in UTF-8, or a .json with '{wanted}', in the shard.",
         )
-        return None
-    return Record(name, caption, partial(_read, path, members[picture]))
+        return
+    records.add(f"{name}.{picture}", caption, reader, sample.spans[picture])
 
 
-def _read(path: Path, span: Span) -> bytes:
-    offset, size = span
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-def _caption(path: Path, members: dict[str, Span], caption_names: tuple[str, ...]) -> str | None:
+def _caption(sample: Sample, caption_names: tuple[str, ...]) -> str | None:
     """From the .json where the user named a field in it, else from the .txt if there is one."""
-    texts = {ending: decode_text(_read(path, members[ending])) for ending in ("txt", "json") if ending in members}
+    texts = {ending: decode_text(data) for ending, data in sample.texts.items()}
     try:
-        field = caption_in(json.loads(texts.get("json") or "{}"), caption_names)
+        named = caption_in(json.loads(texts.get("json") or "{}"), caption_names)
     except (ValueError, RecursionError):
-        field = None
-    found = (field, texts.get("txt")) if len(caption_names) == 1 else (texts.get("txt"), field)
+        named = None
+    found = (named, texts.get("txt")) if len(caption_names) == 1 else (texts.get("txt"), named)
     return next((caption for caption in found if caption is not None), None)

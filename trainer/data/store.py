@@ -79,6 +79,13 @@ def open_tables(paths: Iterable[Path]) -> Any:
     return datasets.Dataset(concat_tables(found), fingerprint="shards") if found else None
 
 
+def read_table(path: Path) -> Any:
+    """An Arrow table in memory."""
+    _, pyarrow = arrow()
+    with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as reader:
+        return reader.read_all()
+
+
 def fixed(chunks: list[Any]) -> np.ndarray:
     """Chunks of an Arrow column of 32 bytes as an array; of one chunk no copy."""
     parts = [np.frombuffer(c.buffers()[1], KEY, len(c), c.offset * KEY.itemsize) for c in chunks if len(c)]

@@ -1,12 +1,14 @@
 """The texts that may describe pictures to learn a word from: `{}` stands for the word in them."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from ..data.decoding import Record, decode_text
 from ..data.folders import PICTURES
+from ..data.places import Unreachable, place_of, reaching, read_file
 from ..data.problems import Problems
 from ..data.records import Scan
 from ..files import user_path
@@ -38,14 +40,22 @@ def scan_texts(config: Config) -> Scan:
         from .toy import rendered
 
         return Scan(rendered(config), [])
-    folder, problems = user_path(config.data.path), Problems()
+    try:
+        with reaching(config.data.path):
+            return _scanned(place_of(config.data.path), common_texts(config))
+    except Unreachable as error:
+        return Scan([], [str(error)])
+
+
+def _scanned(folder: Path, common: list[str]) -> Scan:
+    problems = Problems()
     if not folder.is_dir():
         problems.add("Missing", f"'{folder}' is no folder: name a folder of pictures.")
         return Scan([], problems.sentences())
     pictures = sorted(p for p in folder.iterdir() if p.suffix.lower()[1:] in PICTURES and not p.name.startswith("."))
     if not pictures:
         problems.add("Empty", f"'{folder}' holds no pictures ({', '.join(PICTURES)}).")
-    records = _records(pictures, _listed(folder, problems), common_texts(config), problems)
+    records = _records(pictures, _listed(folder, problems), common, problems)
     return Scan(records, problems.sentences())
 
 
@@ -64,7 +74,7 @@ def _records(pictures: list[Path], listed: dict[str, list[str]], common: list[st
                 problems.add(
                     "Texts without the word", f"'{text}' of '{picture.name}' lacks {MARK}, which stands for the word."
                 )
-        records.append(Record(picture.name, "\n".join(texts), picture.read_bytes))
+        records.append(Record(picture.name, "\n".join(texts), partial(read_file, picture)))
     return records
 
 
