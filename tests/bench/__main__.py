@@ -64,6 +64,18 @@ def _data(quick: bool):
     return data.measure(sizes), {"batch": data.BATCH, "simulated step": f"{data.STEP} s"}
 
 
+def _rewards(quick: bool):
+    from tests.bench import rewarded
+
+    rows = rewarded.measure("SD 1.5", 256 if quick else 512)
+    return rows if quick else rows + rewarded.measure("SDXL", 1024), {
+        "seed": 0,
+        "precision": "fp32",
+        "samples": 1,
+        "unit": "plain forwards",
+    }
+
+
 TABLES = {
     "starting": _starting,
     "sampling": _sampling,
@@ -73,8 +85,9 @@ TABLES = {
     "judges": _judges,
     "transformers": _transformers,
     "data": _data,
+    "rewards": _rewards,
 }
-ALONE = ("training", "search", "video", "judges", "transformers", "data")
+ALONE = ("training", "search", "video", "judges", "transformers", "data", "rewards")
 """Measured where they are asked for: at full size they take minutes to hours."""
 
 

@@ -19,6 +19,7 @@ from maskunet_core.training.data import content_of
 from trainer.config_file import parse_config
 from trainer.data.cache import Cache, Encoders, Preparation
 from trainer.data.encoded import Rows
+from trainer.data.store import key_of
 from trainer.host import PROJECT
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
@@ -60,9 +61,10 @@ def _write(folder: Path, count: int) -> None:
     for number, part in enumerate(preparation.parts):
         rows = Rows()
         for place in range(number * preparation.size, min((number + 1) * preparation.size, count)):
-            keys = content_of(f"latent {place}".encode()), content_of(f"text {place}".encode())
+            content = content_of(f"picture {place}".encode())
+            keys = key_of("latent", place), key_of("text", place)
             caption = f"a photo of a thing on a table, number {place} of many"
-            rows.add(f"{place // 1000:05}.tar/{place:08}.jpg", caption, keys[0], (4, 4, 4), keys[:1], keys[1])
+            rows.add(f"{place // 1000:05}.tar/{place:08}.jpg", caption, content, (4, 4, 4), keys[:1], keys[1])
             latents.add_saved(keys[0], latent)
             texts.add_saved(keys[1], text)
         for store in (latents, texts):

@@ -11,7 +11,7 @@ from torch import Tensor
 from maskunet_core.replacing import replacing
 from maskunet_core.training.data import EMPTY, BadData, digest_of
 
-from .store import Damage, ShardStore, arrow, beginnings, fixed, open_tables, read_table, write_table
+from .store import KEY, Damage, ShardStore, arrow, beginnings, fixed, open_tables, read_table, write_table
 
 SKIPPED = b"skipped"
 _AT_ONCE = 1000
@@ -42,16 +42,16 @@ class Rows:
         write_table(path, columns, {SKIPPED: json.dumps(self.skipped).encode()})
 
 
-_OF_32 = ("binary", 32)
+_KEY = ("binary", KEY)
 _COLUMNS = {
     "name": ("string",),
     "caption": ("string",),
-    "content": _OF_32,
+    "content": ("binary", 32),
     "digest": ("int64",),
     "shape": ("string",),
-    "latent": _OF_32,
-    "mirrored": _OF_32,
-    "text": _OF_32,
+    "latent": _KEY,
+    "mirrored": _KEY,
+    "text": _KEY,
 }
 
 

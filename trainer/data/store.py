@@ -22,12 +22,14 @@ from maskunet_core.training.data import compact, content_of
 
 from ..host import MissingPackage
 
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
+_ENDING = f".v{FORMAT_VERSION}.arrow"
 SHARD = 2048
 """Rows of a file, unless it grows too large or is long in the making."""
 SHARD_BYTES = 256 * 2**20
 SHARD_SECONDS = 60.0
-KEY = np.dtype("V32")
+KEY = 16
+"""Bytes of a key, and of a checksum."""
 
 
 class Damage(Exception):
@@ -35,8 +37,12 @@ class Damage(Exception):
 
 
 def key_of(*parts: str | int | bool) -> bytes:
-    """32 bytes that differ wherever a part, their number or this format differs."""
-    return content_of(json.dumps([FORMAT_VERSION, *parts]).encode())
+    """Bytes that differ wherever a part, their number or this format differs."""
+    return content_of(json.dumps([FORMAT_VERSION, *parts]).encode())[:KEY]
+
+
+def _checksum(key: bytes, data: bytes) -> bytes:
+    return content_of(key + data)[:KEY]
 
 
 def arrow() -> tuple[Any, Any]:
@@ -87,16 +93,17 @@ def read_table(path: Path) -> Any:
 
 
 def fixed(chunks: list[Any]) -> np.ndarray:
-    """Chunks of an Arrow column of 32 bytes as an array; of one chunk no copy."""
-    parts = [np.frombuffer(c.buffers()[1], KEY, len(c), c.offset * KEY.itemsize) for c in chunks if len(c)]
+    """Chunks of an Arrow column of so many bytes as an array; of one chunk no copy."""
+    kind = np.dtype(f"V{chunks[0].type.byte_width}" if chunks else f"V{KEY}")
+    parts = [np.frombuffer(c.buffers()[1], kind, len(c), c.offset * kind.itemsize) for c in chunks if len(c)]
     if len(parts) == 1:
         return parts[0]
-    return np.concatenate(parts) if parts else np.empty(0, KEY)
+    return np.concatenate(parts) if parts else np.empty(0, kind)
 
 
 def beginnings(column: Any) -> np.ndarray:
     """The first eight bytes of each key of an Arrow column: enough to find a row, whose key is compared when read."""
-    parts = [fixed([part]).view(np.uint64).reshape(-1, 4)[:, 0].copy() for part in column.chunks if len(part)]
+    parts = [fixed([part]).view(np.uint64).reshape(-1, KEY // 8)[:, 0].copy() for part in column.chunks if len(part)]
     return np.concatenate(parts) if parts else np.empty(0, np.uint64)
 
 
@@ -116,7 +123,7 @@ class ShardStore:
     def refresh(self) -> None:
         """See what other processes have written meanwhile."""
         # Names begin with the time.
-        self._table = open_tables(sorted(self.folder.glob("*.arrow")))
+        self._table = open_tables(sorted(self.folder.glob(f"*{_ENDING}")))
         there = np.empty(0, np.uint64) if self._table is None else beginnings(self._table.data.column("key"))
         self._order = np.argsort(there, kind="stable")
         self._sorted = there[self._order]
@@ -140,7 +147,7 @@ class ShardStore:
             raise Damage from error
         tensors = []
         for wanted, key, checksum, data in zip(keys, found["key"], found["sha256"], found["tensors"]):
-            if key != wanted or content_of(key + data) != checksum:
+            if key != wanted or _checksum(key, data) != checksum:
                 raise Damage
             tensors.append(load(data))
         return tensors
@@ -184,13 +191,13 @@ class ShardStore:
         _, pyarrow = arrow()
         keys, data = list(self._waiting), list(self._waiting.values())
         columns = {
-            "key": pyarrow.array(keys, pyarrow.binary(32)),
+            "key": pyarrow.array(keys, pyarrow.binary(KEY)),
             "sha256": pyarrow.array(
-                [content_of(key + value) for key, value in self._waiting.items()], pyarrow.binary(32)
+                [_checksum(key, value) for key, value in self._waiting.items()], pyarrow.binary(KEY)
             ),
             "tensors": pyarrow.array(data, pyarrow.large_binary()),
         }
-        write_table(self.folder / f"{time.time_ns():020}-{uuid.uuid4().hex[:8]}.arrow", columns)
+        write_table(self.folder / f"{time.time_ns():020}-{uuid.uuid4().hex[:8]}{_ENDING}", columns)
         self._waiting.clear()
         self._bytes = 0
 
