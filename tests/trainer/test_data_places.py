@@ -1,5 +1,7 @@
 """Data sets behind addresses that `fsspec` opens."""
 
+import asyncio
+import threading
 import tracemalloc
 
 import pytest
@@ -49,6 +51,31 @@ def elsewhere():
     files.store.clear()
 
 
+@pytest.fixture
+def web_server(tmp_path):
+    """The address of a web server of a folder."""
+    from aiohttp import web
+
+    loop, app = asyncio.new_event_loop(), web.Application()
+    app.router.add_static("/set/", tmp_path, show_index=True)
+    runner = web.AppRunner(app)
+    loop.run_until_complete(runner.setup())
+    loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", 0).start())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}/set"
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.run_until_complete(runner.cleanup())
+    loop.close()
+
+
+def test_shards_are_read_from_a_web_server(tmp_path, web_server):
+    some_shards(tmp_path)
+    assert contents(open_records(web_server)) == contents(open_records(tmp_path))
+    assert contents(open_records(f"{web_server}/1.tar")) == contents(open_records(tmp_path / "1.tar"))
+
+
 @pytest.mark.parametrize("make", [a_folder, some_shards, a_data_set])
 def test_a_data_set_may_lie_behind_an_address(tmp_path, elsewhere, make):
     folder = tmp_path / "set"
@@ -86,7 +113,7 @@ def test_a_changed_file_behind_an_address_is_noticed(tmp_path, elsewhere):
     [
         ("s3://bucket/set", "Install s3fs to access S3"),
         ("nowhere://bucket/set", "nowhere"),
-        ("memory://bucket/none", "does not exist: name a folder of pictures"),
+        ("memory://bucket/none", "does not exist, or cannot be reached: name a folder of pictures"),
     ],
 )
 def test_an_address_that_cannot_be_opened_gets_a_sentence(address, reason):

@@ -105,7 +105,9 @@ def _records(
 ) -> tuple[Sequence[Record], float]:
     """(the records, the share of the data that they are)."""
     if not path.exists():
-        problems.add("Missing", f"'{path}' does not exist: name {CHOICE}.")
+        # Some file systems say so of a server that does not answer.
+        lacks = "does not exist, or cannot be reached" if is_address(path) else "does not exist"
+        problems.add("Missing", f"'{path}' {lacks}: name {CHOICE}.")
         return [], 1.0
     if any((path / mark).is_file() for mark in ON_DISK):
         return disk_records(path, caption_names, problems), 1.0
