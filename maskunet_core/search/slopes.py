@@ -25,20 +25,22 @@ class Slope:
 
     @classmethod
     def of(cls, gradient: Tensor) -> "Slope":
-        squares = gradient.flatten(1).float().square().sum(1)
         if gradient.dtype == torch.float32:
-            return cls(gradient, None, squares)
+            return cls(gradient, None, gradient.flatten(1).square().sum(1))
+        squares = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float32).square()
         unit = gradient.abs().amax(-1, keepdim=True).float().clamp_min(1e-30) / _LEVELS
         return cls((gradient / unit).round_().to(torch.int8), unit, squares)
 
     def times(self, factors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
         """The gradient, each image's times its share of all factors `[N]`; whole values are changed in place."""
-        result = self.values
-        if self.unit is not None:
-            result = self.values.float().mul_(self.unit)
+        if self.unit is None:
+            for factor in factors:
+                self.values.mul_(per_image(factor.to(self.values.device), self.values))
+            return self.values.to(dtype)
+        unit = self.unit
         for factor in factors:
-            result.mul_(per_image(factor.to(result.device), result))
-        return result.to(dtype)
+            unit = unit * per_image(factor.to(unit.device), unit)
+        return self.values.float().mul_(unit).to(dtype)
 
 
 def norms(slopes: Sequence[Slope]) -> Tensor:
