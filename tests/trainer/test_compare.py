@@ -341,11 +341,8 @@ def test_on_the_transformer_its_own_attention_is_tuned_from_its_own_losses(tmp_p
     for job in make_plan(TINY_TRANSFORMER):
         if job.arm in ("", "maskunet") and job.ablation in ("", "bias per group"):
             do(job, TINY_TRANSFORMER, tmp_path)
-    sets, transformer = (
-        load_sets(folder_of(tmp_path, "style/data") / "sets.safetensors"),
-        load_toy_base("", "transformer"),
-    )
-    expected = measure.losses(transformer, sets, "test_old").mean().item()
+    sets = load_sets(folder_of(tmp_path, "style/data") / "sets.safetensors")
+    expected = measure.losses(load_toy_base("", "transformer"), sets, "test_old").mean().item()
     assert result_of(tmp_path, "style/data")["losses"]["test_old"] == pytest.approx(expected)
     report.write_report(tmp_path, TINY_TRANSFORMER, figures=False)
     table = json.loads((tmp_path / "table.json").read_text())
