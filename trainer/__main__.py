@@ -141,7 +141,11 @@ def compare(arguments: argparse.Namespace) -> None:
     from .compare.plan import WORLDS, Scale
     from .compare.run import compare
 
-    scale = Scale.quick() if arguments.quick else Scale()
+    scale = Scale.quick(arguments.body) if arguments.quick else Scale.of(arguments.body)
+    known = {task.world for task in scale.tasks}
+    if unknown := set(arguments.task or ()) - known:
+        choice = ", ".join(sorted(known))
+        raise MaskUNetError(f"There is no task {', '.join(sorted(unknown))} on the {arguments.body}: choose {choice}.")
     compare(arguments.output, scale, arguments.jobs, tuple(arguments.task or WORLDS))
 
 
@@ -226,6 +230,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--output", type=user_path, default=Path("output/compare"), help="folder for tables and figures"
     )
     command.add_argument("--jobs", type=_number(1), default=os.cpu_count() or 1, help="processes at once, of a thread")
+    _add_body(command)
     command.add_argument("--task", action="append", choices=("noise", "style", "subject"), help="only this one")
     command.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     command.set_defaults(run=compare)

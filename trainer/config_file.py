@@ -392,7 +392,7 @@ def _slow_biases(config: Config) -> list[str]:
     low_rank = generator.architecture == LowRankGenerator.architecture
     if config.of_weights not in ("maskunet", "static_mask") or not low_rank or not optimiser.name.startswith("Adam"):
         return []
-    biases = 1 if generator.bias == "weight" else 2
+    biases = 2 if generator.bias == "row_column" else 1
     reach = biases * optimiser.lr_bias * config.loop.steps
     if reach >= generator.start:
         return []

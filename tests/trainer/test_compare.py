@@ -49,7 +49,10 @@ from trainer.toy.world import render, sample_captioned
 JOBS = "trainer.compare.jobs"
 TWO_ARMS = ("static_mask", "maskunet")
 TWO_ABLATIONS = ("no sample", "with feed-forward")
-TINY = dataclasses.replace(Scale.quick(), style_steps=2, style_pictures=16, pairs=16, sampling_steps=2)
+TINY, TINY_TRANSFORMER = (
+    dataclasses.replace(Scale.quick(body), style_steps=2, style_pictures=16, pairs=16, sampling_steps=2)
+    for body in ("unet", "transformer")
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def store(output, name, result):
 
 
 def test_every_arm_has_as_many_trials_and_final_runs_as_every_other():
-    for scale in (Scale(), Scale.quick()):
+    for scale in (Scale(), Scale.quick(), Scale.of("transformer")):
         plan = make_plan(scale)
         counts = Counter((job.kind, job.task.name, job.arm) for job in plan if job.task and not job.ablation)
         for task in scale.tasks:
@@ -82,7 +85,7 @@ def test_every_arm_has_as_many_trials_and_final_runs_as_every_other():
     assert len(Scale().factors) == 5
 
 
-@pytest.mark.parametrize("task", Scale().tasks, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [*Scale().tasks, *TINY_TRANSFORMER.tasks], ids=lambda task: f"{task.name}-{task.body}")
 def test_arms_differ_in_the_method_and_its_rates_alone(task, tmp_path):
     configs = [configuration(task, arm, 1.0, 0, tmp_path) for arm in task.arms]
     for config in configs:
@@ -173,7 +176,7 @@ def test_one_task_leaves_out_the_others():
 
 
 def test_a_scale_survives_the_way_through_a_file():
-    for scale in (Scale(), Scale.quick()):
+    for scale in (Scale(), Scale.quick("transformer")):
         assert scale_from_values(json.loads(json.dumps(scale_to_values(scale)))) == scale
 
 
@@ -332,6 +335,20 @@ def test_a_comparison_writes_its_figures(done):
     assert {path.name for path in (done / "figures").iterdir()} == names
     for name in names:
         assert (done / "figures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_on_the_transformer_its_own_attention_is_tuned_from_its_own_losses(tmp_path):
+    plan = {job.name: job for job in make_plan(TINY_TRANSFORMER)}
+    names = ("style/data", "style/maskunet/trial-0", "style/bias per group/seed-0")
+    data, _, final = (do(plan[name], TINY_TRANSFORMER, tmp_path) for name in names)
+    sets = load_sets(folder_of(tmp_path, "style/data") / "sets.safetensors")
+    expected = measure.losses(load_toy_base("", "transformer"), sets, "test_old").mean().item()
+    assert data["losses"]["test_old"] == pytest.approx(expected)
+    assert final["parameters"] == 990_880 - 655_360 * 7 // 8
+    assert 0 < final["masks"]["keep_ratio"] < 1
+    assert {"style", "frechet_old"} <= set(final["pictures"])
+    report.write_report(tmp_path, TINY_TRANSFORMER, figures=False)
+    assert "2 steps of 16, on all attention of the toy transformer." in (tmp_path / "table.md").read_text()
 
 
 def test_a_killed_job_goes_on_from_its_state_and_ends_the_same(done, tmp_path):

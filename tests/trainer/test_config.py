@@ -49,8 +49,10 @@ def test_the_papers_learning_rate_is_warned_of():
     (sentence,) = warnings(load_config("paper", ["base.checkpoint=toy", "data.path="]))
     assert "move the static part of a logit by about 0.3, but it starts at 1" in sentence
     assert "by the low-rank part alone" in sentence
-    (sentence,) = warnings(load_config("toy", ["method=static_mask", "loop.steps=50"]))
-    assert "a logit by about 0.5, but it starts at 1: hardly a weight will be removed" in sentence
+    for bias, reach in (("weight", "0.5"), ("group", "0.5")):
+        short = ["method=static_mask", "loop.steps=50", f"generator.bias={bias}"]
+        (sentence,) = warnings(load_config("toy", short))
+        assert f"a logit by about {reach}, but it starts at 1: hardly a weight will be removed" in sentence
     assert warnings(load_config("toy")) == []
 
 

@@ -45,9 +45,9 @@ def weights_of(output: Path, world: str) -> Path | None:
     return output / "noisy_base" if world == "noise" else None
 
 
-def load_base(output: Path, world: str) -> BaseModel:
+def load_base(output: Path, world: str, scale: Scale) -> BaseModel:
     weights = weights_of(output, world)
-    return load_toy_base(str(weights) if weights else "")
+    return load_toy_base(str(weights) if weights else "", scale.body)
 
 
 def train_noisy_base(scale: Scale, output: Path) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _measured_base(base: BaseModel, world: str, sets: Sets, scale: Scale, strip:
 
 def make_data(world: str, scale: Scale, output: Path, folder: Path) -> dict[str, Any]:
     """The sets of a world, its base's losses on them, and the base's pictures; for noise the shipped base's too."""
-    base = load_base(output, world)
+    base = load_base(output, world, scale)
     sets = make_sets(world, scale, base, load_reader("reader_b"))
     save_sets(sets, folder / "sets.safetensors")
     # As the other jobs find them.
@@ -143,7 +143,7 @@ def trial(job: Job, scale: Scale, output: Path, folder: Path) -> dict[str, Any]:
     """The score of one setting on the validation sets, which no table uses: the lower, the better."""
     weights = weights_of(output, job.world)
     config = configuration(job.task, job.arm, scale.factors[job.number], TRIAL_SEED, folder / "run", weights)
-    base, sets, of_base = _loaded(job, output)
+    base, sets, of_base = _loaded(job, scale, output)
     result = {"factor": scale.factors[job.number], "optimiser": asdict(config.optimiser)}
     try:
         run = trained(config, base, sets, job.task.prior)
@@ -154,9 +154,13 @@ def trial(job: Job, scale: Scale, output: Path, folder: Path) -> dict[str, Any]:
     return result | changes | {"score": score}
 
 
-def _loaded(job: Job, output: Path) -> tuple[BaseModel, Sets, dict]:
+def _loaded(job: Job, scale: Scale, output: Path) -> tuple[BaseModel, Sets, dict]:
     data = folder_of(output, f"{job.world}/data")
-    return load_base(output, job.world), load_sets(data / "sets.safetensors"), load_file(data / "base.safetensors")
+    return (
+        load_base(output, job.world, scale),
+        load_sets(data / "sets.safetensors"),
+        load_file(data / "base.safetensors"),
+    )
 
 
 def _change(run: _Run, base: BaseModel, sets: Sets, name: str, of_base: dict) -> list[float]:
@@ -179,7 +183,7 @@ def final(job: Job, scale: Scale, output: Path, folder: Path) -> dict[str, Any]:
     weights = weights_of(output, job.world)
     validated = not job.ablation
     config = configuration(job.task, job.arm, factor, job.number, folder / "run", weights, changes, validated)
-    base, sets, of_base = _loaded(job, output)
+    base, sets, of_base = _loaded(job, scale, output)
     run = trained(config, base, sets, job.task.prior)
     result: dict[str, Any] = {"factor": factor, "config": to_toml_values(config)}
     result["parameters"] = sum(p.numel() for p in run.module.parameters())

@@ -5,22 +5,25 @@ a step of 16, 140 losses and 4.5 pictures a second, and 10 s to start a job:
 
     base and data                                 1,800
     noise     30 trials x  68, 18 finals x 169    5,100     ablations   6 x 170   1,000
-    style     30 trials x  68, 18 finals x 169    5,100     ablations  36 x 140   5,000
+    style     30 trials x  68, 18 finals x 169    5,100     ablations  39 x 140   5,500
       on more layers   20 trials x 75, 12 finals x 180      3,700
-    subject   60 trials x  36, 36 finals x 137    7,100     together             28,800
+    subject   60 trials x  36, 36 finals x 137    7,100     together             29,300
 
 A final measures 4,096 losses for its last state, as many for its best one where that is another, and 192 pictures.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from ..config_file import parse_config
+from ..toy.bodies import TRANSFORMER_CFG, TRANSFORMER_STEPS
 from .worlds import CLASS
 
 ARMS = ("static_mask", "maskunet", "reference_released", "reference_freed", "lora", "full")
+PLAIN_ARMS = ("static_mask", "maskunet", "lora", "full")
+"""Without the authors' networks, which are made for a U-Net's decoder attention."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Task:
 
     weighs_forgetting: settings are chosen by gain plus forgetting, not by gain alone. prior: the base's own pictures
     of the class make half of every batch. targets: the layers that are masked or trained. ablations: of ABLATIONS.
+    body: of the toy model, `unet` or `transformer`.
     """
 
     name: str
@@ -40,13 +44,15 @@ class Task:
     targets: str = "decoder attention"
     arms: tuple[str, ...] = ARMS
     ablations: tuple[str, ...] = ()
+    body: str = "unet"
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much of everything. factors: of the central learning rates, a tuning trial each.
 
-    pairs: (picture, noise, timestep) of a test loss; prompts: distinct ones of each kind, drawn twice.
+    pairs: (picture, noise, timestep) of a test loss; prompts: distinct ones of each kind, drawn twice. body: what is
+    tuned.
     """
 
     seeds: int = 3
@@ -66,11 +72,20 @@ class Scale:
     real_pictures: int = 1000
     sampling_steps: int = 15
     cfg: float = 5.0
+    body: str = "unet"
 
     @classmethod
-    def quick(cls) -> "Scale":
+    def of(cls, body: str) -> "Scale":
+        """The whole comparison. A step of the transformer costs half as much again as one of the U-Net."""
+        if body == "unet":
+            return cls()
+        return cls(style_steps=150, sampling_steps=TRANSFORMER_STEPS, cfg=TRANSFORMER_CFG, body=body)
+
+    @classmethod
+    def quick(cls, body: str = "unet") -> "Scale":
         """A few steps of everything: shows that the path works, not which arm is better."""
-        return cls(
+        return replace(
+            cls.of(body),
             seeds=1,
             factors=(1.0,),
             base_steps=10,
@@ -90,6 +105,9 @@ class Scale:
 
     @property
     def tasks(self) -> tuple[Task, ...]:
+        if self.body == "transformer":
+            on_all = {"targets": "all attention", "body": self.body}
+            return (Task("style", "style", self.style_steps, 16, arms=PLAIN_ARMS, ablations=BIASES, **on_all),)
         return (
             Task("noise", "noise", self.noise_steps, 16, weighs_forgetting=False, ablations=INPUTS),
             Task("style", "style", self.style_steps, 16, ablations=tuple(ABLATIONS)),
@@ -99,7 +117,7 @@ class Scale:
                 self.style_steps,
                 16,
                 targets="decoder attention and feed-forward",
-                arms=("static_mask", "maskunet", "lora", "full"),
+                arms=PLAIN_ARMS,
             ),
             Task("subject", "subject", self.subject_steps, 8),
             Task("subject, prior", "subject", self.subject_steps, 8, prior=True),
@@ -119,12 +137,15 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "tau 5": {"generator": {"tau": 5.0}},
     "start 0.3": {"generator": {"start": 0.3}},
     "bias per row and column": {"generator": {"bias": "row_column"}},
+    "bias per group": {"generator": {"bias": "group"}},
     "min-SNR 1": {"loop": {"min_snr": 1.0}},
 }
 """Changes of `maskunet`, at the learning rates that were chosen for it."""
 
 INPUTS = ("no t_emb", "no sample")
 """Those that take one of the generator's two inputs away."""
+BIASES = ("bias per row and column", "bias per group")
+"""Those that share a logit of the bias, which is most of a generator's size, among weights."""
 
 TRIAL_SEED = 1000
 """Of all trials: no run of the tables has it."""
@@ -172,7 +193,7 @@ def configuration(
         **arm_values(arm, factor, task.steps),
         "output": str(output),
         "seed": seed,
-        "base": {"weights": str(weights) if weights else ""},
+        "base": {"weights": str(weights) if weights else "", "body": task.body},
         "loop": {"steps": task.steps, "batch": task.batch, "save_every": 100},
         "validation": {"pictures": 64, "every": max(1, task.steps // 5) if validated else 0},
     }

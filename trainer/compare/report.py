@@ -115,6 +115,11 @@ def _shown(row: dict[str, Any], key: str, digits: int) -> str:
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
+def _terms(task: Task) -> str:
+    body = {"unet": "U-Net", "transformer": "transformer"}[task.body]
+    return f"{task.steps} steps of {task.batch}, on {task.targets} of the toy {body}."
+
+
 def to_people(rows: list[dict[str, Any]]) -> str:
     """Markdown of rows with plain keys; columns that no row has are left out."""
     columns = {"new": 1, "old": 1, "sum": 1, "best_new": 1, "best_old": 1}
@@ -149,7 +154,7 @@ def write_report(output: Path, scale: Scale, figures: bool) -> None:
             continue
         rows += found
         title = TITLES[task.name].format(**vars(scale))
-        sections.append(f"## {title}\n\n{task.steps} steps of {task.batch}.\n\n{to_people(found)}")
+        sections.append(f"## {title}\n\n{_terms(task)}\n\n{to_people(found)}")
         if changed := ablation_rows(output, task, scale):
             ablations += changed
             sections.append(f"### Ablations of maskunet on the task '{task.name}'\n\n{to_people(changed)}")
