@@ -13,6 +13,7 @@ from maskunet_core.toy.model import load_toy_model
 from tests.builders import sd15_unet
 from tests.host.browser import HOW, REQUIRED, find_browser
 from tests.host.memory import any_card, scarce  # noqa: F401 - fixtures
+from tests.schedule import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401 - hooks
 from trainer.host import PROJECT, enter_host
 
 

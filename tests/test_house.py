@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.schedule import SLOW
 from trainer.host import PROJECT
 
 
@@ -51,6 +52,10 @@ def test_core_imports_without_comfyui():
     code = f"import sys; [__import__(name) for name in {modules}]; assert 'comfy' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_what_runs_first_is_there():
+    assert [name for name in SLOW if not (PROJECT / name).exists()] == []
 
 
 def test_the_shipped_toy_model_is_small():

@@ -57,7 +57,8 @@ def stock(comfyui) -> np.ndarray:
 def browser(chromium, stock):
     """A headless Chromium. Asks for `stock`, because the server's own client needs an event loop, too."""
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium)
+        # A graphics card that is imitated costs more than drawing without one.
+        running = playwright.chromium.launch(executable_path=chromium, args=["--disable-gpu"])
         yield running
         running.close()
 

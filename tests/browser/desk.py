@@ -34,6 +34,13 @@ WATCH = """() => {
     }, 10)
 }"""
 
+# A front end draws with each frame of the screen, which without a graphics card is most of what it costs: 25 a second
+# are enough.
+SLOW_SCREEN = """() => {
+    window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 40)
+    window.cancelAnimationFrame = clearTimeout
+}"""
+
 # The front end asks for files that a person may have, for pictures of templates, and for its default graph's models.
 NO_MISTAKES = ("/userdata", "/user.css", ".jpg", "huggingface.co")
 
@@ -84,8 +91,16 @@ GRAPH = """() => {
 }"""
 
 
+SET = """([title, values]) => {
+    const node = app.graph._nodes.find(node => node.title === title)
+    for (const [name, value] of Object.entries(values))
+        node.widgets.find(widget => widget.name === name).value = value
+}"""
+
 TRIES = 3
 """Of a double click."""
+POLLING = 100
+"""ms between two looks at a run; Playwright looks at each frame, which makes the page draw one."""
 
 
 class Desk:
@@ -95,7 +110,9 @@ class Desk:
         self.server = server
         self.screenshots = screenshots
         self.mistakes: list[str] = []
-        self._context = browser.new_context(viewport={"width": 1440, "height": 900})
+        # Panels and dialogs come and go at once, as the system's own setting asks for.
+        self._context = browser.new_context(viewport={"width": 1440, "height": 900}, reduced_motion="reduce")
+        self._context.add_init_script(f"({SLOW_SCREEN})()")
         self.page = self._context.new_page()
         self.page.set_default_timeout(120_000)
         self.page.goto(server.url)
@@ -202,6 +219,10 @@ class Desk:
         self.page.keyboard.press("Control+a")
         self.page.keyboard.type(text)
 
+    def set_values(self, title: str, **values: Any) -> None:
+        """Gives a node's widgets values, without a look at how each is set by hand."""
+        self.page.evaluate(SET, [title, values])
+
     def press_run(self) -> None:
         self.page.evaluate("() => Object.assign(seen, {progress: {}, cached: [], files: {}, ended: []})")
         self.page.get_by_test_id("queue-button").click()
@@ -211,7 +232,7 @@ class Desk:
 
     def wait_for_end(self) -> str:
         """'success', 'error' or 'interrupted'."""
-        self.page.wait_for_function("() => seen.ended.length", timeout=300_000)
+        self.page.wait_for_function("() => seen.ended.length", timeout=300_000, polling=POLLING)
         return self.seen()["ended"][0]
 
     def seen(self) -> dict[str, Any]:

@@ -6,11 +6,6 @@ BEST_OF_6, OFF_AND_ON, SCORE = BLUEPRINTS
 TOY, SHOWN = "MaskUNet Toy Model", "Preview Image"
 PROMPT, TOY_REWARD = "a red circle", "toy reward (bundled)"
 SMALL = {"width": 64, "height": 64, "steps": 4, "cfg": 1.0}
-SET = """([title, values]) => {
-    const node = app.graph._nodes.find(node => node.title === title)
-    for (const [name, value] of Object.entries(values))
-        node.widgets.find(widget => widget.name === name).value = value
-}"""
 SLOTS = """title => {
     const node = app.graph._nodes.find(node => node.title === title)
     return [node.inputs, node.outputs].map(slots => slots.map(slot => slot.label ?? slot.name))
@@ -50,7 +45,7 @@ def test_they_are_taken_from_the_search_and_run(desk):
     assert_slots_are_those_of_the_file(desk, OFF_AND_ON)
     connect_the_toy(desk, OFF_AND_ON)
     desk.connect(OFF_AND_ON, "with masks", SHOWN, "images")
-    desk.page.evaluate(SET, [OFF_AND_ON, SMALL | {"prompt": PROMPT}])
+    desk.set_values(OFF_AND_ON, prompt=PROMPT, **SMALL)
     run_and_show(desk, "blueprint_masks_off_and_on")
 
     # The largest comes last: it covers the place of the double click that opens the search.
@@ -60,8 +55,8 @@ def test_they_are_taken_from_the_search_and_run(desk):
     connect_the_toy(desk, BEST_OF_6)
     desk.connect(BEST_OF_6, "candidates", SCORE, "images")
     desk.connect(SCORE, "pictures with scores", SHOWN, "images")
-    desk.page.evaluate(SET, [BEST_OF_6, SMALL | {"prompt": PROMPT, "reward": TOY_REWARD}])
-    desk.page.evaluate(SET, [SCORE, {"prompt": PROMPT, "reward": TOY_REWARD}])
+    desk.set_values(BEST_OF_6, prompt=PROMPT, reward=TOY_REWARD, **SMALL)
+    desk.set_values(SCORE, prompt=PROMPT, reward=TOY_REWARD)
     run_and_show(desk, "blueprint_best_of_6_scored")
 
     assert desk.unknown_nodes() == []

@@ -14,6 +14,19 @@ from trainer.host import PROJECT
 GRAPH, MASKED, APPLY = "generator_off_and_on", "Save with masks", "Apply the masks"
 
 
+@pytest.fixture(scope="module")
+def one_desk(new_desk):
+    """For all tests of this file that leave it as others can use it."""
+    with new_desk() as desk:
+        yield desk
+
+
+@pytest.fixture(scope="module")
+def empty_canvas(one_desk):
+    one_desk.start_blank()
+    return one_desk
+
+
 def draw(desk) -> np.ndarray:
     """The pictures of the masked half, sampled anew: the toy's text encoder does not see digits."""
     draw.count = getattr(draw, "count", 0) + 1
@@ -25,7 +38,8 @@ def draw(desk) -> np.ndarray:
     return desk.pixels(MASKED)
 
 
-def test_a_bypassed_apply_node_gives_the_stock_image_bit_for_bit(desk, stock):
+def test_an_apply_node_that_is_bypassed_or_deleted_gives_the_stock_image_bit_for_bit(one_desk, stock):
+    desk = one_desk
     desk.open_template(GRAPH)
     masked = draw(desk)
     assert not np.array_equal(masked, stock)
@@ -36,16 +50,30 @@ def test_a_bypassed_apply_node_gives_the_stock_image_bit_for_bit(desk, stock):
     desk.select(APPLY)
     desk.page.keyboard.press("Control+b")
     assert np.array_equal(draw(desk), masked)
-    assert desk.mistakes == []
-
-
-def test_a_deleted_apply_node_gives_the_stock_image_bit_for_bit(desk, stock):
-    desk.open_template(GRAPH)
-    assert not np.array_equal(draw(desk), stock)
     desk.select(APPLY)
     desk.page.keyboard.press("Delete")
     assert np.array_equal(draw(desk), stock)
     desk.screenshot("apply_node_deleted")
+    assert desk.mistakes == []
+
+
+def test_a_training_that_was_cancelled_goes_on_where_it_was(one_desk):
+    desk = one_desk
+    desk.open_template("train_on_my_pictures")
+    desk.set_values("Train", steps=50)
+    desk.press_run()
+    desk.page.wait_for_function("() => seen.progress['Train'] > 0.1", timeout=300_000)
+    desk.press_cancel()
+    assert desk.wait_for_end() == "interrupted"
+    (step,) = re.findall(r"^Stopped: step (\d+) of 50 is saved\. The same inputs go on", desk.told()["Train"])
+    desk.screenshot("training_cancelled")
+    desk.press_run()
+    desk.page.wait_for_function("() => seen.progress['Train']")
+    assert f"goes on from step {step}" in desk.told()["Train"]
+    assert desk.wait_for_end() == "success"
+    desk.wait_for_pictures()
+    desk.screenshot("training_went_on")
+    assert "Saved as " in desk.told()["Train"]
     assert desk.mistakes == []
 
 
@@ -62,24 +90,17 @@ def test_a_deleted_apply_node_gives_the_stock_image_bit_for_bit(desk, stock):
         ("significance", {"MaskUNet Compare Batches"}),
     ],
 )
-def test_the_search_finds_nodes_by_what_they_are_for(blank_desk, words, expected):
-    found = blank_desk.search(words)
-    blank_desk.screenshot(f"search_{words.replace(' ', '_')}")
-    blank_desk.end_search()
+def test_the_search_finds_nodes_by_what_they_are_for(empty_canvas, words, expected):
+    found = empty_canvas.search(words)
+    empty_canvas.screenshot(f"search_{words.replace(' ', '_')}")
+    empty_canvas.end_search()
     assert expected <= set(found)
     ours = [name for name in found if name.startswith("MaskUNet ")]
     assert len(expected) > 1 or ours[0] in expected, "what can be used without a file stands first"
 
 
-@pytest.fixture(scope="module")
-def blank_desk(new_desk):
-    with new_desk() as desk:
-        desk.start_blank()
-        yield desk
-
-
-def test_settings_of_custom_are_shown_with_that_choice_alone(blank_desk):
-    desk, name = blank_desk, "MaskUNet Reward Sampler"
+def test_settings_of_custom_are_shown_with_that_choice_alone(one_desk):
+    desk, name = one_desk, "MaskUNet Reward Sampler"
     desk.start_blank()
     desk.search(name)
     desk.take(name)
@@ -93,11 +114,11 @@ def test_settings_of_custom_are_shown_with_that_choice_alone(blank_desk):
     assert (desk.shown_settings(name), desk.height(name)) == (before, height)
 
 
-def test_old_graphs_are_sent_as_before(blank_desk):
+def test_old_graphs_are_sent_as_before(one_desk):
     """Graphs that were saved with version 0.2.0."""
     file = PROJECT / "tests" / "nodes" / "graphs_of_0_2_0.json"
     for name, graph in json.loads(file.read_text(encoding="utf-8")).items():
-        sent = blank_desk.sent(graph["workflow"])
+        sent = one_desk.sent(graph["workflow"])
         assert sent.keys() == graph["prompt"].keys(), name
         for key, expected in graph["prompt"].items():
             assert sent[key]["class_type"] == expected["class_type"]
@@ -123,8 +144,8 @@ def plain(text: str) -> str:
 @pytest.mark.parametrize(
     "name", ["MaskUNet Apply", "MaskUNet Reward Sampler", "MaskUNet Toy Model", "MaskUNet Compare Batches"]
 )
-def test_the_info_button_opens_the_help_of_a_node(blank_desk, name):
-    desk = blank_desk
+def test_the_info_button_opens_the_help_of_a_node(one_desk, name):
+    desk = one_desk
     desk.start_blank()
     desk.search(name)
     desk.take(name)
@@ -164,21 +185,3 @@ def test_an_error_of_a_node_is_shown_as_its_sentence(desk):
     assert "Exception Message: MaskUNet.BadCheckpoint: 'broken.safetensors' is not a readable" in told
     assert "It may be truncated or of another kind: copy or download it again." in told
     file.unlink()
-
-
-def test_a_training_that_was_cancelled_goes_on_where_it_was(desk):
-    desk.open_template("train_on_my_pictures")
-    desk.press_run()
-    desk.page.wait_for_function("() => seen.progress['Train'] > 0.3")
-    desk.press_cancel()
-    assert desk.wait_for_end() == "interrupted"
-    (step,) = re.findall(r"^Stopped: step (\d+) of 80 is saved\. The same inputs go on", desk.told()["Train"])
-    desk.screenshot("training_cancelled")
-    desk.press_run()
-    desk.page.wait_for_function("() => seen.progress['Train']")
-    assert f"goes on from step {step}" in desk.told()["Train"]
-    assert desk.wait_for_end() == "success"
-    desk.wait_for_pictures()
-    desk.screenshot("training_went_on")
-    assert "Saved as " in desk.told()["Train"]
-    assert desk.mistakes == []

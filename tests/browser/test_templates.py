@@ -1,5 +1,5 @@
-"""Every graph that ships, from the template browser to the picture and back. One desk per graph, used from top to
-bottom: it is opened, looked at, run, saved and opened again."""
+"""Every graph that ships, from the template browser to the picture and back: on one desk, graph after graph, each is
+opened, looked at, run, saved and opened again."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.browser.conftest import declared_models
-from tests.browser.desk import Desk
+from tests.browser.desk import POLLING, Desk
 from tests.browser.layout import clipped, misplaced
 from tests.host.graph import TEMPLATES, load_workflow, template_file
 
@@ -41,13 +41,20 @@ def somebody_else(new_desk):
         yield desk
 
 
-@pytest.fixture(scope="module", params=SHIPPED)
-def opened(request, new_desk):
+@pytest.fixture(scope="module")
+def ones_desk(new_desk):
+    """Where all graphs are opened from the templates, and run."""
     with new_desk() as desk:
-        desk.open_template(request.param)
-        readable = desk.readable()
-        desk.screenshot(f"{request.param}_opened")
-        yield Opened(request.param, desk, readable)
+        yield desk
+
+
+@pytest.fixture(scope="module", params=SHIPPED)
+def opened(request, ones_desk):
+    ones_desk.mistakes.clear()
+    ones_desk.open_template(request.param)
+    readable = ones_desk.readable()
+    ones_desk.screenshot(f"{request.param}_opened")
+    return Opened(request.param, ones_desk, readable)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +64,9 @@ def run(opened):
     desk.show_all()
     queued = desk.graph()
     desk.press_run()
-    desk.page.wait_for_function("() => seen.ended.length || Object.values(seen.progress).some(part => part > 0.3)")
+    desk.page.wait_for_function(
+        "() => seen.ended.length || Object.values(seen.progress).some(part => part > 0.3)", polling=POLLING
+    )
     desk.screenshot(f"{name}_running")
     assert desk.wait_for_end() == "success"
     desk.wait_for_pictures()

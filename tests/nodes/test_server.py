@@ -20,6 +20,7 @@ from maskunet_core.models.structure import inspect_model
 from maskunet_core.seam.attach import structure_of
 from tests.builders import make_generator, sd15_unet
 from tests.damage import missing_tensor, newer_version, no_safetensors, not_finite, truncated
+from tests.host.browser import find_browser
 from tests.host.graph import TEMPLATES, load_workflow, nodes_of, shows_pictures, titled, to_prompt
 from tests.host.server import ExecutionError, Server, ServerError
 
@@ -164,6 +165,7 @@ def test_contract_of_the_nodes(object_info):
     assert object_info["MaskUNetSaveMasks"]["input"]["required"]["filename_prefix"][1]["default"] == "masks/maskunet"
 
 
+@pytest.mark.skipif(find_browser() is not None, reason="tests/browser runs them, with all their steps")
 @pytest.mark.parametrize("name", TOY_WORKFLOWS)
 def test_every_shipped_workflow_runs(server, object_info, name):
     prompt = to_prompt(load_workflow(name), object_info)
@@ -233,11 +235,14 @@ def test_a_generator_of_the_authors_architecture_is_read_and_applied(server, gra
 
 
 def test_same_seed_gives_the_same_image_in_one_process_and_after_a_restart(graph):
+    """In a folder of any name."""
     titled(graph, "Apply the masks")["stochastic"] = True
-    with Server() as server:
+    with Server(folder_name="my-own folder") as server:
         first, again = (pictures(server, resampled(graph), "Save with masks") for _ in range(2))
         server.restart()
         later = pictures(server, resampled(graph), "Save with masks")
+        assert "Cannot import" not in server.log.read_text()
+    assert first.shape == (2, 256, 256, 3)
     assert np.array_equal(first, again)
     assert np.array_equal(first, later)
 
@@ -320,12 +325,6 @@ def test_random_masks_vary_with_their_seed(server, graph):
     titled(graph, "Random masks")["keep_ratio"] = 1.0
     off, on = both(server, graph)
     assert np.array_equal(off, on)
-
-
-def test_the_folder_may_have_any_name(graph):
-    with Server(folder_name="my-own folder") as server:
-        assert pictures(server, graph, "Save with masks").shape == (2, 256, 256, 3)
-        assert "Cannot import" not in server.log.read_text()
 
 
 def test_many_runs_leave_the_memory_where_the_first_ones_left_it(server, graph):

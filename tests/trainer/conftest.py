@@ -1,5 +1,9 @@
 """Fixtures of the trainer's tests."""
 
+import subprocess
+import sys
+import threading
+
 import pytest
 
 
@@ -11,3 +15,20 @@ def fresh_accelerator_state():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`python -m trainer ...` in this process, which has imported already what takes a new one seconds."""
+    from trainer.__main__ import main
+
+    # Which the command replaces.
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["trainer", *arguments])
+        code = main()
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run

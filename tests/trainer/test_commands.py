@@ -10,13 +10,16 @@ import pytest
 from maskunet_core.files import checkpoint
 from tests.builders import make_generator, trainer_command
 from trainer.__main__ import parse
+from trainer.evaluate import Protocol
 from trainer.host import PROJECT
 
 
-def test_evaluate_prints_its_table_and_writes_it_twice(tmp_path, toy_structure):
+def test_evaluate_prints_its_table_and_writes_it_twice(command, monkeypatch, tmp_path, toy_structure):
+    few = Protocol(loss_pictures=64, prompts=2, pictures=4, steps=3)
+    monkeypatch.setattr(Protocol, "quick", lambda: few)
     path = tmp_path / "generator.safetensors"
     checkpoint.save(path, make_generator(toy_structure, lively=True), "decoder attention", {})
-    result = trainer_command("evaluate", str(path), "--quick", "--output", str(tmp_path / "table"))
+    result = command("evaluate", str(path), "--quick", "--output", str(tmp_path / "table"))
     assert result.returncode == 0, result.stderr
     table = json.loads((tmp_path / "table" / "table.json").read_text())
     assert [row["model"] for row in table["rows"]] == ["base", "base + generator.safetensors"]
@@ -26,10 +29,10 @@ def test_evaluate_prints_its_table_and_writes_it_twice(tmp_path, toy_structure):
     assert table["machine"]["torch"]
 
 
-def test_info_tells_what_a_file_says_of_itself(tmp_path, toy_structure):
+def test_info_tells_what_a_file_says_of_itself(command, tmp_path, toy_structure):
     path = tmp_path / "generator.safetensors"
     checkpoint.save(path, make_generator(toy_structure), "decoder attention", {"seconds": 5})
-    result = trainer_command("info", str(path))
+    result = command("info", str(path))
     assert result.returncode == 0, result.stderr
     for line in (
         "architecture: low_rank",
@@ -107,11 +110,18 @@ def test_check_tells_cost_and_trains_nothing(tmp_path):
     assert not output.exists()
 
 
+def test_a_file_that_does_not_exist_gets_one_sentence():
+    """By a process of its own, whose imports are those of the command alone."""
+    result = trainer_command("evaluate", "nothing.safetensors", "--quick")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("'nothing.safetensors' does not exist")
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("train", "nothing.toml"), "'nothing.toml' does not exist. Name a TOML file or a preset"),
-        (("evaluate", "nothing.safetensors", "--quick"), "'nothing.safetensors' does not exist"),
         (("convert", "a.pth", "b.pth", "c.safetensors"), "'a.pth' does not exist."),
         (("info", "nothing.safetensors"), "'nothing.safetensors' does not exist"),
         (("resume", "nothing"), "'nothing' holds no run (no config.json)."),
@@ -119,8 +129,8 @@ def test_check_tells_cost_and_trains_nothing(tmp_path):
         (("train", "toy", "--set", "optimiser.name=Nothing"), "torch.optim has no 'Nothing'"),
     ],
 )
-def test_bad_input_gets_one_sentence(arguments, sentence):
-    result = trainer_command(*arguments)
+def test_bad_input_gets_one_sentence(command, arguments, sentence):
+    result = command(*arguments)
     assert result.returncode == 2
     assert sentence in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr

@@ -1,6 +1,7 @@
 """The comparison of searches, on few prompts."""
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 
@@ -28,6 +29,12 @@ def stage():
 @pytest.fixture(scope="module")
 def captions():
     return held_out_prompts(4, TABLE)
+
+
+@pytest.fixture
+def few_real(monkeypatch):
+    """Pictures that drawn ones are held against: some, where 1000 take longer than all that is drawn here."""
+    monkeypatch.setattr(Stage, "real", functools.partialmethod(Stage.real, 40))
 
 
 def test_settings_are_chosen_on_other_prompts_than_the_tables():
@@ -125,7 +132,7 @@ def test_errors_are_over_prompts_not_over_pictures():
     assert report.share(right) == "0.500 ± 0.289"
 
 
-def test_a_method_is_measured_once_and_stands_in_the_table(tmp_path, monkeypatch):
+def test_a_method_is_measured_once_and_stands_in_the_table(tmp_path, monkeypatch, few_real):
     scale = dataclasses.replace(plan.Scale.quick(), prompts=2, batch=2, draws=2)
     few = {name: plan.METHODS[name] for name in ("base", "best of 2", "4 steps")}
     for part in (plan, report):
@@ -192,11 +199,11 @@ def test_some_methods_alone_are_planned():
     assert names == ["base/seed-0", "SynGen/seed-0", plan.DIFFICULTY]
 
 
-def test_the_transformer_is_measured_by_the_same_methods(tmp_path, monkeypatch):
+def test_the_transformer_is_measured_by_the_same_methods(tmp_path, monkeypatch, few_real):
     scale = dataclasses.replace(plan.Scale.quick("transformer"), prompts=2, batch=2, draws=2)
-    monkeypatch.setattr(plan, "ON_TRANSFORMER", ("base", "best of 4"))
+    monkeypatch.setattr(plan, "ON_TRANSFORMER", ("base", "best of 2"))
     *drawing, difficulty = plan.make_plan(scale)
-    assert [job.name for job in drawing] == ["base/seed-0", "best of 4/seed-0"], "no student is trained"
+    assert [job.name for job in drawing] == ["base/seed-0", "best of 2/seed-0"], "no student is trained"
     assert difficulty.name == plan.DIFFICULTY
     for job in drawing:
         job_board.folder_of(tmp_path, job.name).mkdir(parents=True)
@@ -204,7 +211,7 @@ def test_the_transformer_is_measured_by_the_same_methods(tmp_path, monkeypatch):
     unet = 2 * operations(load_toy_base())
     # As many steps as cost no more than the U-Net's 15.
     assert 0.95 < base["operations"] / (15 * unet) <= 1.01
-    assert best["operations"] / base["operations"] == pytest.approx(4.0, abs=0.2)
+    assert best["operations"] / base["operations"] == pytest.approx(2.0, abs=0.1)
 
 
 def test_gradients_reach_the_noise_of_a_transformer(captions):

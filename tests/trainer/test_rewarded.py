@@ -9,7 +9,7 @@ from PIL import Image
 
 from maskunet_core.rewards.files import BadRewardFile
 from maskunet_core.toy.captions import parse
-from tests.builders import in_two_processes, trainer_command
+from tests.builders import in_two_processes
 from trainer.base import load_toy_base
 from trainer.config_file import BadConfig, load_config, parse_config
 from trainer.loop import Run
@@ -336,17 +336,19 @@ def test_a_state_of_before_there_were_rewards_can_be_resumed(base, tmp_path):
 
 def test_two_processes_share_the_drawing(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    one, two = (values(tmp_path, output=str(tmp_path / name), loop={"steps": 3}) for name in ("one", "two"))
+    start(parse_config(one))
+    assignments = [
+        f"--set={key}.{inner}={json.dumps(value)}"
+        for key, table in two.items()
+        if isinstance(table, dict)
+        for inner, value in table.items()
+    ]
+    words = ("train", "toy", "--set=objective=reward", f"--set=output={tmp_path / 'two'}", *assignments)
+    result = in_two_processes("-m", "trainer", *words)
+    assert result.returncode == 0, result.stderr
     losses = []
-    for name, launch in (("one", trainer_command), ("two", lambda *words: in_two_processes("-m", "trainer", *words))):
-        written = values(tmp_path, output=str(tmp_path / name), loop={"steps": 3})
-        assignments = [
-            f"--set={key}.{inner}={json.dumps(value)}"
-            for key, table in written.items()
-            if isinstance(table, dict)
-            for inner, value in table.items()
-        ]
-        result = launch("train", "toy", "--set=objective=reward", f"--set=output={tmp_path / name}", *assignments)
-        assert result.returncode == 0, result.stderr
+    for name in ("one", "two"):
         with (tmp_path / name / "log.csv").open() as file:
             losses.append([(float(row["loss"]), float(row["reward"])) for row in csv.DictReader(file)])
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-4)

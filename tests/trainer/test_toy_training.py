@@ -49,7 +49,7 @@ def test_the_generator_that_learned_from_a_reward_makes_more_pictures_right_with
     assert gain.mean() > 2 * gain.std() / len(gain) ** 0.5
 
 
-def test_the_toy_is_trained_by_one_command(tmp_path):
+def test_the_toy_is_trained_by_one_command(command, tmp_path):
     result = trainer_command("toy", "--quick", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert {path.stem for path in tmp_path.glob("*.safetensors")} == {
@@ -60,7 +60,7 @@ def test_the_toy_is_trained_by_one_command(tmp_path):
         "unet",
     }
     # Complete: the same command has nothing left to do, and the result is a base like the shipped one.
-    again = trainer_command("toy", "--quick", "--output", str(tmp_path))
+    again = command("toy", "--quick", "--output", str(tmp_path))
     assert again.returncode == 0
     assert "u-net" not in again.stderr
     base = load_toy_base(str(tmp_path))

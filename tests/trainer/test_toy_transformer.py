@@ -7,7 +7,6 @@ import torch
 
 from maskunet_core.toy.model import WEIGHTS, read_weights
 from maskunet_core.toy.vocabulary import encode_padded
-from tests.builders import trainer_command
 from trainer.base import load_toy_base, sample_pictures
 from trainer.evaluate import Protocol
 from trainer.toy import train, transformer
@@ -39,8 +38,8 @@ def test_the_transformer_is_trained_and_judged_beside_the_unet_at_equal_cost(fol
     assert pictures.isfinite().all()
 
 
-def test_a_finished_training_has_nothing_left_to_do(folder):
-    result = trainer_command("toy-transformer", "--quick", "--output", str(folder))
+def test_a_finished_training_has_nothing_left_to_do(command, folder):
+    result = command("toy-transformer", "--quick", "--output", str(folder))
     assert result.returncode == 0, result.stderr
     assert "transformer:" not in result.stderr
 

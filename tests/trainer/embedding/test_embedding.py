@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from maskunet_core.files import checkpoint
 from maskunet_core.toy.model import WEIGHTS, load_toy_model
-from tests.builders import trainer_command
 from tests.trainer.embedding.learned_words import RELATION, config_of, make_run, values_of
 from tests.trainer.test_methods import predict
 from tests.trainer.test_train import assert_same, rows_of, state_of
@@ -95,7 +94,7 @@ def test_pictures_of_relations_are_never_mirrored(tmp_path, base):
 # Training -------------------------------------------------------------------------------------------------------
 
 
-def test_a_removed_word_is_learned_back(base, tmp_path):
+def test_a_removed_word_is_learned_back(base, command, tmp_path):
     """The held-out loss of pictures of stars falls below that of the start, by more than chance."""
     config = config_of(
         tmp_path,
@@ -111,12 +110,12 @@ def test_a_removed_word_is_learned_back(base, tmp_path):
     assert rows_of(run.folder / "validation.csv")[0]["change"] == "0.0"
     assert torch.equal(predict(base), stock)
     assert (run.folder / "samples" / "000040.png").exists()
-    told = trainer_command("info", str(run.result)).stdout
+    told = command("info", str(run.result)).stdout
     assert "mystar.safetensors: a learned word, vectors of 1 x 128 (mystar)" in told
     assert "embedding:mystar" in told
     assert "It helped: the held-out loss" in told
     sheet = tmp_path / "sheet.png"
-    drawn = trainer_command("sample", str(run.result), "--prompt", "a red {}", "--steps", "4", "--output", str(sheet))
+    drawn = command("sample", str(run.result), "--prompt", "a red {}", "--steps", "4", "--output", str(sheet))
     assert "its start left, the word right" in drawn.stdout, drawn.stderr
     with Image.open(sheet) as image:
         left, right = (image.crop((x, 60, x + 190, 250)).tobytes() for x in (6, 280))
