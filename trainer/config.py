@@ -60,12 +60,12 @@ class Base:
 class Data:
     """What is trained on.
 
-    path: a folder of pictures with captions, a data set on disk, parquet files or webdataset shards; "" renders the
-    toy world (`pictures` of them, a share of `caption_noise` with wrong captions). caption_column: where captions
-    are, "" looks for the usual names. resolution: side of a square of the pictures' area in pixels, 64 for the toy
-    model where nothing is said; buckets: keep aspect ratios. flip: mirror half of the pictures. caption_dropout: share
-    of empty captions, which CFG needs. cache: folder for latents and text embeddings. broken_limit: share of unreadable
-    pictures that stops a run.
+    path: a folder of pictures with captions, a data set on disk, parquet files or webdataset shards, or an address of
+    one that `fsspec` opens (`s3://`, `hf://`); "" renders the toy world (`pictures` of them, a share of `caption_noise`
+    with wrong captions). caption_column: where captions are, "" looks for the usual names. resolution: side of a square
+    of the pictures' area in pixels, 64 for the toy model where nothing is said; buckets: keep aspect ratios. flip:
+    mirror half of the pictures. caption_dropout: share of empty captions, which CFG needs. cache: folder for latents
+    and text embeddings. broken_limit: share of unreadable pictures that stops a run.
     """
 
     path: str = ""

@@ -16,7 +16,8 @@ from maskunet_core.training.seeds import seeded
 
 from .base import load_base, require_trainable
 from .config import Config
-from .config_file import BadConfig, for_unets_alone, warnings
+from .config_checks import for_unets_alone, warnings
+from .config_file import BadConfig
 from .data.share import ALONE, Share
 from .host import MissingPackage, cpu_has_bf16
 from .loop import Run

@@ -2,7 +2,8 @@ import pytest
 from PIL import Image
 
 from trainer.config import to_toml_values
-from trainer.config_file import PRESETS, BadConfig, load_config, parse_config, warnings
+from trainer.config_checks import warnings
+from trainer.config_file import PRESETS, BadConfig, load_config, parse_config
 from trainer.host import add_extra_folders, model_file
 
 

@@ -18,7 +18,8 @@ from maskunet_core.files import checkpoint
 from maskunet_core.training.validate import Validator
 from tests.builders import in_two_processes
 from trainer.base import load_toy_base
-from trainer.config_file import load_config, parse_config, warnings
+from trainer.config_checks import warnings
+from trainer.config_file import load_config, parse_config
 from trainer.host import PROJECT
 from trainer.loop import DiskFull, Run
 from trainer.methods import build_method
