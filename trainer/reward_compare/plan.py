@@ -201,6 +201,7 @@ PAIRS = (
     ("SynGen, and fast", "fast"),
     ("SynGen, and quality", "quality"),
     ("Attend-and-Excite, and quality", "quality"),
+    ("SynGen, and masks", "SynGen"),
     ("SynGen, and masks by attention, too", "SynGen, and masks"),
     ("Attend-and-Excite, and a generator", "Attend-and-Excite"),
     ("Attend-and-Excite, and a generator", "a generator"),
