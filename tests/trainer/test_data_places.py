@@ -12,6 +12,7 @@ from maskunet_core.training.data import BadData
 from tests.trainer.test_data_records import BLUE, GREEN, RED, contents, open_records, write, write_shard, write_table
 from trainer.data.cache import Cache, Encoders, prepare
 from trainer.data.listing import Listing
+from trainer.data.places import is_address
 from trainer.data.records import fingerprint, scan
 
 
@@ -138,6 +139,11 @@ def test_a_network_that_fails_leaves_no_picture_out(tmp_path, elsewhere, monkeyp
             prepare(records, encoders, Cache(tmp_path / "cache"), broken_limit=1.0, progress=False)
     found = prepare(records, encoders, Cache(tmp_path / "cache"), broken_limit=0.0, progress=False)
     assert (len(found), found.skipped) == (len(records), [])
+
+
+def test_a_drive_is_no_address():
+    assert not any(map(is_address, ("C://pictures", "C:/pictures", "a folder/x", "")))
+    assert all(map(is_address, ("s3://bucket", "simplecache::https://host/0.tar", "hf://datasets/a/b")))
 
 
 def test_a_list_of_records_takes_little_more_than_its_letters():

@@ -6,6 +6,7 @@ methods of a Path, so that what reads a data set need not know where it is.
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def place_of(text: str | Path) -> Path:
 
 
 def is_address(place: str | Path) -> bool:
-    return "://" in str(place)
+    """Also of a file system within another, as in `simplecache::s3://`; not of a drive, which has one letter."""
+    return re.match(r"[A-Za-z][\w+.-]+(::[\w+.-]+)*://", str(place)) is not None
 
 
 @contextlib.contextmanager
