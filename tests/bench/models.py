@@ -27,7 +27,8 @@ class RandomBase(BaseModel):
     """Has no text encoder: what it says of a prompt is random."""
 
     def encode_text(self, text: str) -> dict[str, torch.Tensor]:
-        return {"cross_attn": torch.randn(77, self.model.model_config.unet_config["context_dim"])}
+        said = {"cross_attn": torch.randn(77, self.model.model_config.unet_config["context_dim"])}
+        return said | ({"pooled_output": torch.randn(1280)} if self.model.adm_channels else {})
 
 
 def random_base(
