@@ -265,6 +265,16 @@ def test_a_damaged_file_is_made_again(tmp_path, encoders, damage):
     assert torch.equal(data.latents(rows), whole)
 
 
+@pytest.mark.parametrize("left", [0, 100, -100])
+def test_a_table_that_is_cut_off_is_made_again(tmp_path, encoders, left):
+    encoders.prepare(records_of("red", "blue"), tmp_path, fingerprint="as before")
+    (part,) = files_of(tmp_path / "sets")
+    part.write_bytes(part.read_bytes()[:left])
+    data = encoders.prepare(records_of("red", "blue"), tmp_path, fingerprint="as before")
+    assert data.names == ["red", "blue"]
+    assert encoders.work == (2, 3), "only the table was lost"
+
+
 def test_a_damaged_text_is_made_again(tmp_path, encoders):
     encoders.prepare(records_of("red", "blue"), tmp_path)
     one_bit(files_of(tmp_path / "text")[0], None)

@@ -25,7 +25,7 @@ from .decoding import BadPicture, Record, decode_bytes, picture_size, read_bytes
 from .encoded import DiskSamples, Rows, captions_of, skipped_in
 from .problems import NAMED
 from .share import Share
-from .store import ShardStore, key_of
+from .store import Damage, ShardStore, key_of
 
 _FEW, _MANY = 16, 2048
 """Pictures of a part: the least, and the most."""
@@ -148,9 +148,13 @@ class Preparation:
         """The set, if all of it is there and may be trusted."""
         if self.damaged.exists() or not all(part.exists() for part in self.parts):
             return None
-        self._require_enough()
         inputs = self.cache.latents, self.cache.texts, self.encoders.empty, self.encoders.flip, self.damaged
-        samples = DiskSamples(self.parts, *inputs)
+        try:
+            self._require_enough()
+            samples = DiskSamples(self.parts, *inputs)
+        except Damage:
+            self.damaged.touch()
+            return None
         if samples.latents_are_there:
             return EncodedPictures(samples, skipped_in(self.parts)) if samples.texts_are_there else None
         self.damaged.touch()

@@ -11,7 +11,7 @@ from torch import Tensor
 from maskunet_core.replacing import replacing
 from maskunet_core.training.data import EMPTY, BadData, digest_of
 
-from .store import KEY, Damage, ShardStore, arrow, beginnings, fixed, open_tables, read_table, write_table
+from .store import KEY, Damage, ShardStore, arrow, beginnings, fixed, open_tables, reading, write_table
 
 SKIPPED = b"skipped"
 _AT_ONCE = 1000
@@ -57,11 +57,10 @@ _COLUMNS = {
 
 def skipped_in(parts: list[Path]) -> list[tuple[str, str]]:
     """What was left out of parts."""
-    _, pyarrow = arrow()
     found: list[tuple[str, str]] = []
     for part in parts:
-        with pyarrow.OSFile(str(part)) as file:
-            metadata = pyarrow.ipc.open_stream(file).schema.metadata
+        with reading(part) as reader:
+            metadata = reader.schema.metadata
         found += [(name, reason) for name, reason in json.loads(metadata[SKIPPED])]
     return found
 
@@ -88,7 +87,8 @@ class _Index:
         numbers: dict[str, int] = {}
         digests, shape_of, keys = [], [], {name: [] for name in columns}
         for part in parts:
-            table = read_table(part)
+            with reading(part) as reader:
+                table = reader.read_all()
             digests.append(table.column("digest").to_numpy().copy())
             shapes = table.column("shape").combine_chunks().dictionary_encode()
             known = [numbers.setdefault(shape, len(numbers)) for shape in shapes.dictionary.to_pylist()]

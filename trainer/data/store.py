@@ -85,11 +85,15 @@ def open_tables(paths: Iterable[Path]) -> Any:
     return datasets.Dataset(concat_tables(found), fingerprint="shards") if found else None
 
 
-def read_table(path: Path) -> Any:
-    """An Arrow table in memory."""
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Any]:
+    """Arrow's reader of a table. Raises Damage where the file is cut off or of another kind."""
     _, pyarrow = arrow()
-    with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as reader:
-        return reader.read_all()
+    try:
+        with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as reader:
+            yield reader
+    except (OSError, pyarrow.ArrowException) as error:
+        raise Damage from error
 
 
 def fixed(chunks: list[Any]) -> np.ndarray:
