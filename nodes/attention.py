@@ -1,6 +1,7 @@
 """Attention guidance: the words of a prompt, guidance by what the model looks at, and that as pictures."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import comfy.sample
 import torch
@@ -8,14 +9,14 @@ import torch.nn.functional as F
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..maskunet_core.attention.grammar import parsers, sets_by_grammar
-from ..maskunet_core.attention.guidance import METHODS, PERCENT, PUBLISHED, AttentionGuidance, GuidanceSettings
-from ..maskunet_core.attention.maps import NoAttentionMaps, maps_of
-from ..maskunet_core.attention.words import PromptWords, read, sets_as_told, sets_in
+from ..maskunet_core.attention.parsers import parsers
+from ..maskunet_core.choices import ATTENTION_METHODS, PERCENT_STEP, PUBLISHED_STEP
 from .legend import captioned
 from .node_text import tell
-from .sampler_trial import takes_up_changes
 from .types import WordsType
+
+if TYPE_CHECKING:
+    from ..maskunet_core.attention.words import PromptWords
 
 _NOTHING = "No words were found that name things. Name them in `words`, for instance red > apple."
 _RULE = "simple rule"
@@ -68,6 +69,9 @@ class MaskUNetPromptWords(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, text: str, words: str = "", finder: str = _RULE) -> io.NodeOutput:
+        from ..maskunet_core.attention.grammar import sets_by_grammar
+        from ..maskunet_core.attention.words import read, sets_as_told, sets_in
+
         prompt = read(clip, text)
         if words.strip():
             sets = sets_as_told(prompt, words, clip)
@@ -106,8 +110,8 @@ class MaskUNetAttentionGuidance(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=list(METHODS),
-                    default=METHODS[1],
+                    options=list(ATTENTION_METHODS),
+                    default=ATTENTION_METHODS[1],
                     tooltip="attend-and-excite: no thing is left out. syngen: words that describe stay with their "
                     "things, and away from others.",
                 ),
@@ -131,8 +135,8 @@ class MaskUNetAttentionGuidance(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "step_unit",
-                    options=[PUBLISHED, PERCENT],
-                    default=PUBLISHED,
+                    options=[PUBLISHED_STEP, PERCENT_STEP],
+                    default=PUBLISHED_STEP,
                     optional=True,
                     advanced=True,
                     tooltip="What `step` counts in. times the gradient: as published. percent of the latent: each step "
@@ -154,15 +158,18 @@ class MaskUNetAttentionGuidance(io.ComfyNode):
     def execute(
         cls,
         model,
-        words: PromptWords,
+        words: "PromptWords",
         method: str,
         step: float,
         guided_share: float,
-        step_unit: str = PUBLISHED,
+        step_unit: str = PUBLISHED_STEP,
         refine: bool = False,
     ) -> io.NodeOutput:
         if step == 0.0 or guided_share == 0.0:
             return io.NodeOutput(model)
+        from ..maskunet_core.attention.guidance import AttentionGuidance, GuidanceSettings
+        from .sampler_trial import takes_up_changes
+
         settings = GuidanceSettings(method, step, step_unit, guided_share, refine)
         return io.NodeOutput(AttentionGuidance(words, settings, takes_up_changes).guiding(model))
 
@@ -200,7 +207,9 @@ class MaskUNetAttentionMaps(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, words: PromptWords, positive, latent: dict, percent: float) -> io.NodeOutput:
+    def execute(cls, model, words: "PromptWords", positive, latent: dict, percent: float) -> io.NodeOutput:
+        from ..maskunet_core.attention.maps import NoAttentionMaps, maps_of
+
         samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
         noise = comfy.sample.prepare_noise(samples, 0, latent.get("batch_index"))
         maps = maps_of(model, positive, samples, percent, noise)

@@ -2,43 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import folder_paths
-import torch
-from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io
 
-from ..maskunet_core.files.checkpoint import GeneratorFile, load
-from ..maskunet_core.masks.copies import GeneratorCopies
-from ..maskunet_core.masks.sources import GeneratorMasks
-from ..maskunet_core.seam.attach import attach, structure_of
 from .folders import MASKUNET
-from .patchers import whole_patcher
 from .types import MaskUNetType, seed_input, strength_input, window_inputs
 
-
-class LoadedGenerator:
-    """What travels on a MASKUNET link: a generator file, whose tensors stay on the CPU, and its copies in use."""
-
-    def __init__(self, file: GeneratorFile):
-        self.file = file
-        self._in_use: dict[torch.dtype, tuple[GeneratorCopies, ModelPatcher]] = {}
-
-    def in_dtype(self, dtype: torch.dtype) -> tuple[GeneratorCopies, ModelPatcher]:
-        """The generator for a mask source, and the patcher by which the host loads it beside a model."""
-        if dtype not in self._in_use:
-            copies = GeneratorCopies(self.file.generator, dtype)
-            self._in_use[dtype] = copies, _new_patcher(copies)
-        return self._in_use[dtype]
-
-
-def _new_patcher(copies: GeneratorCopies, disable_dynamic: bool = False) -> ModelPatcher:
-    """A patcher of a copy of its own. The host makes more of them where a model is spread over several devices."""
-    patcher = whole_patcher(copies.new(), dynamic=not disable_dynamic)
-    patcher.cached_patcher_init = (_new_patcher, (copies,))
-    patcher.add_callback(CallbacksMP.ON_DETACH, lambda detached, _: copies.share(detached.model))
-    return patcher
+if TYPE_CHECKING:
+    from .loaded_generator import LoadedGenerator
 
 
 def file_stamp(path: str) -> tuple[int, int]:
@@ -84,6 +57,9 @@ class MaskUNetLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, maskunet_name: str) -> io.NodeOutput:
+        from ..maskunet_core.files.checkpoint import load
+        from .loaded_generator import LoadedGenerator
+
         path = folder_paths.get_full_path_or_raise(MASKUNET, maskunet_name)
         return io.NodeOutput(LoadedGenerator(load(Path(path))))
 
@@ -123,13 +99,16 @@ class MaskUNetApply(io.ComfyNode):
     def execute(
         cls,
         model,
-        maskunet: LoadedGenerator,
+        maskunet: "LoadedGenerator",
         strength: float,
         start_percent: float,
         end_percent: float,
         stochastic: bool,
         seed: int,
     ) -> io.NodeOutput:
+        from ..maskunet_core.masks.sources import GeneratorMasks
+        from ..maskunet_core.seam.attach import attach, structure_of
+
         maskunet.file.require_fit(structure_of(model, maskunet.file.targets))
         generator, patcher = maskunet.in_dtype(model.model.get_dtype_inference())
         source = GeneratorMasks(generator, seed=seed if stochastic else None)

@@ -1,16 +1,18 @@
 """Show what recorded masks do to one's own model and prompt: figures 1 and 8 of the paper."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..maskunet_core.records.recorded import GUIDANCE, RecordedMasks
-from ..maskunet_core.seam.attach import structure_of
-from ..maskunet_core.seam.layers import presented_weights
+from ..maskunet_core.choices import GUIDANCE
 from .types import MasksType
+
+if TYPE_CHECKING:
+    from ..maskunet_core.records.recorded import RecordedMasks
 
 
 class MaskUNetInspect(io.ComfyNode):
@@ -91,14 +93,15 @@ class MaskUNetInspect(io.ComfyNode):
     def execute(
         cls,
         model,
-        masks: RecordedMasks,
+        masks: "RecordedMasks",
         sample: int,
         branch: str,
-        other_masks: RecordedMasks | None = None,
+        other_masks: "RecordedMasks | None" = None,
         other_sample: int = 0,
     ) -> io.NodeOutput:
-        # Imported here: ComfyUI's start does not wait for it.
         from ..maskunet_core.records.statistics import ImageMasks, mask_statistics, to_table, weight_statistics
+        from ..maskunet_core.seam.attach import structure_of
+        from ..maskunet_core.seam.layers import presented_weights
         from .mask_plots import difference_map, keep_map, time_curves, weight_histograms
 
         masks.require_fit(structure_of(model, masks.targets))

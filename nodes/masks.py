@@ -2,18 +2,18 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..maskunet_core.files import mask_file
-from ..maskunet_core.records.recorded import RecordedMasks, RecordedSource
-from ..maskunet_core.seam.attach import attach, structure_of
 from .folders import MASKS, SAVED_MASKS, fingerprint
 from .node_text import tell
 from .saving import NumberedFiles
 from .types import MasksType, strength_input
+
+if TYPE_CHECKING:
+    from ..maskunet_core.records.recorded import RecordedMasks
 
 DEFAULT_PREFIX = f"{SAVED_MASKS}/maskunet"
 OUTPUT = NumberedFiles(
@@ -96,7 +96,10 @@ class MaskUNetApplyMasks(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, masks: RecordedMasks, strength: float) -> io.NodeOutput:
+    def execute(cls, model, masks: "RecordedMasks", strength: float) -> io.NodeOutput:
+        from ..maskunet_core.records.recorded import RecordedSource
+        from ..maskunet_core.seam.attach import attach, structure_of
+
         masks.require_fit(structure_of(model, masks.targets))
         return io.NodeOutput(attach(model, RecordedSource(masks), strength, 0.0, 1.0))
 
@@ -127,7 +130,9 @@ class MaskUNetSaveMasks(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, masks: RecordedMasks, filename_prefix: str) -> io.NodeOutput:
+    def execute(cls, masks: "RecordedMasks", filename_prefix: str) -> io.NodeOutput:
+        from ..maskunet_core.files import mask_file
+
         path = OUTPUT.save("The masks", OUTPUT.named(filename_prefix), lambda path: mask_file.save(path, masks))
         subfolder = Path(os.path.relpath(path.parent, folder_paths.get_output_directory()))
         saved = {"filename": path.name, "subfolder": "" if subfolder == Path() else str(subfolder), "type": "output"}
@@ -176,4 +181,6 @@ class MaskUNetLoadMasks(io.ComfyNode):
 
     @classmethod
     def execute(cls, masks_name: str) -> io.NodeOutput:
+        from ..maskunet_core.files import mask_file
+
         return io.NodeOutput(mask_file.load(Path(folder_paths.get_full_path_or_raise(MASKS, masks_name))))

@@ -2,9 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..maskunet_core.masks.sources import RandomMasks
-from ..maskunet_core.models.structure import TARGETS
-from ..maskunet_core.seam.attach import attach, structure_of
+from ..maskunet_core.choices import TARGETS
 from .types import seed_input, window_inputs
 
 
@@ -60,5 +58,8 @@ class MaskUNetRandomMask(io.ComfyNode):
         start_percent: float,
         end_percent: float,
     ) -> io.NodeOutput:
+        from ..maskunet_core.masks.sources import RandomMasks
+        from ..maskunet_core.seam.attach import attach, structure_of
+
         source = RandomMasks(structure_of(model, targets), keep_ratio, seed, per_step)
         return io.NodeOutput(attach(model, source, 1.0, start_percent, end_percent))

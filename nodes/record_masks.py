@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..maskunet_core.records.recorder import masks_of_run, recording
 from .types import MasksType
 
 
@@ -29,6 +28,8 @@ class MaskUNetRecordMasks(io.ComfyNode):
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
+        from ..maskunet_core.records.recorder import recording
+
         return io.NodeOutput(recording(model))
 
 
@@ -60,4 +61,6 @@ class MaskUNetMasksOfRun(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent: dict) -> io.NodeOutput:
+        from ..maskunet_core.records.recorder import masks_of_run
+
         return io.NodeOutput(masks_of_run(latent["samples"]))

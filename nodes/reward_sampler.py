@@ -3,18 +3,19 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy_api.latest import io
 
+from ..maskunet_core.choices import TARGETS
 from ..maskunet_core.errors import MaskUNetError
-from ..maskunet_core.models.structure import TARGETS
-from ..maskunet_core.seam.gradients import ordinary_tensors
-from .host_sampling import GuiderSampling, HostSampling, KSampling
 from .reward_settings import PRESETS_IN_WORDS, advice_on, chosen_settings, custom_inputs
 from .rewards import LoadedReward
 from .types import MasksType, RewardType, ksampler_inputs
+
+if TYPE_CHECKING:
+    from .host_sampling import HostSampling
 
 
 def search_inputs() -> list[io.Input]:
@@ -135,7 +136,7 @@ def search_outputs() -> list[io.Output]:
 
 
 def search(
-    sampling: Callable[[], HostSampling],
+    sampling: "Callable[[], HostSampling]",
     node_id: str,
     *,
     vae: Any,
@@ -163,7 +164,7 @@ def search(
         )
     # Gradients cannot flow through tensors that were made in the inference mode that nodes run in.
     with torch.inference_mode(False), torch.no_grad():
-        # Half of what the extension would take to import: ComfyUI's start does not wait for it.
+        from ..maskunet_core.seam.gradients import ordinary_tensors
         from .reward_curve import reward_curve
         from .reward_run import RewardRun
 
@@ -252,6 +253,8 @@ class MaskUNetRewardSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, **values: Any) -> io.NodeOutput:
+        from .host_sampling import KSampling
+
         plan = {name: values.pop(name) for name in ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise")}
         return search(partial(KSampling, model, positive, negative, plan), cls.hidden.unique_id, **values)
 
@@ -290,4 +293,6 @@ class MaskUNetRewardSamplerCustom(io.ComfyNode):
 
     @classmethod
     def execute(cls, starting_noise, guider, sampler, sigmas, **values: Any) -> io.NodeOutput:
+        from .host_sampling import GuiderSampling
+
         return search(partial(GuiderSampling, starting_noise, guider, sampler, sigmas), cls.hidden.unique_id, **values)

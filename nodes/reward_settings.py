@@ -5,8 +5,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..maskunet_core.choices import BRANCHES
 from ..maskunet_core.errors import MaskUNetError
-from ..maskunet_core.records.recorded import BRANCHES
 from ..maskunet_core.search.settings import OPTIMISERS, PRESETS, SearchSettings
 
 CUSTOM = "custom"

@@ -8,8 +8,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..maskunet_core.choices import TARGETS
 from ..maskunet_core.errors import MaskUNetError
-from ..maskunet_core.models.structure import TARGETS
 from .folders import MASKUNET
 from .pictures import coloured, to_pillow
 from .saving import NumberedFiles

@@ -34,7 +34,7 @@ from ..maskunet_core.training.run import Training
 from ..maskunet_core.training.settings import Settings, plain_values
 from ..maskunet_core.training.validate import told_gain
 from .folders import TRAININGS
-from .generator import LoadedGenerator
+from .loaded_generator import LoadedGenerator
 from .saving import NumberedFiles
 from .training_curve import loss_curve
 from .training_pictures import TrainingPictures, as_preview

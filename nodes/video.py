@@ -1,20 +1,10 @@
 """Text2Video-Zero: frames that look at a common frame, and a sampler that draws the frames of a video."""
 
-from typing import Any
-
-import comfy.sample
-import comfy.samplers
-import comfy.utils
-import latent_preview
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..maskunet_core.choices import FIRST, MOTION_SIDE, REFERENCES
 from ..maskunet_core.errors import MaskUNetError
-from ..maskunet_core.video.cross_frame import FIRST, REFERENCES, CrossFrameAttention
-from ..maskunet_core.video.motion import PUBLISHED_SIDE, Motion
-from ..maskunet_core.video.sampling import VideoSettings, draw_video
-from .sampler_trial import SamplerTrial
 from .types import ksampler_inputs, window_inputs
 
 _SHARE_MASKS = (
@@ -54,6 +44,8 @@ class MaskUNetCrossFrame(io.ComfyNode):
     def execute(
         cls, model, reference: str, start_percent: float, end_percent: float, share_masks: bool = True
     ) -> io.NodeOutput:
+        from ..maskunet_core.video.cross_frame import CrossFrameAttention
+
         return io.NodeOutput(CrossFrameAttention(reference, start_percent, end_percent, share_masks).crossing(model))
 
 
@@ -144,6 +136,11 @@ class MaskUNetVideoSampler(io.ComfyNode):
         cross_frame: bool = True,
         share_masks: bool = True,
     ) -> io.NodeOutput:
+        from ..maskunet_core.video.cross_frame import CrossFrameAttention
+        from ..maskunet_core.video.motion import Motion
+        from ..maskunet_core.video.sampling import VideoSettings, draw_video
+        from .video_run import FrameSampler
+
         crossed = CrossFrameAttention(share_masks=share_masks).crossing(model)
         if t1_percent > t0_percent:
             raise MaskUNetError(
@@ -159,7 +156,7 @@ class MaskUNetVideoSampler(io.ComfyNode):
         settings = VideoSettings(frames, chunk, motion, seed, level(t1_percent), level(t0_percent))
         sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
         sampling |= {"positive": positive, "negative": negative, "seed": seed}
-        run = _FrameSampler(crossed if cross_frame else model, latent_image, sampling, settings)
+        run = FrameSampler(crossed if cross_frame else model, latent_image, sampling, settings)
         return io.NodeOutput(
             {"samples": run.format.process_out(draw_video(run.draw, run.sigmas, settings, foreground))}
         )
@@ -169,8 +166,8 @@ def _motion_input(axis: str, towards: str) -> io.Input:
     return io.Float.Input(
         f"motion_{axis}",
         default=12.0,
-        min=-PUBLISHED_SIDE,
-        max=PUBLISHED_SIDE,
+        min=-MOTION_SIDE,
+        max=MOTION_SIDE,
         step=0.5,
         tooltip=f"How far the picture moves {towards} from frame to frame, in pixels of a picture of 512; of larger "
         "ones it is the same share. Published: -20 to 20. The toy model's cells are 64 wide.",
@@ -188,60 +185,3 @@ def _level_input(name: str, default: float, meaning: str) -> io.Input:
         advanced=True,
         tooltip=f"The point of sampling {meaning}: 0 is pure noise, 1 the end. The nearest step counts.",
     )
-
-
-class _FrameSampler:
-    """Runs of the host's sampler over parts of its steps, with one bar over all of them.
-
-    sampling: what the host's `sample` is called with. sigmas: the sampler's noise levels. format: of latents. Raises
-    MaskUNetError where the latent is not one whole picture, or the sampler cannot draw it in chunks.
-    """
-
-    def __init__(self, model, latent_image: dict, sampling: dict[str, Any], settings: VideoSettings):
-        self._model, self._sampling = model, sampling
-        ratios = (latent_image.get(f"downscale_ratio_{kind}") for kind in ("spacial", "temporal"))
-        self._empty = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], *ratios)
-        if len(self._empty) != 1 or "noise_mask" in latent_image:
-            raise MaskUNetError(
-                "The frames of a video are made of one whole picture, but the latent holds several, or a mask. Connect "
-                "an Empty Latent Image with batch_size 1."
-            )
-        self._noise = comfy.sample.prepare_noise(self._empty, sampling["seed"], latent_image.get("batch_index"))
-        kinds = {"sampler": sampling["sampler_name"], "scheduler": sampling["scheduler"]}
-        self.sigmas = comfy.samplers.KSampler(model, sampling["steps"], torch.device("cpu"), **kinds).sigmas
-        self.format = model.get_model_object("latent_format")
-        self._require_same_in_chunks(settings)
-        self._previewer = latent_preview.get_previewer(model.load_device, self.format)
-        self._bar, self._done = comfy.utils.ProgressBar(settings.images(self.sigmas)), 0
-
-    def _require_same_in_chunks(self, settings: VideoSettings) -> None:
-        """Each chunk draws the first frame anew, to the same picture."""
-        sampler = comfy.samplers.sampler_object(self._sampling["sampler_name"])
-        trial = SamplerTrial(self._model, sampler, self.sigmas, self._empty.repeat(2, 1, 1, 1))
-        if len(settings.chunks()) > 1 and not trial.draws_each_alone():
-            raise MaskUNetError(
-                f"{self._sampling['sampler_name']} adds noise of its own, so frames that are drawn apart do not fit "
-                f"together. Set chunk to {settings.frames}, or choose another sampler, such as ddim or euler."
-            )
-
-    def draw(self, x: Tensor | None, start: int, end: int) -> Tensor:
-        """See `Draw`."""
-        latents = self._empty if x is None else self.format.process_out(x)
-
-        def after_step(step: int, x0: Tensor, *_: Any) -> None:
-            preview = self._previewer and self._previewer.decode_latent_to_preview_image("JPEG", x0)
-            self._bar.update_absolute(self._done + (step + 1) * len(latents), preview=preview)
-
-        samples = comfy.sample.sample(
-            self._model,
-            self._noise if x is None else torch.zeros_like(latents),
-            latent_image=latents,
-            disable_noise=x is not None,
-            start_step=start,
-            last_step=end,
-            callback=after_step,
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            **self._sampling,
-        )
-        self._done += (end - start) * len(latents)
-        return self.format.process_in(samples)

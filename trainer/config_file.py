@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from maskunet_core.choices import TARGETS
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.files.checkpoint import ARCHITECTURES
 from maskunet_core.masks.generator import BIASES, CODES
-from maskunet_core.models.structure import TARGETS
 from maskunet_core.training.schedules import FALLS
 
 from .config import BODIES, KINDS, METHODS, OBJECTIVES, PRECISIONS, TOY_RESOLUTION, Base, Config

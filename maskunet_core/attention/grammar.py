@@ -1,9 +1,7 @@
 """Sets of words by grammar, with a parser of spaCy's where somebody has installed one. The extension never needs it."""
 
-import importlib.util
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from .words import Word, WordSet, set_of
@@ -15,14 +13,6 @@ _CLAUSE = "relcl"
 _FOLLOWED = _DESCRIBES | {"conj", _CLAUSE}
 _NO_WORD = "something"
 """What the parser reads for a vector of an embedding: names a place in the sentence, and is no noun."""
-
-
-@cache
-def parsers() -> tuple[str, ...]:
-    """Names of spaCy's models that are installed. Does not import spaCy, which takes a second."""
-    if importlib.util.find_spec("spacy") is None:
-        return ()
-    return tuple(sorted({entry.name for entry in entry_points(group="spacy_models")}))
 
 
 def sets_by_grammar(words: Sequence[Word], parser: str) -> tuple[WordSet, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..choices import ATTENTION_METHODS, PERCENT_STEP, PUBLISHED_STEP
 from ..errors import MaskUNetError
 from ..models.structure import family_name
 from ..seam.gradients import LeanGraph
@@ -20,9 +21,6 @@ from .losses import bind_loss, excite_loss
 from .maps import KEY, MapReader, NoAttentionMaps, map_layers
 from .words import PromptWords
 
-METHODS = ("attend-and-excite", "syngen")
-PUBLISHED, PERCENT = "times the gradient", "percent of the latent"
-"""Units of a step's size: the published one, and percent of the latent's norm whatever the gradient's size is."""
 _REFINED = ((0.0, 0.05), (0.2, 0.5), (0.4, 0.8))
 """(share of the steps, how well the most neglected subject has to be attended to from there on), as published."""
 _MOST_REFINEMENTS = 20
@@ -34,13 +32,13 @@ class NothingToGuide(MaskUNetError):
 
 @dataclass(frozen=True)
 class GuidanceSettings:
-    """method: of METHODS. step: size of an update, in `unit`. share: of the sampler's steps that are guided, from the
-    first on. refine: whether Attend-and-Excite repeats its update at three steps until its loss is low enough.
+    """method: of ATTENTION_METHODS. step: size of an update, in `unit`. share: of the sampler's steps that are guided,
+    from the first on. refine: whether Attend-and-Excite repeats its update at three steps until its loss is low enough.
     """
 
-    method: str = METHODS[0]
+    method: str = ATTENTION_METHODS[0]
     step: float = 20.0
-    unit: str = PUBLISHED
+    unit: str = PUBLISHED_STEP
     share: float = 0.5
     refine: bool = False
 
@@ -50,19 +48,19 @@ class GuidanceSettings:
 
     def step_at(self, step: int, steps: int) -> float:
         """Attend-and-Excite's steps get smaller, to 0.71 of the first."""
-        if self.method != METHODS[0] or steps < 2:
+        if self.method != ATTENTION_METHODS[0] or steps < 2:
             return self.step
         return self.step * (1 - 0.5 * step / (steps - 1)) ** 0.5
 
     def refined_below(self, step: int, steps: int) -> float | None:
         """The loss that repeated updates aim at in a step, None where there are none."""
-        if self.method != METHODS[0] or not self.refine:
+        if self.method != ATTENTION_METHODS[0] or not self.refine:
             return None
         return next((1 - reached for share, reached in _REFINED if step == round(share * steps)), None)
 
 
 class WordsLoss:
-    """`[N]` losses of maps, by one of METHODS. Raises NothingToGuide.
+    """`[N]` losses of maps, by one of ATTENTION_METHODS. Raises NothingToGuide.
 
     normalised: whether Attend-and-Excite compares tokens of the prompt alone, as published for SD 2.x; else padding
     counts among them, as published for SD 1.x.
@@ -73,8 +71,8 @@ class WordsLoss:
         self._subjects = [found.noun for found in words.sets]
         self._pairs = [found for found in words.sets if found.modifiers]
         self._compared = words.prompt if normalised else words.padded
-        if not (self._subjects if method == METHODS[0] else self._pairs):
-            wanted = "a noun" if method == METHODS[0] else "a noun with a modifier, such as 'a red apple'"
+        if not (self._subjects if method == ATTENTION_METHODS[0] else self._pairs):
+            wanted = "a noun" if method == ATTENTION_METHODS[0] else "a noun with a modifier, such as 'a red apple'"
             raise NothingToGuide(
                 f"{method} needs {wanted}, and MaskUNet Prompt Words found none in the prompt. Name them there in "
                 "`words`, for instance red > apple, or choose the other method."
@@ -86,7 +84,7 @@ class WordsLoss:
                 f"The words were found in a prompt of {self.words.tokens} tokens, but the positive conditioning has "
                 f"{maps.shape[-1]}. Connect the conditioning of the same MaskUNet Prompt Words to the sampler."
             )
-        if self._method == METHODS[0]:
+        if self._method == ATTENTION_METHODS[0]:
             return excite_loss(maps, self._subjects, self._compared)
         return bind_loss(maps, self._pairs, self.words.prompt)
 
@@ -234,7 +232,7 @@ class _GuidedRun:
     def _move(self, latent: SamplerLatent, look: _Look, size: float, chosen: Tensor) -> None:
         """Against the gradient, the chosen images `[N]` alone."""
         value, gradient = latent.value, look.gradient
-        if self._settings.unit == PERCENT:
+        if self._settings.unit == PERCENT_STEP:
             # Of the part that an inpainting mask lets change.
             free = value.where(gradient != 0, 0.0).flatten(1).norm(dim=1)
             factor = size / 100 * free / gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..choices import TARGETS
 from ..errors import MaskUNetError
 from .families import FAMILIES, family_of
-from .families.family import THIRDS, Target
+from .families.family import Target
 
 
 class NothingToMask(MaskUNetError):
@@ -139,14 +140,6 @@ class Structure:
                 if layers.get(layer.name) != layer:
                     return f"layer {layer.name} of {layer.out_features}x{layer.in_features} is not in the model"
         return None
-
-
-TARGETS: dict[str, tuple[tuple[str, ...], bool]] = {
-    "decoder attention": (("up",), False),
-    "decoder attention and feed-forward": (("up",), True),
-    "all attention": (THIRDS, False),
-}
-"""Target sets by name: the thirds of the model, and whether feed-forward layers join those of attention."""
 
 
 def family_name(model: nn.Module) -> str:

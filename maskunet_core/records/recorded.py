@@ -7,18 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..choices import BRANCHES, TARGETS
 from ..errors import MaskUNetError
 from ..masks.call import NEGATIVE, POSITIVE, Call
 from ..masks.linear import shared_by_all_samples
 from ..masks.sources import MaskOf
-from ..models.structure import TARGETS, Layer, Structure
+from ..models.structure import Layer, Structure
 
-BRANCHES = ("both", "positive")
-"""Branches of classifier-free guidance that masks act on, where an image has one mask."""
 EACH = "each"
-"""Each branch has a mask of its own."""
-GUIDANCE = ("positive", "negative")
-"""The branches, by the number that the host gives them."""
+"""Each branch of guidance has a mask of its own; beside BRANCHES."""
 
 
 def occurrence_key(entry: str, occurrence: int) -> str:

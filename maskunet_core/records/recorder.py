@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..choices import TARGETS
 from ..errors import MaskUNetError
 from ..masks.call import Call
-from ..models.structure import TARGETS, NothingToMask
+from ..models.structure import NothingToMask
 from ..seam.attach import OPTION, RECORDER, Attachment, structure_of, with_masks, with_options
 from ..seam.layers import Observer
 from .recorded import EACH, RecordedMasks, all_kept, occurrence_key, on_the_cpu, pack_bits

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..choices import GUIDANCE
 from ..errors import MaskUNetError
 from ..models.structure import Layer
-from .recorded import EACH, GUIDANCE, IncompatibleMasks, RecordedMasks, count_ones, pack_bits, unpack_bits
+from .recorded import EACH, IncompatibleMasks, RecordedMasks, count_ones, pack_bits, unpack_bits
 
 _DECADES, _BINS_PER_DECADE = 4, 12
 

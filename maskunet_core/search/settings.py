@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..records.recorded import BRANCHES
+from ..choices import BRANCHES
 
 OPTIMISERS = ("normalised SGD", "AdamW")
 SMALL_SIDE = 224

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..choices import FIRST
 from ..errors import MaskUNetError
 from ..masks.sources import GeneratorMasks
 from ..models.families import family_of
@@ -23,9 +24,6 @@ from .shared_masks import FirstFrameMasks
 
 KEY = "maskunet_cross_frame"
 """Of the wrapper on a MODEL."""
-FIRST, PREVIOUS = "first", "previous"
-REFERENCES = (FIRST, PREVIOUS)
-"""Frames that the others look at."""
 
 
 class NoCrossFrameAttention(MaskUNetError):

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..choices import MOTION_SIDE
 from ..masks.sources import noise_generator
 
-PUBLISHED_SIDE = 512
-"""Pixels of a picture's side in which motion is told, whatever the picture's size."""
 _SHOWN_THROUGH = 0.6
 """How much of the first frame a smoothed background takes, as published."""
 _GROWN = 5
@@ -21,7 +20,7 @@ _GROWN = 5
 
 @dataclass(frozen=True)
 class Motion:
-    """Of the picture from one frame to the next, in pixels of a picture with sides of PUBLISHED_SIDE.
+    """Of the picture from one frame to the next, in pixels of a picture with sides of MOTION_SIDE.
 
     Content moves to the left for x > 0 and up for y > 0.
     """
@@ -37,7 +36,7 @@ def source_cells(cells: int, pixels: float) -> Tensor:
     to the latent; this is its closed form.
     """
     # In float32 and in this order, as published: at halves of a cell it decides which cell is taken.
-    place = torch.arange(cells, dtype=torch.float32) + (pixels - 0.5) * cells / PUBLISHED_SIDE
+    place = torch.arange(cells, dtype=torch.float32) + (pixels - 0.5) * cells / MOTION_SIDE
     place = torch.remainder(place + 0.5, 2 * cells)
     mirrored = torch.minimum(place, 2 * cells - place) - 0.5
     return mirrored.round().long().clamp(0, cells - 1)

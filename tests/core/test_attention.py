@@ -15,8 +15,6 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskunet_core.attention.guidance import (
-    METHODS,
-    PERCENT,
     AttentionGuidance,
     GuidanceSettings,
     NothingToGuide,
@@ -32,6 +30,7 @@ from maskunet_core.attention.maps import (
     map_layers,
 )
 from maskunet_core.attention.words import read, sets_in
+from maskunet_core.choices import ATTENTION_METHODS, PERCENT_STEP
 from maskunet_core.masks.sources import GeneratorMasks, RandomMasks
 from maskunet_core.seam.attach import attach, with_options
 from maskunet_core.seam.gradients import LeanGraph
@@ -219,7 +218,7 @@ def test_guided_runs_of_sd15_cost_126_and_46_passes():
     assert 25 * (look + 2) + 25 * 2 + 60 * look < 190
 
 
-@pytest.mark.parametrize(("method", "share", "looks"), [(METHODS[0], 0.5, 2), (METHODS[1], 1.0, 4)])
+@pytest.mark.parametrize(("method", "share", "looks"), [(ATTENTION_METHODS[0], 0.5, 2), (ATTENTION_METHODS[1], 1.0, 4)])
 def test_a_run_calls_the_network_once_more_for_one_branch_at_each_guided_step(scene, method, share, looks):
     rows = []
     entered = scene.model.model.diffusion_model.time_embed
@@ -231,7 +230,9 @@ def test_a_run_calls_the_network_once_more_for_one_branch_at_each_guided_step(sc
     assert len(rows) == STEPS + looks
 
 
-@pytest.mark.parametrize(("method", "kind"), [(METHODS[0], "toy"), (METHODS[1], "toy"), (METHODS[1], "SD 1.5")])
+@pytest.mark.parametrize(
+    ("method", "kind"), [(ATTENTION_METHODS[0], "toy"), (ATTENTION_METHODS[1], "toy"), (ATTENTION_METHODS[1], "SD 1.5")]
+)
 def test_the_gradient_equals_central_differences_and_that_of_the_whole_network(method, kind, tmp_path, monkeypatch):
     # What was made in inference mode cannot get another precision in place.
     scene = Scene(load_toy_model())
@@ -290,7 +291,7 @@ def moved_by_hand(scene, noise, settings, model=None):
     return noise - settings.step * inside(scene, gradient, len(noise), model, sigma=sigma)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ATTENTION_METHODS)
 def test_a_guided_step_moves_what_the_network_takes_by_step_times_gradient(scene, method):
     settings = replace(FIRST, method=method)
     noise = first_noise(2)
@@ -307,7 +308,7 @@ def test_a_step_in_percent_moves_the_latent_by_so_much_of_its_norm(scene):
         held.append(x.clone())
         return executor(x, *args)
 
-    for model in (scene.model, scene.guided(replace(FIRST, unit=PERCENT))):
+    for model in (scene.model, scene.guided(replace(FIRST, unit=PERCENT_STEP))):
         noted = model.clone()
         noted.add_wrapper_with_key("predict_noise", "note", note)
         scene.draw(noted, latent=torch.zeros(2, 4, 8, 8))
@@ -317,7 +318,7 @@ def test_a_step_in_percent_moves_the_latent_by_so_much_of_its_norm(scene):
 
 
 def test_images_of_a_batch_are_guided_each_for_itself(scene):
-    settings = GuidanceSettings(METHODS[0], 5.0)
+    settings = GuidanceSettings(ATTENTION_METHODS[0], 5.0)
     both = scene.draw(scene.guided(settings), latent=torch.zeros(2, 4, 8, 8), noise=first_noise(2))
     for image, noise in enumerate(first_noise(2).split(1)):
         alone = scene.draw(scene.guided(settings), noise=noise)
@@ -338,7 +339,9 @@ def test_under_an_inpainting_mask_only_the_part_to_be_painted_is_guided(scene):
     mask = torch.zeros(1, 64, 64)
     mask[..., 32:] = 1.0
     plain = scene.draw(latent=kept, noise_mask=mask)
-    found = scene.draw(scene.guided(GuidanceSettings(METHODS[1], 5.0, PERCENT, share=1.0)), kept, noise_mask=mask)
+    found = scene.draw(
+        scene.guided(GuidanceSettings(ATTENTION_METHODS[1], 5.0, PERCENT_STEP, share=1.0)), kept, noise_mask=mask
+    )
     assert float((found - plain)[..., 4:].abs().min()) > 0
     torch.testing.assert_close(found[..., :4], kept[..., :4])
 
@@ -399,14 +402,14 @@ def test_nothing_of_a_run_stays_in_memory(scene):
 
 
 def test_steps_and_refinement_are_the_published_ones():
-    settings = GuidanceSettings(METHODS[0], refine=True)
+    settings = GuidanceSettings(ATTENTION_METHODS[0], refine=True)
     assert [settings.step_at(step, 50) for step in (0, 1, 26, 49)] == pytest.approx(
         [20.0, 19.897697538834457, 17.142857142857146, 14.142135623730951]
     )
     assert settings.guided(50) == 25
     aims = {step: aim for step in range(50) if (aim := settings.refined_below(step, 50)) is not None}
     assert aims == pytest.approx({0: 0.95, 10: 0.5, 20: 0.2})
-    syngen = replace(settings, method=METHODS[1], share=1.0)
+    syngen = replace(settings, method=ATTENTION_METHODS[1], share=1.0)
     assert syngen.guided(15) == 15
     assert {syngen.step_at(step, 15) for step in range(15)} == {20.0}
     assert syngen.refined_below(0, 15) is None
@@ -414,7 +417,7 @@ def test_steps_and_refinement_are_the_published_ones():
 
 def test_refinement_goes_on_until_the_loss_is_low_enough_or_20_times(scene):
     looks = []
-    settings = GuidanceSettings(METHODS[0], 5.0, PERCENT, share=0.5, refine=True)
+    settings = GuidanceSettings(ATTENTION_METHODS[0], 5.0, PERCENT_STEP, share=0.5, refine=True)
     scene.draw(scene.guided(settings, report=lambda step, losses: looks.append((step, float(losses)))))
     for step, aim in ((0, 0.95), (1, 0.5)):
         losses = [loss for at, loss in looks if at == step]
@@ -444,9 +447,9 @@ def test_a_prompt_of_several_parts_is_refused(scene):
         scene.draw(scene.guided(), texts=(parts, scene.texts[1]))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ATTENTION_METHODS)
 def test_words_without_what_a_method_needs_are_refused(scene, method):
-    words = read(scene.clip, "a circle" if method == METHODS[1] else "and a")
+    words = read(scene.clip, "a circle" if method == ATTENTION_METHODS[1] else "and a")
     words = replace(words, sets=sets_in(words.words))
     with pytest.raises(NothingToGuide, match=f"{method} needs a noun"):
         scene.guided(GuidanceSettings(method), words)

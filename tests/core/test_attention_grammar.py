@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from maskunet_core.attention import grammar
+from maskunet_core.attention import grammar, parsers
 from maskunet_core.attention.words import Word
 
 # Each word with its part of speech, its relation, and the place of its head, by en_core_web_sm 3.8.0.
@@ -92,7 +92,7 @@ def test_parsers_are_the_models_that_are_installed(monkeypatch):
     class Entry:
         name = "en_small"
 
-    monkeypatch.setattr(grammar, "entry_points", lambda group: [Entry] if group == "spacy_models" else [])
+    monkeypatch.setattr(parsers, "entry_points", lambda group: [Entry] if group == "spacy_models" else [])
     for spec, expected in ((None, ()), (object(), ("en_small",))):
         monkeypatch.setattr("importlib.util.find_spec", lambda name, spec=spec: spec)
-        assert grammar.parsers.__wrapped__() == expected
+        assert parsers.parsers.__wrapped__() == expected

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from maskunet_core.models.structure import TARGETS, NothingToMask, Structure, inspect_model
+from maskunet_core.choices import TARGETS
+from maskunet_core.models.structure import NothingToMask, Structure, inspect_model
 from tests.builders import SDXL, sd15_unet
 
 

@@ -7,8 +7,9 @@ import comfy.sample
 import pytest
 import torch
 
-from maskunet_core.attention.guidance import METHODS, AttentionGuidance, GuidanceSettings
+from maskunet_core.attention.guidance import AttentionGuidance, GuidanceSettings
 from maskunet_core.attention.words import read, sets_in
+from maskunet_core.choices import ATTENTION_METHODS
 from maskunet_core.rewards.reward import value_and_gradient
 from maskunet_core.rewards.toy import ToyReward
 from maskunet_core.search.decoder import latent_decoder
@@ -57,7 +58,7 @@ def taken(run):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ATTENTION_METHODS)
 def test_masks_that_follow_attention_too_lower_its_loss_further(toy, method):
     barely, much = (search(toy, method, weight)[0] for weight in (1e-6, 100.0))
     assert taken(much).mean() < taken(barely).mean() - 0.01
@@ -69,11 +70,13 @@ def test_masks_that_follow_attention_too_lower_its_loss_further(toy, method):
 
 
 def test_latents_that_are_searched_for_follow_attention_too(toy):
-    barely, much = (search(toy, METHODS[1], weight, masks=False, latent_lr=0.05)[0] for weight in (1e-6, 100.0))
+    barely, much = (
+        search(toy, ATTENTION_METHODS[1], weight, masks=False, latent_lr=0.05)[0] for weight in (1e-6, 100.0)
+    )
     assert taken(much).mean() < taken(barely).mean() - 0.01
 
 
 def test_each_image_of_a_batch_follows_the_words_of_its_own_prompt(toy):
-    both, alone = (search(toy, METHODS[1], 100.0, prompts)[0] for prompts in (PROMPTS, PROMPTS[:1]))
+    both, alone = (search(toy, ATTENTION_METHODS[1], 100.0, prompts)[0] for prompts in (PROMPTS, PROMPTS[:1]))
     assert both.history[0].losses.shape == (2,)
     torch.testing.assert_close(both.history[0].losses[:1], alone.history[0].losses, rtol=1e-4, atol=1e-4)

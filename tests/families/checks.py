@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskunet_core.choices import TARGETS
 from maskunet_core.files import checkpoint, mask_file
 from maskunet_core.masks.call import Call
 from maskunet_core.masks.sources import GeneratorMasks, MaskSource, RandomMasks
-from maskunet_core.models.structure import TARGETS, Structure
+from maskunet_core.models.structure import Structure
 from maskunet_core.records.recorded import RecordedMasks, RecordedSource, count_ones
 from maskunet_core.records.recorder import masks_of_run, recording
 from maskunet_core.seam.attach import attach, structure_of

@@ -129,10 +129,10 @@ class World:
         (folder / "loras").mkdir()
         save_file(self.lora, folder / "loras" / "toy.safetensors")
         folder_paths.add_model_folder_path("loras", str(folder / "loras"), is_default=True)
-        generator, file = self.extension("generator"), folder / "lively.safetensors"
+        file = folder / "lively.safetensors"
         lively = make_generator(self.structure, lively=True)
         checkpoint.save(file, lively, "decoder attention", {})
-        self.generator = generator.LoadedGenerator(generator.load(file))
+        self.generator = self.extension("loaded_generator").LoadedGenerator(self.core("files.checkpoint").load(file))
 
     def graph(self, chain: Sequence[str] = (), batch: int = 1, width: int = 8) -> Graph:
         """The chain's nodes one after the other, each on what those before it made. Whatever they raise passes on."""

@@ -1,10 +1,13 @@
 """Models, conditioning and a reward in this process, as the host's executor makes them, and nodes that use them."""
 
+import importlib
+
 import comfy.model_management
 import comfy.sample
 import comfy.sd
 import torch
 
+from tests.host.extension import NAME
 from tests.host.memory import run_as_executor
 from tests.nodes.reward_graphs import PROMPT, SAMPLING
 from tests.tiny_models import CONTEXT, controlnet, kl_vae, lora, taesd_vae
@@ -93,7 +96,8 @@ class Scene:
     def masked(self, generator_file):
         """(what MaskUNet Apply draws, what the replay of its recorded masks draws)"""
         node = self.extension
-        loaded = node("generator").LoadedGenerator(node("generator").load(generator_file))
+        file = importlib.import_module(f"{NAME}.maskunet_core.files.checkpoint").load(generator_file)
+        loaded = node("loaded_generator").LoadedGenerator(file)
         with torch.inference_mode():
             masked = node("generator").MaskUNetApply.execute(self.model, loaded, 1.0, 0.0, 1.0, False, 0).result[0]
             recording = node("record_masks").MaskUNetRecordMasks.execute(masked).result[0]

@@ -1,6 +1,7 @@
 """Recording and inspecting masks in a real ComfyUI server, and the diagrams."""
 
 import copy
+import importlib
 import io
 import sys
 import time
@@ -13,6 +14,7 @@ from PIL import Image
 from maskunet_core.files import mask_file
 from maskunet_core.records.recorded import RecordedMasks
 from maskunet_core.records.statistics import MaskStatistics
+from tests.host.extension import NAME
 from tests.host.graph import load_workflow, titled, to_prompt
 from tests.host.server import ExecutionError, Server
 from tests.recording import random_masks
@@ -234,11 +236,19 @@ def test_masks_of_another_family_are_refused(server, graph, toy_structure, sd15_
     assert caught.value.node_type == "MaskUNetInspect"
 
 
+def _masks_of(model, toy_structure):
+    """Random masks in the extension's own classes."""
+    core = f"{NAME}.maskunet_core"
+    structure = importlib.import_module(f"{core}.seam.attach").structure_of(model, "decoder attention")
+    masks = importlib.import_module(f"{core}.records.recorded").RecordedMasks(structure, 1)
+    masks.steps = random_masks(toy_structure).steps
+    return masks
+
+
 def test_without_matplotlib_the_diagrams_are_a_sentence_and_the_table_is_there(extension, monkeypatch, toy_structure):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     model = extension("toy").MaskUNetToyModel.execute().result[0]
-    masks = extension("masks").RecordedMasks(extension("masks").structure_of(model, "decoder attention"), 1)
-    masks.steps = random_masks(toy_structure).steps
+    masks = _masks_of(model, toy_structure)
     *diagrams, table = extension("inspect_masks").MaskUNetInspect.execute(model, masks, 0, "positive").result
     assert all(diagram.shape == (1, 160, 640, 3) for diagram in diagrams)
     assert len(table.splitlines()) == 1 + 3 * 32
@@ -247,8 +257,7 @@ def test_without_matplotlib_the_diagrams_are_a_sentence_and_the_table_is_there(e
 def test_inspecting_leaves_the_model_as_it_was(extension, toy_structure):
     model = extension("toy").MaskUNetToyModel.execute().result[0]
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
-    masks = extension("masks").RecordedMasks(extension("masks").structure_of(model, "decoder attention"), 1)
-    masks.steps = random_masks(toy_structure).steps
+    masks = _masks_of(model, toy_structure)
     extension("inspect_masks").MaskUNetInspect.execute(model, masks, 0, "positive")
     after = model.model.state_dict()
     assert after.keys() == before.keys()

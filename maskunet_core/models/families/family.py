@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-THIRDS = ("down", "mid", "up")
-"""The parts of a model, in the order of execution: encoder, middle and decoder of a U-Net, thirds of a transformer."""
-
 Span = Callable[[int, int], tuple[int, int]]
 """First row or column and the one after the last, from the whole weight's (out, in)."""
 Embed = Callable[[int], Tensor]

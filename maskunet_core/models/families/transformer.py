@@ -8,7 +8,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from .family import THIRDS, Embed, Family, Stage, Target
+from ...choices import THIRDS
+from .family import Embed, Family, Stage, Target
 
 EMBEDDING = 256
 """Channels of `t_emb`."""
