@@ -54,6 +54,12 @@ def test_core_imports_without_comfyui():
     assert result.returncode == 0, result.stderr
 
 
+def test_the_trainers_help_does_not_wait_for_torch():
+    code = "import sys; from trainer.__main__ import parse; parse(['resume', '.']); assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_what_runs_first_is_there():
     assert [name for name in SLOW if not (PROJECT / name).exists()] == []
 

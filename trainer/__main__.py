@@ -12,6 +12,7 @@ from pathlib import Path
 from maskunet_core.errors import MaskUNetError
 
 from .benchmark.command import add_benchmark
+from .choices import BODIES
 from .files import NO_ROOM, free_path, require_folder, require_free, user_path
 from .host import enter_host
 
@@ -188,9 +189,7 @@ def _number(least: int) -> Callable[[str], int]:
 
 
 def _add_body(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--body", choices=("unet", "transformer"), default="unet", help="of the toy model (default: %(default)s)"
-    )
+    command.add_argument("--body", choices=BODIES, default=BODIES[0], help="of the toy model (default: %(default)s)")
 
 
 def _add_overwrite(command: argparse.ArgumentParser, what: str) -> None:
@@ -239,9 +238,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument(
         "--output", type=user_path, default=Path("output/reward-compare"), help="folder for table and plot"
     )
-    command.add_argument(
-        "--body", choices=("unet", "transformer"), default="unet", help="what draws (default: %(default)s)"
-    )
+    command.add_argument("--body", choices=BODIES, default=BODIES[0], help="what draws (default: %(default)s)")
     command.add_argument("--method", action="append", default=[], help="only this one; may be given several times")
     command.add_argument("--prompts", type=_number(1), help="another number of prompts")
     command.add_argument("--seeds", type=_number(1), help="another number of seeds")

@@ -10,7 +10,8 @@ import torch
 
 from maskunet_core.errors import MaskUNetError
 
-from .config import PARTS, TOY, Base
+from .choices import PARTS, TOY
+from .config import Base
 from .host import model_choice, model_file
 
 

@@ -11,7 +11,8 @@ from maskunet_core.masks.generator import LowRankGenerator, LowRankSettings
 from maskunet_core.masks.reference import ReferenceGenerator
 from maskunet_core.training.optimisers import UnknownOptimiser, build_optimiser
 
-from .config import PARTS, TOY, TOY_RESOLUTION, Base, Config
+from .choices import PARTS, TOY, TOY_RESOLUTION
+from .config import Base, Config
 from .embedding.toy import TAUGHT
 from .host import GENERATORS, REWARD, model_choice, model_file
 from .pictures import scan_data

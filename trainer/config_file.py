@@ -12,7 +12,8 @@ from maskunet_core.files.checkpoint import ARCHITECTURES
 from maskunet_core.masks.generator import BIASES, CODES
 from maskunet_core.training.schedules import FALLS
 
-from .config import BODIES, KINDS, METHODS, OBJECTIVES, PRECISIONS, TOY_RESOLUTION, Base, Config
+from .choices import BODIES, KINDS, METHODS, OBJECTIVES, PRECISIONS, TOY_RESOLUTION
+from .config import Base, Config
 from .config_checks import contradictions
 from .files import user_path
 

@@ -16,7 +16,7 @@ import torch
 from maskunet_core.replacing import replacing
 from maskunet_core.training.cost import MB
 
-from .config import TOY_RESOLUTION
+from .choices import TOY_RESOLUTION
 
 COLUMNS = {  # validation.csv has what the validator measures
     "log.csv": ("step", "loss", "keep_ratio", "share_differing", "steps_per_second", "peak_memory_mb"),

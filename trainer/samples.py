@@ -15,7 +15,8 @@ from maskunet_core.training.base import BaseModel
 from maskunet_core.training.drawn import drawn
 
 from .base import load_base
-from .config import TOY_RESOLUTION, Base
+from .choices import TOY_RESOLUTION
+from .config import Base
 from .sheets import side_by_side
 
 

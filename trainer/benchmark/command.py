@@ -5,7 +5,7 @@ from pathlib import Path
 
 from maskunet_core.errors import MaskUNetError
 
-from ..config import TOY
+from ..choices import TOY
 from ..files import require_folder, user_path
 from ..host import enter_host
 

@@ -23,7 +23,7 @@ from maskunet_core.training.base import BaseModel
 from maskunet_core.training.seeds import seeded
 from maskunet_core.training.texts import Conditions, stacked
 
-from ..config import TOY
+from ..choices import TOY
 from ..host import REWARD, model_choice, model_file
 from ..pictures import file_digest
 from ..reward_compare.stage import Sampling

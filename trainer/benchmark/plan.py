@@ -9,7 +9,8 @@ import torch
 
 from maskunet_core.judges.files import BLIP_VQA, CLIP_L, DETECTOR, INCEPTION
 
-from ..config import TOY_RESOLUTION, Base
+from ..choices import TOY_RESOLUTION
+from ..config import Base
 from ..config_file import base_named
 from ..pictures import base_digest
 from ..reward_compare.stage import Sampling

@@ -4,7 +4,7 @@ import shlex
 from collections import Counter
 from typing import Any
 
-from ..config import TOY
+from ..choices import TOY
 from .folder import RunFolder
 from .methods import BASE
 from .plan import SMOKE, SUITES

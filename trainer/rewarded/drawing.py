@@ -8,7 +8,8 @@ from torch import Tensor
 from maskunet_core.training.base import BaseModel
 from maskunet_core.training.texts import Conditions, by_length, stacked
 
-from ..config import TOY_RESOLUTION, Config
+from ..choices import TOY_RESOLUTION
+from ..config import Config
 
 
 def picture_side(config: Config) -> int:

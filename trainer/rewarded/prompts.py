@@ -12,7 +12,8 @@ from maskunet_core.errors import MaskUNetError
 from maskunet_core.toy.captions import UnreadablePrompt, parse
 from maskunet_core.training.seeds import seeded
 
-from ..config import TOY, Config
+from ..choices import TOY
+from ..config import Config
 from ..data.decoding import decode_text
 from ..pictures import read_data, told_cut
 from .toy import toy_prompts

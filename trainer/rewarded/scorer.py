@@ -6,7 +6,7 @@ from torch import Tensor
 from maskunet_core.rewards.reward import WORK, CombinedReward, Reward
 from maskunet_core.training.base import fitting
 
-from ..config import TOY
+from ..choices import TOY
 from ..host import REWARD, model_file
 
 _AT_ONCE = 8
