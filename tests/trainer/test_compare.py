@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from maskunet_core.errors import MaskUNetError
+from maskunet_core.files import checkpoint
 from maskunet_core.replacing import replacing
 from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.model import load_autoencoder, load_reader
@@ -22,7 +23,7 @@ from trainer.__main__ import parse
 from trainer.base import load_toy_base
 from trainer.compare import jobs, measure, report
 from trainer.compare.data import load_sets, make_sets, new_pictures, save_sets
-from trainer.compare.jobs import chosen_factor, do
+from trainer.compare.jobs import GENERATOR, chosen_factor, do
 from trainer.compare.plan import (
     ABLATIONS,
     ARMS,
@@ -335,6 +336,13 @@ def test_a_comparison_writes_its_figures(done):
     assert {path.name for path in (done / "figures").iterdir()} == names
     for name in names:
         assert (done / "figures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_first_masks_are_left_for_the_nodes(done, toy_structure):
+    file = checkpoint.load(folder_of(done, "style/maskunet/seed-0") / GENERATOR)
+    file.require_fit(toy_structure)
+    left = [path.parent for path in done.rglob(GENERATOR)]
+    assert left == [folder_of(done, "style/maskunet/seed-0")]
 
 
 def test_on_the_transformer_its_own_attention_is_tuned_from_its_own_losses(tmp_path):

@@ -34,6 +34,8 @@ from .plan import ABLATIONS, TRIAL_SEED, Job, Scale, configuration, make_plan, s
 
 NEW, OLD = "new", "old"
 STRIP = "pictures.png"
+GENERATOR = "generator.safetensors"
+"""Of the masks with the first seed, for MaskUNet Loader."""
 
 
 class NoSettings(MaskUNetError):
@@ -194,7 +196,8 @@ def final(job: Job, scale: Scale, output: Path, folder: Path) -> dict[str, Any]:
         result["pictures"] = picture_scores(base, patched, job.world, sets, scale, judge, folder / STRIP)
     if run.method.statistics is not None:
         result["masks"] = mask_scores(mask_grid(base, run.method, sets["test_new"], 8, 8))
-    if job.arm == "maskunet" and job.number == 0 and not job.ablation:
+    first_masks = job.arm == "maskunet" and job.number == 0 and not job.ablation
+    if first_masks:
         found = mask_map(base, run.method, sets["test_new"], 10, 20)
         with replacing(folder / "masks.json") as temporary:
             temporary.write_text(json.dumps(found), encoding="utf-8")
@@ -205,6 +208,8 @@ def final(job: Job, scale: Scale, output: Path, folder: Path) -> dict[str, Any]:
         else:
             run.module.load_state_dict(load_file(run.best_file))
             result["best"] |= {d: _change(run, base, sets, f"test_{d}", of_base) for d in (NEW, OLD)}
+    if first_masks:
+        run.method.save(folder / GENERATOR, run.record())
     return result
 
 
