@@ -76,10 +76,14 @@ class Scale:
 
     @classmethod
     def of(cls, body: str) -> "Scale":
-        """The whole comparison. A step of the transformer costs half as much again as one of the U-Net."""
+        """The whole comparison. A step of the transformer costs half as much again as one of the U-Net, and it wants
+        lower rates: a ninth is the lowest at which a bias that starts at 1 comes to cross the threshold.
+        """
         if body == "unet":
             return cls()
-        return cls(style_steps=150, sampling_steps=TRANSFORMER_STEPS, cfg=TRANSFORMER_CFG, body=body)
+        factors = (1 / 9, 3**-1.5, 1 / 3, 3**-0.5, 1.0)
+        sampling = {"sampling_steps": TRANSFORMER_STEPS, "cfg": TRANSFORMER_CFG}
+        return cls(factors=factors, style_steps=150, body=body, **sampling)
 
     @classmethod
     def quick(cls, body: str = "unet") -> "Scale":
