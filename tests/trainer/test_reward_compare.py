@@ -201,17 +201,19 @@ def test_some_methods_alone_are_planned():
 
 def test_the_transformer_is_measured_by_the_same_methods(tmp_path, monkeypatch, few_real):
     scale = dataclasses.replace(plan.Scale.quick("transformer"), prompts=2, batch=2, draws=2)
-    monkeypatch.setattr(plan, "ON_TRANSFORMER", ("base", "best of 2"))
+    monkeypatch.setattr(plan, "ON_TRANSFORMER", ("base", "best of 2", "8 steps"))
     *drawing, difficulty = plan.make_plan(scale)
-    assert [job.name for job in drawing] == ["base/seed-0", "best of 2/seed-0"], "no student is trained"
+    names = ["base/seed-0", "best of 2/seed-0", "8 steps/seed-0"]
+    assert [job.name for job in drawing] == names, "no student is trained"
     assert difficulty.name == plan.DIFFICULTY
     for job in drawing:
         job_board.folder_of(tmp_path, job.name).mkdir(parents=True)
-    base, best = (jobs.do(tmp_path, job, scale) for job in drawing)
+    base, best, short = (jobs.do(tmp_path, job, scale) for job in drawing)
     unet = 2 * operations(load_toy_base())
     # As many steps as cost no more than the U-Net's 15.
     assert 0.95 < base["operations"] / (15 * unet) <= 1.01
     assert best["operations"] / base["operations"] == pytest.approx(2.0, abs=0.1)
+    assert short["operations"] / base["operations"] == pytest.approx(8 / 21, rel=0.01)
 
 
 def test_gradients_reach_the_noise_of_a_transformer(captions):

@@ -86,15 +86,20 @@ def generated(name: str, draw: Draw) -> Draw:
     return drawn
 
 
-def unguided(draw: Draw) -> Draw:
-    """A method at CFG 1: a step looks at the prompt alone."""
+def with_sampling(draw: Draw, **changes: Any) -> Draw:
+    """A method with changes of the stage's `Sampling`."""
 
     def drawn(stage: Stage, captions: list[Caption], seed: int) -> Tensor:
         other = copy.copy(stage)
-        other.sampling = replace(stage.sampling, cfg=1.0)
+        other.sampling = replace(stage.sampling, **changes)
         return draw(other, captions, seed)
 
     return drawn
+
+
+def unguided(draw: Draw) -> Draw:
+    """A method at CFG 1: a step looks at the prompt alone."""
+    return with_sampling(draw, cfg=1.0)
 
 
 def best_of(count: int) -> Draw:
@@ -115,6 +120,12 @@ STUDENT_METHODS: dict[str, Draw] = {
     "4 steps, best of 23": best_of(23),
 }
 """Of a few-step student of the toy model: see `student`."""
+FEW_STEPS_METHODS: dict[str, Draw] = {
+    "8 steps": with_sampling(drawn_plainly, steps=8),
+    "8 steps, few_step": with_sampling(searched(PRESETS["few_step"]), steps=8),
+    "8 steps, best of 18": with_sampling(best_of(18), steps=8),
+}
+"""Of the transformer itself, which has no student: a flow's pictures bear fewer steps."""
 METHODS: dict[str, Draw] = {
     "base": drawn_plainly,
     "best of 4": best_of(4),
@@ -136,6 +147,7 @@ METHODS: dict[str, Draw] = {
     "reference": searched(PRESETS["reference"]),
     "paper": searched(PRESETS["paper"]),
     **STUDENT_METHODS,
+    **FEW_STEPS_METHODS,
     "Attend-and-Excite": guided("attend-and-excite", drawn_plainly),
     "SynGen": guided("syngen", drawn_plainly),
     "Attend-and-Excite, best of 3": guided("attend-and-excite", best_of(3)),
@@ -177,6 +189,7 @@ ON_TRANSFORMER = (
     "FK steering, 16 particles",
     "masks alone",
     "starting noise",
+    *FEW_STEPS_METHODS,
 )
 """What is measured there, with the settings that were chosen on the U-Net."""
 SLOW = ("paper", "reference")
@@ -194,6 +207,8 @@ PAIRS = (
     ("quality", "quality, noisy latents for masks"),
     ("quality", "paper"),
     ("4 steps, few_step", "4 steps, best of 23"),
+    ("8 steps, few_step", "8 steps, best of 18"),
+    ("8 steps, few_step", "fast"),
     ("Attend-and-Excite", "base"),
     ("SynGen", "base"),
     ("Attend-and-Excite, best of 3", "best of 4"),
@@ -251,7 +266,9 @@ class Scale:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return tuple(METHODS) if self.body == "unet" else ON_TRANSFORMER
+        if self.body == "transformer":
+            return ON_TRANSFORMER
+        return tuple(name for name in METHODS if name not in FEW_STEPS_METHODS)
 
     def prompts_of(self, method: str) -> int:
         return self.slow_prompts if method in SLOW else self.prompts
