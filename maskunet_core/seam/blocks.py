@@ -24,8 +24,7 @@ def recomputed_blocks(blocks: Iterable[tuple[nn.Module, Leaves]], width: int) ->
     """Inside the block these blocks keep their streams alone for the backward pass, and run once more in it.
 
     They run as they did, see `recomputed`. blocks: (block, its leaves). width: channels of the streams; what else a
-    block is given must not change, and passes no gradients on. Both passes must lie inside of
-    `torch.autograd.graph.allow_mutation_on_saved_tensors`.
+    block is given must not change, and passes no gradients on. Both passes must lie inside of `saved.writable`.
     """
     return Shadowed(
         (block, {"forward": partial(_recomputed, block, block.forward, leaves, width)}) for block, leaves in blocks

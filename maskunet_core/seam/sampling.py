@@ -9,6 +9,7 @@ import torch
 
 from ..errors import MaskUNetError
 from .attach import OPTION
+from .saved import writable
 
 SEARCH = "maskunet_search"
 """Of the wrappers of a search for masks, and of its additional models on the MODEL."""
@@ -60,7 +61,7 @@ def mutable(model_options: dict[str, Any], writes_in_place: bool = False) -> con
     foreign = acts_in_blocks(options) or wrapped or _AROUND_THE_MODEL & model_options.keys()
     if not (foreign or writes_in_place):
         return contextlib.nullcontext()
-    return torch.autograd.graph.allow_mutation_on_saved_tensors()
+    return writable()
 
 
 def acts_in_blocks(options: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from ..models.families.unet import UNET
 from ..seam.attention import with_differentiable_attention
 from ..seam.blocks import recomputed_blocks
 from ..seam.gradients import LeanGraph
+from ..seam.saved import writable
 from ..seam.shadow import Shadowed
 
 FLOW_SAMPLER = ("euler", "simple")
@@ -224,7 +225,7 @@ class BaseModel:
         """Around forward and backward pass: transformers write into what autograd keeps."""
         if self.family is UNET:
             return contextlib.nullcontext()
-        return torch.autograd.graph.allow_mutation_on_saved_tensors()
+        return writable()
 
     def recomputed(self, learned: Learned) -> contextlib.AbstractContextManager:
         """The masked blocks keep their inputs alone for the backward pass, and compute anew in it."""
