@@ -28,8 +28,9 @@ class MaskUNetLoader(io.ComfyNode):
             display_name="MaskUNet Loader",
             category="MaskUNet/generator",
             description="Loads a mask generator that was trained with `python -m trainer`. The files lie in "
-            "models/maskunet. Two for the MaskUNet Toy Model come with the extension: toy_follows makes pictures "
-            "without guidance (CFG 1) follow the prompt more often, toy_shapes changes little.",
+            "models/maskunet. Three for the MaskUNet Toy Model come with the extension: toy_follows makes pictures "
+            "without guidance (CFG 1) follow the prompt more often, toy_shapes changes little; for its transformer, "
+            "toy_transformer_style draws before a rosy background.",
             search_aliases=["mask generator", "load maskunet", "mask unet checkpoint"],
             inputs=[
                 io.Combo.Input(

@@ -22,7 +22,7 @@ def folders(extension, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "bundled"),
     [
-        ("maskunet", {"toy_follows.safetensors", "toy_shapes.safetensors"}),
+        ("maskunet", {"toy_follows.safetensors", "toy_shapes.safetensors", "toy_transformer_style.safetensors"}),
         ("maskunet_masks", {"toy_example.safetensors"}),
         ("reward", set()),
         ("judges", set()),
