@@ -1,7 +1,6 @@
 """The host's nodes around a search on the toy model: what a chain of them makes of a graph, and what has to hold."""
 
 import contextlib
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from maskunet_core.files import checkpoint
 from tests.builders import make_generator
-from tests.host.extension import NAME
+from tests.host.extension import core_module
 from tests.host.nodes import fill, host_nodes, kind_of, run_node, takes
 from tests.nodes.probes import PROBES
 from tests.nodes.reward_graphs import PROMPT
@@ -90,7 +89,7 @@ class World:
             self.texts = {"positive": encode(PROMPT), "negative": encode(""), "other": encode("a green star")}
             rewards = extension("rewards")
             self.reward = rewards.MaskUNetRewardLoader.execute(rewards.TOY_REWARD, "auto", False).result[0]
-            structure = self.core("seam.attach").structure_of(self.model, "decoder attention")
+            structure = core_module("seam.attach").structure_of(self.model, "decoder attention")
             self.lora = lora(self.model)
             stream = torch.Generator().manual_seed(8)
             self.other_model = comfy.sd.load_lora_for_models(self.model, None, self.lora, 1.0, 0.0)[0]
@@ -117,9 +116,6 @@ class World:
         stack.enter_context(torch.no_grad())
         return stack
 
-    def core(self, name: str) -> Any:
-        return importlib.import_module(f"{NAME}.maskunet_core.{name}")
-
     # Chains -----------------------------------------------------------------------------------------------------
 
     def write_files(self, folder: Path) -> None:
@@ -132,7 +128,7 @@ class World:
         file = folder / "lively.safetensors"
         lively = make_generator(self.structure, lively=True)
         checkpoint.save(file, lively, "decoder attention", {})
-        self.generator = self.extension("loaded_generator").LoadedGenerator(self.core("files.checkpoint").load(file))
+        self.generator = self.extension("loaded_generator").LoadedGenerator(core_module("files.checkpoint").load(file))
 
     def graph(self, chain: Sequence[str] = (), batch: int = 1, width: int = 8) -> Graph:
         """The chain's nodes one after the other, each on what those before it made. Whatever they raise passes on."""
@@ -221,8 +217,8 @@ class World:
 
     def search(self, graph: Graph, branches: str, recompute: bool | None = None, **changes: Any) -> "Found":
         """What MaskUNet Reward Sampler does."""
-        found, module = Found(), self.core("search.run")
-        group = self.core("search.loop").Group
+        found, module = Found(), core_module("search.run")
+        group = core_module("search.loop").Group
         step = group.step
 
         def keep_slopes(optimised: Any, slopes: list[Any], factors: list[Tensor], images: list[bool]) -> None:
@@ -260,9 +256,9 @@ class World:
 
         louder: times the starting noise.
         """
-        attach, gradients = self.core("seam.attach"), self.core("seam.gradients")
-        masks_of, settings = self.core("search.masks").SearchedMasks, self.core("search.settings").SearchSettings
-        decode = self.core("search.decoder").latent_decoder(self.vae, graph.model.get_model_object("latent_format"))
+        attach, gradients = core_module("seam.attach"), core_module("seam.gradients")
+        masks_of, settings = core_module("search.masks").SearchedMasks, core_module("search.settings").SearchSettings
+        decode = core_module("search.decoder").latent_decoder(self.vae, graph.model.get_model_object("latent_format"))
         bound = self.reward.reward.bind(PROMPT)
         model, slopes = attach.with_masks(graph.model), {}
         masks = masks_of(

@@ -6,6 +6,8 @@ from typing import Any
 import comfy.samplers
 import torch
 
+from tests.host.extension import core_module
+
 
 def couple(world: Any, graph: Any) -> Any:
     """Regional attention: the positive branch's queries are repeated for each of two regions, and averaged after.
@@ -87,7 +89,7 @@ def sliding_windows(world: Any, graph: Any) -> Any:
 
 def positive_masks(world: Any, graph: Any) -> Any:
     """Recorded masks of the positive branch in front."""
-    recorded = world.core("records.recorded")
+    recorded = core_module("records.recorded")
     masks = recorded.RecordedMasks(world.structure, 1, {}, "decoder attention", "positive")
     stream = torch.Generator().manual_seed(3)
     masks.add(

@@ -1,13 +1,11 @@
 """Models, conditioning and a reward in this process, as the host's executor makes them, and nodes that use them."""
 
-import importlib
-
 import comfy.model_management
 import comfy.sample
 import comfy.sd
 import torch
 
-from tests.host.extension import NAME
+from tests.host.extension import core_module
 from tests.host.memory import run_as_executor
 from tests.nodes.reward_graphs import PROMPT, SAMPLING
 from tests.tiny_models import CONTEXT, controlnet, kl_vae, lora, taesd_vae
@@ -96,7 +94,7 @@ class Scene:
     def masked(self, generator_file):
         """(what MaskUNet Apply draws, what the replay of its recorded masks draws)"""
         node = self.extension
-        file = importlib.import_module(f"{NAME}.maskunet_core.files.checkpoint").load(generator_file)
+        file = core_module("files.checkpoint").load(generator_file)
         loaded = node("loaded_generator").LoadedGenerator(file)
         with torch.inference_mode():
             masked = node("generator").MaskUNetApply.execute(self.model, loaded, 1.0, 0.0, 1.0, False, 0).result[0]

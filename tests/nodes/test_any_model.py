@@ -1,7 +1,5 @@
 """The reward sampler on transformers of the host, and on layers that no mask can reach."""
 
-import importlib
-
 import comfy.model_patcher
 import comfy.sample
 import comfy.sd
@@ -9,7 +7,7 @@ import comfy.supported_models as published
 import pytest
 import torch
 
-from tests.host.extension import NAME
+from tests.host.extension import core_module
 from tests.nodes.reward_graphs import PROMPT, Graph, Result
 from tests.tiny_models import drawn, shapes_of
 
@@ -176,14 +174,14 @@ def test_a_decoder_that_cuts_its_graph_is_refused(extension):
 
 
 def test_updates_where_no_mask_reaches_are_refused_with_what_works(extension):
-    refusal = importlib.import_module(f"{NAME}.maskunet_core.models.structure").NothingToMask
+    refusal = core_module("models.structure").NothingToMask
     with pytest.raises(refusal, match="Candidates alone work with any model: choose preset fast"):
         search(extension, inputs_of(extension, "layers of their own"), preset="quality")
 
 
 def test_the_host_is_asked_for_room_for_the_blocks_of_a_transformer(extension):
-    memory = importlib.import_module(f"{NAME}.maskunet_core.search.memory")
-    attach = importlib.import_module(f"{NAME}.maskunet_core.seam.attach")
+    memory = core_module("search.memory")
+    attach = core_module("seam.attach")
     model, *_ = of_family("Qwen-Image")
     transformer = model.model.diffusion_model
     block = sum(parameter.numel() for parameter in transformer.transformer_blocks[0].parameters())

@@ -8,7 +8,7 @@ import torch
 
 from maskunet_core.attention.words import read, sets_in
 from tests.families.models import Tiny, load
-from tests.host.extension import NAME
+from tests.host.extension import core_module
 from tests.nodes.scene import Scene
 from tests.tiny_models import write_unet
 
@@ -75,7 +75,7 @@ def test_the_words_node_encodes_and_tells_what_it_found(made, extension, monkeyp
 def test_a_parser_finds_the_words_where_it_is_chosen_and_none_are_told(made, monkeypatch):
     """No parser is installed here: what it would find stands in for it."""
     found = {"en_small": sets_in(read(made.clip, "a blue square").words)}
-    monkeypatch.setattr(f"{NAME}.maskunet_core.attention.grammar.sets_by_grammar", lambda words, parser: found[parser])
+    monkeypatch.setattr(core_module("attention.grammar"), "sets_by_grammar", lambda words, parser: found[parser])
     with torch.inference_mode():
         texts = [made.words_node.execute(made.clip, PROMPT, told, "en_small").result[2] for told in ("", "circle")]
     assert texts == ["blue > square", "circle"]

@@ -11,6 +11,7 @@ import random
 import pytest
 import torch
 
+from tests.host.extension import core_module
 from tests.host.nodes import function_of, gives, host_nodes, takes
 from tests.nodes.combinations import BRANCHES, SAMPLING, World
 from tests.nodes.probes import PROBES
@@ -112,7 +113,7 @@ class Chain:
     def _told(self, what: str, check, *arguments) -> None:
         try:
             check(*arguments)
-        except self.world.core("errors").MaskUNetError as refusal:
+        except core_module("errors").MaskUNetError as refusal:
             text = str(refusal)
             assert text.endswith(".")
             assert any(verb in text for verb in ("Remove", "Connect", "Set ")), text

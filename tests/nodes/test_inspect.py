@@ -1,7 +1,6 @@
 """Recording and inspecting masks in a real ComfyUI server, and the diagrams."""
 
 import copy
-import importlib
 import io
 import sys
 import time
@@ -14,7 +13,7 @@ from PIL import Image
 from maskunet_core.files import mask_file
 from maskunet_core.records.recorded import RecordedMasks
 from maskunet_core.records.statistics import MaskStatistics
-from tests.host.extension import NAME
+from tests.host.extension import core_module
 from tests.host.graph import load_workflow, titled, to_prompt
 from tests.host.server import ExecutionError, Server
 from tests.recording import random_masks
@@ -238,9 +237,8 @@ def test_masks_of_another_family_are_refused(server, graph, toy_structure, sd15_
 
 def _masks_of(model, toy_structure):
     """Random masks in the extension's own classes."""
-    core = f"{NAME}.maskunet_core"
-    structure = importlib.import_module(f"{core}.seam.attach").structure_of(model, "decoder attention")
-    masks = importlib.import_module(f"{core}.records.recorded").RecordedMasks(structure, 1)
+    structure = core_module("seam.attach").structure_of(model, "decoder attention")
+    masks = core_module("records.recorded").RecordedMasks(structure, 1)
     masks.steps = random_masks(toy_structure).steps
     return masks
 

@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from maskunet_core.files import checkpoint, mask_file
 from maskunet_core.records.recorded import RecordedMasks
 from tests.builders import make_generator
 from tests.damage import newer_version, no_safetensors, parts_of, truncated
-from tests.host.extension import NAME
+from tests.host.extension import core_module
 from tests.host.server import ExecutionError, Server, ServerError
 from tests.recording import random_masks
 
@@ -176,7 +175,7 @@ def test_a_folder_that_takes_no_file_gets_a_sentence(save, tmp_path, monkeypatch
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(sys.modules[f"{NAME}.maskunet_core.tensor_file"], "save_file", refuse)
+    monkeypatch.setattr(core_module("tensor_file"), "save_file", refuse)
     with pytest.raises(ValueError, match=sentence):
         save("n")
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.host.extension import NAME
+from tests.host.extension import NAME, core_module
 from tests.nodes.reward_graphs import FEW_UPDATES, NO_UPDATES, PROMPT, SAMPLING
 
 COLOURS = [(0x60, 0xA5, 0xFA), (0xFB, 0x92, 0x3C), (0x4A, 0xDE, 0x80)]
@@ -176,7 +176,7 @@ def tiny_control(model):
 @pytest.mark.parametrize("search", [{}, {"latent_lr": 0.01}, {"targets": "all attention"}], ids=str)
 def test_a_controlnet_acts_beside_the_search(sample, search, recompute, monkeypatch):
     """Also where layers run again in the backward pass, as they do on cards."""
-    module = importlib.import_module(f"{NAME}.maskunet_core.search.run")
+    module = core_module("search.run")
     monkeypatch.setattr(module, "RewardSearch", partial(module.RewardSearch, recompute=recompute))
     with torch.inference_mode():
         control = tiny_control(sample.model)
