@@ -1,6 +1,7 @@
 """The Markdown files: links and anchors lead somewhere, and the README quotes sentences that the code says."""
 
 import ast
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -101,6 +102,16 @@ def test_what_the_registry_packs_links_to_what_it_packs(documents):
 )
 def test_a_broken_link_is_noticed(page, broken):
     assert broken_links(PROJECT / "page.md", page) == broken
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_notes_of_templates_say_above_where_something_lies_above(path):
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    notes = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "MarkdownNote"]
+    assert notes
+    told = " ".join(notes).replace("left of, right of, above, below", "")
+    if re.search(r"\b(above|below)\b", told):
+        assert len({group["bounding"][1] for group in graph["groups"]}) > 1
 
 
 def test_the_readme_is_short_enough_to_be_read():
