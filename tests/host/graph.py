@@ -23,6 +23,7 @@ TEMPLATES = {
     "video": "MaskUNet 13 - video",
     "learned_word": "MaskUNet 14 - learned word",
     "attention_and_search": "MaskUNet 15 - attention guidance with the reward sampler",
+    "random_masks_on_a_transformer": "MaskUNet 16 - random masks on a transformer",
     "sd15_best_of_6": "MaskUNet SD 1.5 - best of 6",
     "sd15_reward_sampler": "MaskUNet SD 1.5 - reward sampler",
     "sd15_random_masks": "MaskUNet SD 1.5 - random masks",
@@ -31,6 +32,7 @@ TEMPLATES = {
     "sdxl_reward_sampler": "MaskUNet SDXL - reward sampler",
     "sdxl_random_masks": "MaskUNet SDXL - random masks",
     "z_image_best_of_6": "MaskUNet Z-Image - best of 6",
+    "z_image_random_masks": "MaskUNet Z-Image - random masks",
     "flux_best_of_6": "MaskUNet Flux - best of 6",
 }
 """The graphs that ship: short names, and the names of their files, which the template browser shows as titles."""

@@ -143,6 +143,23 @@ def test_no_node_of_a_shipped_graph_lies_on_the_border_of_a_group(name):
         assert not crosses((*node["pos"], *node["size"]), group["bounding"]), (node["title"], group["title"])
 
 
+LETTER, BADGE = 10.5, (122, 52)
+"""A letter of a group's title is at most that wide (font 24); above a node's right corner stands the name of its pack,
+that wide, and up to that high above the node."""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_name_of_our_pack_covers_no_title_of_a_group(name):
+    shipped = load_workflow(name)
+    ours = [node for node in shipped["nodes"] if node["type"].startswith("MaskUNet")]
+    for node, group in itertools.product(ours, shipped["groups"]):
+        left, top = group["bounding"][:2]
+        right, (wide, high) = node["pos"][0] + node["size"][0], BADGE
+        badge = (right - wide, node["pos"][1] - high, wide, high)
+        title = (left, top, 8 + LETTER * len(group["title"]), 34)
+        assert not overlap(badge, title), (node["title"], group["title"])
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_graph_says_what_it_shows_and_which_files_it_needs(name):
     (note,) = [node for node in load_workflow(name)["nodes"] if node["type"] == "MarkdownNote"]

@@ -42,12 +42,17 @@ class Thumbnail:
 _MASKS = (("all weights", "Save without masks"), ("with a generator's masks", "Save with masks"))
 _SEARCH = (("stock sampler", "Save without a search"), ("reward sampler", "Save with a search"))
 _BEST = (("six noises, the best framed", "Candidates"),)
-_RANDOM = (
-    ("all weights", "Save with all weights"),
-    ("90 % of the weights", "Save with 90 %"),
-    ("80 %", "Save with 80 %"),
-    ("60 %", "Save with 60 %"),
-)
+
+
+def _random(most: int, *shares: int) -> tuple[tuple[str, str], ...]:
+    return (
+        ("all weights", "Save with all weights"),
+        (f"{most} % of the weights", f"Save with {most} %"),
+        *((f"{share} %", f"Save with {share} %") for share in shares),
+    )
+
+
+_RANDOM, _RANDOM_ON_A_TRANSFORMER = _random(90, 80, 60), _random(98, 95, 90)
 _TRAINING = (
     ("what it learns from", "What it learns from"),
     ("before", "Save before"),
@@ -102,6 +107,7 @@ THUMBNAILS = {
         )
     ),
     "attention_and_search": Thumbnail((("fast", "Save plainly"), ("fast, guided", "Save with guidance"))),
+    "random_masks_on_a_transformer": Thumbnail(_RANDOM_ON_A_TRANSFORMER),
     "sd15_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "a black ring and a yellow cross", 1, 1),
     "sd15_reward_sampler": Thumbnail(_SEARCH, "reward_sampler", text="a red circle and a green triangle", seed=2),
     "sd15_random_masks": Thumbnail(_RANDOM, "random_masks", text="a yellow star", seed=1),
@@ -109,6 +115,9 @@ THUMBNAILS = {
     "sdxl_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "an orange cross right of a blue circle", 3, 1),
     "sdxl_reward_sampler": Thumbnail(_SEARCH, "reward_sampler", text="a green cross left of a red square", seed=5),
     "z_image_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "a blue star and a white circle", 4, 1),
+    "z_image_random_masks": Thumbnail(
+        _RANDOM_ON_A_TRANSFORMER, "random_masks_on_a_transformer", text="an orange cross and a white triangle", seed=1
+    ),
     "flux_best_of_6": Thumbnail(_BEST, "reward_sampler", "fast", "a purple triangle and a green ring", 2, 1),
     "sdxl_random_masks": Thumbnail(_RANDOM, "random_masks", text="a small green cross", seed=2),
 }

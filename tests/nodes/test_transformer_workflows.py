@@ -14,7 +14,7 @@ OF_THE_TOY = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
 
 
 def with_the_toy(prompt):
-    """The graph, small, with the toy's parts for files, and the seeds that it chose as text."""
+    """The graph, small, with the toy's parts for files, and the seed that a search chose as text."""
     loaders = {key: OF_THE_TOY[each["class_type"]] for key, each in prompt.items() if each["class_type"] in OF_THE_TOY}
     small = {"width": 64, "height": 64, "reward_name": "toy reward (bundled)"}
     small |= {"text": "a red circle and a blue square", "prompt": "a red circle and a blue square"}
@@ -27,8 +27,8 @@ def with_the_toy(prompt):
         for name, value in inputs.items():
             if isinstance(value, list) and value[0] in loaders:
                 inputs[name] = ["toy", loaders[value[0]]]
-    (sampler,) = nodes_of(graph, "MaskUNetRewardSampler") + nodes_of(graph, "MaskUNetRewardSamplerCustom")
-    return graph | {"told": node("PreviewAny", source=[sampler, 4])}
+    samplers = nodes_of(graph, "MaskUNetRewardSampler") + nodes_of(graph, "MaskUNetRewardSamplerCustom")
+    return graph | ({"told": node("PreviewAny", source=[samplers[0], 4])} if samplers else {})
 
 
 def drawn(server, graph):
@@ -59,3 +59,21 @@ def test_the_best_of_six_is_what_its_seed_draws(server, name, seeded, seed):
     assert alone["seed"] == found["seed"]
     assert np.array_equal(alone["Save the best"], found["Save the best"])
     assert alone["Candidates"].shape != found["Candidates"].shape
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"), [("random_masks_on_a_transformer", (98, 95, 90)), ("z_image_random_masks", (99, 98, 95))]
+)
+def test_each_picture_is_of_its_share_of_the_weights(server, name, shares):
+    graph = with_the_toy(to_prompt(load_workflow(name), server.object_info()))
+    found = drawn(server, graph)
+    plain = found["Save with all weights"].astype(float)
+    away = [np.abs(found[f"Save with {share} %"] - plain).mean() for share in shares]
+    assert min(away) > 0
+    assert away[0] < away[-1]
+    for share in shares:
+        mask = titled(graph, f"Keep {share} %")
+        assert mask["keep_ratio"] == share / 100
+        mask["keep_ratio"] = 1.0
+    for picture in drawn(server, graph).values():
+        assert np.array_equal(picture, plain)
