@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from maskunet_core.errors import MaskUNetError
@@ -59,6 +60,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from .evaluate import Protocol, evaluate
 
     protocol = Protocol.quick() if arguments.quick else Protocol()
+    if arguments.cfg is not None:
+        protocol = replace(protocol, cfg=arguments.cfg)
     weights = str(user_path(arguments.base)) if arguments.base else ""
     evaluate(arguments.generator, protocol, arguments.output, weights, arguments.body)
 
@@ -221,6 +224,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     _add_body(command)
     command.add_argument("--output", type=user_path, default=Path("output/evaluate"), help="folder for the table")
     _add_overwrite(command, "the table that the folder holds")
+    command.add_argument("--cfg", type=float, help="of the pictures; 1 is without guidance (default: 5)")
     command.add_argument("--quick", action="store_true", help="few pictures, to see that it works")
     command.set_defaults(run=evaluate)
 

@@ -19,7 +19,7 @@ def test_evaluate_prints_its_table_and_writes_it_twice(command, monkeypatch, tmp
     monkeypatch.setattr(Protocol, "quick", lambda: few)
     path = tmp_path / "generator.safetensors"
     checkpoint.save(path, make_generator(toy_structure, lively=True), "decoder attention", {})
-    result = command("evaluate", str(path), "--quick", "--output", str(tmp_path / "table"))
+    result = command("evaluate", str(path), "--quick", "--cfg", "2", "--output", str(tmp_path / "table"))
     assert result.returncode == 0, result.stderr
     table = json.loads((tmp_path / "table" / "table.json").read_text())
     assert [row["model"] for row in table["rows"]] == ["base", "base + generator.safetensors"]
@@ -27,6 +27,7 @@ def test_evaluate_prints_its_table_and_writes_it_twice(command, monkeypatch, tmp
         assert column in table["rows"][1]
     assert (tmp_path / "table" / "table.md").read_text() in result.stdout
     assert table["machine"]["torch"]
+    assert table["settings"]["cfg"] == 2
 
 
 def test_info_tells_what_a_file_says_of_itself(command, tmp_path, toy_structure):
