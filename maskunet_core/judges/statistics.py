@@ -47,6 +47,11 @@ def of_prompts(values: Tensor) -> Tensor:
     return values.nanmean(1)
 
 
+def diversity(features: Tensor) -> Tensor:
+    """`[P]` mean distances between two of a prompt's pictures. features: `[I, P, F]`, two pictures of each at least."""
+    return torch.stack([(a - b).norm(dim=-1) for n, a in enumerate(features) for b in features[:n]]).mean(0)
+
+
 def estimate(values: Tensor) -> Estimate:
     """Of one number per unit `[P]`; those that are NaN are left out."""
     values = values[values.isfinite()].double()

@@ -47,3 +47,9 @@ def test_a_difference_is_told_in_words():
     surely, hardly = statistics.Estimate(0.3, 0.05, 100), statistics.Estimate(0.05, 0.05, 100)
     assert statistics.in_words(surely, 0.001) == "higher"
     assert statistics.in_words(hardly, 0.3) == "cannot be told apart at this size (shown would be 0.140)"
+
+
+def test_diversity_is_the_mean_distance_between_two_pictures_of_a_prompt():
+    """By the two prompts: three pictures 3, 4 and 5 apart; three that are the same."""
+    features = torch.tensor([[[0.0, 0.0], [7.0, 7.0]], [[3.0, 0.0], [7.0, 7.0]], [[0.0, 4.0], [7.0, 7.0]]])
+    assert statistics.diversity(features).tolist() == [4.0, 0.0]

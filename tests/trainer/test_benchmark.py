@@ -26,7 +26,7 @@ from trainer.benchmark.plan import Plan
 from trainer.benchmark.repeat import commands_of
 from trainer.benchmark.report import compare, write_report
 from trainer.benchmark.run import draw, drawers_of, judge
-from trainer.benchmark.verdicts import Verdicts, differences
+from trainer.benchmark.verdicts import Verdicts, differences, measures
 from trainer.config import Config
 from trainer.job_board import InUse, OtherScale
 from trainer.methods import FullMethod, LoraMethod
@@ -199,10 +199,26 @@ def test_methods_share_prompts_and_noises_and_a_method_that_does_nothing_differs
         "generator:g.safetensors@0",
         "lora:lora.safetensors+search:fast",
     ]
-    (right, frechet) = differences(found["generator:g.safetensors@0"], found["base"])
+    (right, varied, frechet) = differences(found["generator:g.safetensors@0"], found["base"])
     assert right.row["all"] == "+0.000 ± 0.000"
-    assert frechet.row["all"] == "+0.000 ± 0.000"
+    assert varied.row["all"] == frechet.row["all"] == "+0.000 ± 0.000"
     assert "cannot be told apart" in right.row["told"]
+
+
+def test_diversity_is_of_the_prompts_with_several_pictures_and_paired_by_what_both_have(whole):
+    found = verdicts(whole)
+    base, mine = found["base"], found["generator:g.safetensors"]
+    (measured,) = [one for one in measures(mine) if one.name == "diversity"]
+    features = mine.features["reader", "features"]
+    for task, told in measured.tasks.items():
+        of_task = [n for n, prompt in enumerate(whole.prompts) if prompt.task == task]
+        apart = torch.stack([(features[n, 0] - features[n, 1]).norm() for n in of_task])
+        assert (told.mean, told.count) == (pytest.approx(apart.mean().item()), len(of_task))
+    alone = {pair: row for pair, row in features.items() if pair[1] == 0}
+    one_each = replace(mine, features={("reader", "features"): alone})
+    assert not [one for one in measures(one_each) if one.name == "diversity"]
+    for pair in ((one_each, base), (base, one_each)):
+        assert [one.name for one in differences(*pair)] == ["right", "Frechet distance"]
 
 
 def test_a_run_that_was_killed_between_any_two_files_ends_with_the_same_bits(whole, methods, tmp_path):

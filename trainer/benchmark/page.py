@@ -26,7 +26,7 @@ from .folder import RunFolder
 from .published import of_base
 from .repeat import commands_of
 from .suites import Prompt
-from .verdicts import Difference, Measure, Verdicts
+from .verdicts import DIVERSITY, Difference, Measure, Verdicts
 
 TEMPLATE = Path(__file__).with_name("page.html")
 NAME = "page.html"
@@ -51,13 +51,14 @@ def write_page(
     """found: of each method, the base first."""
     # Right or wrong is what people look for first.
     scores = sorted(found[0].scores, key=lambda key: not _is_whole(found, key))
+    diversities = dict.fromkeys((one.judge, one.name) for one in values if one.name == DIVERSITY)
     changes = sorted(changes, key=lambda one: [*scores, (one.judge, one.name)].index((one.judge, one.name)))
     told = {
         "suite": run.settings["suite"],
         "compared": _compared(run, found),
         "methods": [one.method for one in found],
         "answers": [_answer(one, values) for one in changes],
-        "measures": [_bars(key, values) for key in scores],
+        "measures": [_bars(key, values) for key in [*scores, *diversities]],
         "distances": _distances(run, values, changes),
         "pictures": _pictures(run, found, scores),
         "signatures": list(signatures),
@@ -87,7 +88,9 @@ def _answer(change: Difference, values: Sequence[Measure]) -> dict[str, Any]:
     """A difference in words. gain: whether it is for the better, None where it is not told apart."""
     of = {one.method: one.whole.mean for one in values if (one.judge, one.name) == (change.judge, change.name)}
     distance, higher = change.name in _DISTANCES, change.whole.mean > 0
-    more, less = ("farther from real pictures", "nearer to real pictures") if distance else ("higher", "lower")
+    more, less = ("more varied", "more alike") if change.name == DIVERSITY else ("higher", "lower")
+    if distance:
+        more, less = "farther from real pictures", "nearer to real pictures"
     numbers = f"{change.whole.mean:+.3f}, 95 % {change.interval}, p {change.p:.4f}"
     if not change.is_told:
         numbers += f"; {change.whole.smallest_shown:.3f} would have been found four times in five"

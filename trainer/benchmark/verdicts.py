@@ -11,6 +11,7 @@ from maskunet_core.judges.statistics import (
     LEVEL,
     Estimate,
     chance,
+    diversity,
     estimate,
     holm,
     in_words,
@@ -23,6 +24,9 @@ from .distances import COLUMNS, DISTANCES, Distance
 from .drawing import Pair
 from .folder import MethodFolder, RunFolder
 from .real import Real, read_real
+
+DIVERSITY = "diversity"
+"""Name of the distance between two pictures of one prompt in a judge's features."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,18 @@ def _table(values: dict[Pair, Tensor], prompts: int) -> Tensor:
     for (prompt, number), value in values.items():
         table[prompt, number] = value
     return table
+
+
+def _diversities(features: dict[Pair, Tensor], prompts: int) -> Tensor:
+    """`[P]`, NaN where a prompt has fewer than two pictures."""
+    values = torch.full((prompts,), torch.nan)
+    of_prompts: dict[int, list[Tensor]] = {}
+    for (prompt, _), row in features.items():
+        of_prompts.setdefault(prompt, []).append(row)
+    for prompt, rows in of_prompts.items():
+        if len(rows) > 1:
+            values[prompt] = diversity(torch.stack(rows)[:, None])
+    return values
 
 
 def _tasks(run: RunFolder) -> dict[str, Tensor]:
@@ -148,10 +164,9 @@ def _signed(found: Estimate) -> str:
 
 def measures(found: Verdicts) -> list[Measure]:
     tasks, made = _tasks(found.run), []
-    for (judge, name), values in found.scores.items():
-        means = of_prompts(values)
+    for judge, name, means, pictures in _by_prompt(found):
         by_task = {task: estimate(means[of_task]) for task, of_task in tasks.items()}
-        counts = int(means.isfinite().sum()), int(values.isfinite().sum())
+        counts = int(means.isfinite().sum()), pictures
         whole = mean_of_tasks(means, list(tasks.values()))
         made.append(Measure(found.method, judge, name, by_task, whole, *counts))
     for judge, distance, features, real in _distances(found):
@@ -160,6 +175,16 @@ def measures(found: Verdicts) -> list[Measure]:
         counts = len({prompt for prompt, _ in features}), len(influence)
         made.append(Measure(found.method, judge, distance.name, dict.fromkeys(tasks), whole, *counts))
     return made
+
+
+def _by_prompt(found: Verdicts) -> Iterator[tuple[str, str, Tensor, int]]:
+    """Judge, measure, a number for each prompt `[P]`, and of how many pictures."""
+    for (judge, name), values in found.scores.items():
+        yield judge, name, of_prompts(values), int(values.isfinite().sum())
+    for (judge, _), features in found.features.items():
+        values = _diversities(features, len(found.run.prompts))
+        if values.isfinite().any():
+            yield judge, DIVERSITY, values, len(features)
 
 
 def _distances(found: Verdicts) -> Iterator[tuple[str, Distance, dict[Pair, Tensor], Real]]:
@@ -184,15 +209,25 @@ def differences(mine: Verdicts, other: Verdicts) -> list[Difference]:
             images = min(values.shape[1], of_other.shape[1])
             change = of_prompts(values[:, :images] - of_other[:, :images])
             made.append(Difference(mine.method, other.method, judge, name, **_told(change, tasks)))
+    for (judge, column), features in mine.features.items():
+        shared = _shared(features, other.features.get((judge, column), {}))
+        change = torch.sub(*(_diversities(one, len(mine.run.prompts)) for one in shared))
+        if change.isfinite().any():
+            made.append(Difference(mine.method, other.method, judge, DIVERSITY, **_told(change, tasks)))
     for judge, distance, features, real in _distances(mine):
-        of_other = other.features.get((judge, distance.column), {})
-        both = [pair for pair in features if pair in of_other]
-        if len(both) > 1:
-            pictures = [torch.stack([one[pair] for pair in both]) for one in (features, of_other)]
+        shared = _shared(features, other.features.get((judge, distance.column), {}))
+        if len(shared[0]) > 1:
+            pictures = [torch.stack(list(one.values())) for one in shared]
             whole, p = _of_distances(*(distance.influence(one, real) for one in pictures))
             names = (mine.method, other.method, judge, distance.name)
             made.append(Difference(*names, dict.fromkeys(tasks), frozenset(), whole, p))
     return made
+
+
+def _shared(*features: dict[Pair, Tensor]) -> list[dict[Pair, Tensor]]:
+    """Of the pictures that all have, in the order of the first."""
+    both = [pair for pair in features[0] if all(pair in one for one in features)]
+    return [{pair: one[pair] for pair in both} for one in features]
 
 
 def _told(change: Tensor, tasks: dict[str, Tensor]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from maskunet_core.judges.frechet import Gaussian, frechet_distance
+from maskunet_core.judges.statistics import diversity
 from maskunet_core.replacing import replacing
 from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.vocabulary import COLOURS
@@ -40,10 +41,9 @@ def change(found: Tensor, of_base: Tensor) -> list[float]:
     return list(mean_and_error(found - of_base))
 
 
-def diversity(features: Tensor) -> float:
-    """Mean distance between two pictures of one prompt. features: [2N, F], prompt n's at n and N + n."""
-    first, second = features.chunk(2)
-    return (first - second).norm(dim=1).mean().item()
+def _diversity(features: Tensor) -> float:
+    """Of [2N, F], prompt n's at n and N + n."""
+    return diversity(torch.stack(features.chunk(2))).mean().item()
 
 
 def ordinary_prompts(world: str, scale: Scale) -> list[Caption]:
@@ -83,7 +83,7 @@ def picture_scores(
     reading = read(judge, pictures)
     scores = {kind: mean for kind, (mean, _) in accuracy_by_kind(reading, prompts).items()}
     scores["frechet_old"] = frechet_distance(reading.features, Gaussian.of(sets.real_old))
-    scores["diversity"] = diversity(reading.features)
+    scores["diversity"] = _diversity(reading.features)
     distinct = len(prompts) // 2 // len(KINDS)
     shown = [pictures[kind * distinct :][:SHOWN] for kind in range(len(KINDS))]
     if world == "style":
@@ -97,7 +97,7 @@ def picture_scores(
         features = read(judge, torch.cat([alone, draw(beside[: scale.prompts])])).features
         scores["frechet_new"] = frechet_distance(features, Gaussian.of(sets.real_new))
         scores["subject"] = shows_subject(alone).float().mean().item()
-        scores["subject_diversity"] = diversity(features[: len(alone)])
+        scores["subject_diversity"] = _diversity(features[: len(alone)])
         stars = star_prompts()
         drawn = read(judge, draw([str(star) for star in stars]))
         scores["stars"] = fully_right(drawn, stars).float().mean().item()

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from maskunet_core.judges.statistics import diversity
+
 from ..job_board import folder_of, result_of
 from ..tables import write_table
 from .figures import plot, sheet
@@ -49,8 +51,7 @@ def _diversity(features: list[Tensor]) -> str:
     """Mean distance between the judge's features of one prompt's pictures at different seeds."""
     if len(features) < 2:
         return ""
-    pairs = [(a - b).norm(dim=1) for n, a in enumerate(features) for b in features[:n]]
-    return f"{torch.stack(pairs).mean():.2f}"
+    return f"{diversity(torch.stack(features)).mean():.2f}"
 
 
 def rows_of(output: Path, scale: Scale) -> list[dict[str, Any]]:
