@@ -97,8 +97,18 @@ SET = """([title, values]) => {
         node.widgets.find(widget => widget.name === name).value = value
 }"""
 
+SCROLL_TEMPLATES = """count => {
+    const cards = [...document.querySelectorAll("[data-testid^='template-workflow-MaskUNet']")]
+    cards.at(-1)?.scrollIntoView()
+    return cards.length >= count
+}"""
+"""The template browser draws 24, and the next when somebody comes to the last of them."""
+
 TRIES = 3
 """Of a double click."""
+PATIENCE = 120_000
+"""ms to wait for what a busy machine does late."""
+expect.set_options(timeout=PATIENCE)
 POLLING = 100
 """ms between two looks at a run; Playwright looks at each frame, which makes the page draw one."""
 
@@ -114,7 +124,7 @@ class Desk:
         self._context = browser.new_context(viewport={"width": 1440, "height": 900}, reduced_motion="reduce")
         self._context.add_init_script(f"({SLOW_SCREEN})()")
         self.page = self._context.new_page()
-        self.page.set_default_timeout(120_000)
+        self.page.set_default_timeout(PATIENCE)
         self.page.goto(server.url)
         self.page.wait_for_function(READY)
         self._tidy_up()
@@ -165,6 +175,7 @@ class Desk:
         """The template browser at this extension's graphs."""
         self.page.get_by_role("button", name="Templates").first.click()
         self.page.get_by_role("dialog").get_by_text(FOLDER_NAME).first.click()
+        self.page.wait_for_function(SCROLL_TEMPLATES, arg=len(TEMPLATES))
 
     def _settle(self, tab: str) -> None:
         """Waits until the graph stands under the tab's name and was drawn: nodes get their sizes while drawn."""
