@@ -37,6 +37,8 @@ PICTURES, SIDE = 480, 224
 Key = tuple[str, str]
 """Judge and measure."""
 _DISTANCES = {distance.name for distance in DISTANCES}
+_IN_WORDS = {DIVERSITY: ("more varied", "more alike")}
+_IN_WORDS |= dict.fromkeys(_DISTANCES, ("farther from real pictures", "nearer to real pictures"))
 _USED_BY = {f"fid-{name}": protocol.used_by for name, protocol in PROTOCOLS.items()}
 _USED_BY |= {"fd-dinov2": "dgm-eval", "cmmd": "cmmd-pytorch"}
 
@@ -88,9 +90,7 @@ def _answer(change: Difference, values: Sequence[Measure]) -> dict[str, Any]:
     """A difference in words. gain: whether it is for the better, None where it is not told apart."""
     of = {one.method: one.whole.mean for one in values if (one.judge, one.name) == (change.judge, change.name)}
     distance, higher = change.name in _DISTANCES, change.whole.mean > 0
-    more, less = ("more varied", "more alike") if change.name == DIVERSITY else ("higher", "lower")
-    if distance:
-        more, less = "farther from real pictures", "nearer to real pictures"
+    more, less = _IN_WORDS.get(change.name, ("higher", "lower"))
     numbers = f"{change.whole.mean:+.3f}, 95 % {change.interval}, p {change.p:.4f}"
     if not change.is_told:
         numbers += f"; {change.whole.smallest_shown:.3f} would have been found four times in five"
