@@ -47,7 +47,7 @@ class Protocol:
     @classmethod
     def quick(cls) -> "Protocol":
         """Few pictures: shows that the path works, not how good a model is."""
-        return cls(loss_pictures=256, prompts=8, pictures=16)
+        return cls(loss_pictures=64, prompts=4, pictures=8)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
-import time
 from collections import Counter
 from itertools import pairwise
 
@@ -305,11 +302,13 @@ def test_a_failed_job_leaves_its_traceback_and_the_others_go_on(tmp_path, capsys
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A comparison of the style task with two steps, two arms and ablations done in processes by the runner."""
+    """A comparison of the style task with two steps, two arms and ablations; the runner does the last in a process."""
     output = tmp_path_factory.mktemp("compare")
     job_board.claim(output, scale_to_values(TINY))
     jobs_of_task = [job for job in make_plan(TINY, ("style",)) if job.task in (None, TINY.tasks[1])]
     plan = [job for job in jobs_of_task if job.arm in ("", *TWO_ARMS) and job.ablation in ("", *TWO_ABLATIONS)]
+    for job in plan[:-1]:
+        do(job, TINY, output)
     job_board.run_jobs(plan, output, JOBS, 1, lambda finished: report.write_report(output, TINY, bool(finished)))
     return output
 
@@ -359,10 +358,15 @@ def test_on_the_transformer_its_own_attention_is_tuned_from_its_own_losses(tmp_p
     assert "2 steps of 16, on all attention of the toy transformer." in (tmp_path / "table.md").read_text()
 
 
-def test_a_killed_job_goes_on_from_its_state_and_ends_the_same(done, tmp_path):
+class Killed(BaseException):
+    """The end of a process, which nothing catches."""
+
+
+def test_a_killed_job_goes_on_from_its_state_and_ends_the_same(done, tmp_path, monkeypatch):
     """Killed after its first saved state, it does the rest alone; the result has the same numbers."""
-    scale = dataclasses.replace(TINY, style_steps=120)
-    job_board.claim(tmp_path, scale_to_values(scale))
+    scale = dataclasses.replace(TINY, style_steps=5)
+    plain = jobs.configuration
+    monkeypatch.setattr(jobs, "configuration", lambda *arguments: with_states(plain(*arguments)))
     plan = {job.name: job for job in make_plan(scale, ("style",))}
     data = folder_of(tmp_path, "style/data")
     data.parent.mkdir(parents=True)
@@ -372,21 +376,31 @@ def test_a_killed_job_goes_on_from_its_state_and_ends_the_same(done, tmp_path):
     folder = folder_of(tmp_path, job.name)
     (folder / "result.json").unlink()
 
-    command = [sys.executable, "-m", "trainer.compare.jobs", str(tmp_path), job.name]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    train_step, steps = jobs._Run.train_step, []
+
+    def counted(run):
+        steps.append(run.step)
+        if steps == [0, 1, 2, 3]:
+            raise Killed
+        return train_step(run)
+
+    monkeypatch.setattr(jobs._Run, "train_step", counted)
+    with pytest.raises(Killed):
+        do(job, scale, tmp_path)
     state = folder / "run" / "state" / "last.pt"
-    while not state.exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert torch.load(state, weights_only=True)["step"] == 100
+    assert torch.load(state, weights_only=True)["step"] == 2
     found = do(job, scale, tmp_path)
+    assert steps[4:] == [2, 3, 4]
     assert {key: found[key] for key in ("new", "old", "score")} == {
         key: expected[key] for key in ("new", "old", "score")
     }
     assert result_of(tmp_path, job.name) == found
     assert not state.exists()
+
+
+def with_states(config):
+    """The configuration of a run that saves its state at every second step."""
+    return dataclasses.replace(config, loop=dataclasses.replace(config.loop, save_every=2))
 
 
 def test_a_state_of_other_settings_is_not_gone_on_from(done, tmp_path):

@@ -1,7 +1,6 @@
 """The comparison of searches, on few prompts."""
 
 import dataclasses
-import functools
 import json
 from collections import Counter
 
@@ -29,12 +28,6 @@ def stage():
 @pytest.fixture(scope="module")
 def captions():
     return held_out_prompts(4, TABLE)
-
-
-@pytest.fixture
-def few_real(monkeypatch):
-    """Pictures that drawn ones are held against: some, where 1000 take longer than all that is drawn here."""
-    monkeypatch.setattr(Stage, "real", functools.partialmethod(Stage.real, 40))
 
 
 def test_settings_are_chosen_on_other_prompts_than_the_tables():
@@ -132,7 +125,7 @@ def test_errors_are_over_prompts_not_over_pictures():
     assert report.share(right) == "0.500 ± 0.289"
 
 
-def test_a_method_is_measured_once_and_stands_in_the_table(tmp_path, monkeypatch, few_real):
+def test_a_method_is_measured_once_and_stands_in_the_table(tmp_path, monkeypatch):
     scale = dataclasses.replace(plan.Scale.quick(), prompts=2, batch=2, draws=2)
     few = {name: plan.METHODS[name] for name in ("base", "best of 2", "4 steps")}
     for part in (plan, report):
@@ -199,7 +192,7 @@ def test_some_methods_alone_are_planned():
     assert names == ["base/seed-0", "SynGen/seed-0", plan.DIFFICULTY]
 
 
-def test_the_transformer_is_measured_by_the_same_methods(tmp_path, monkeypatch, few_real):
+def test_the_transformer_is_measured_by_the_same_methods(tmp_path, monkeypatch):
     scale = dataclasses.replace(plan.Scale.quick("transformer"), prompts=2, batch=2, draws=2)
     monkeypatch.setattr(plan, "ON_TRANSFORMER", ("base", "best of 2", "8 steps"))
     *drawing, difficulty = plan.make_plan(scale)

@@ -45,7 +45,7 @@ def measure(stage: Stage, job: Job, scale: Scale, folder: Path) -> dict[str, Any
     shown = (255 * verdicts[0].pictures).round().byte()
     with replacing(folder / JUDGED) as temporary:
         save_file({"features": features, "pictures": shown}, temporary)
-    real_features, real_patches = stage.real()
+    real_features, real_patches = stage.real(scale.real_pictures)
     return {
         "frechet": frechet_distance(features, Gaussian.of(real_features)),
         "frechet_patches": frechet_distance(torch.cat([v.patches for v in verdicts]), Gaussian.of(real_patches)),

@@ -240,8 +240,8 @@ SHOWN = ("base", "paper", "best of 4", "fast", "best of 16", "FK steering, 16 pa
 class Scale:
     """prompts: of two objects and of relations, in turn; slow_prompts: for SLOW. batch: prompts drawn at once.
 
-    draws: of the base, by which a prompt's difficulty is told. body: of BODIES. student_pictures, student_steps: of the
-    student's training.
+    draws: of the base, by which a prompt's difficulty is told. real_pictures: that drawn ones are held against.
+    body: of BODIES. student_pictures, student_steps: of the student's training.
     """
 
     prompts: int = 200
@@ -249,6 +249,7 @@ class Scale:
     seeds: int = 3
     batch: int = 25
     draws: int = 16
+    real_pictures: int = 1000
     body: str = "unet"
     student_pictures: int = 3000
     student_steps: int = 2500
@@ -261,7 +262,7 @@ class Scale:
 
     @classmethod
     def quick(cls, body: str = "unet") -> "Scale":
-        few = {"prompts": 4, "slow_prompts": 2, "seeds": 1, "batch": 4, "draws": 4}
+        few = {"prompts": 4, "slow_prompts": 2, "seeds": 1, "batch": 4, "draws": 4, "real_pictures": 40}
         return cls(**few, body=body, student_pictures=16, student_steps=2)
 
     @property

@@ -177,7 +177,7 @@ class Stage:
         )
 
     @torch.no_grad()
-    def real(self, count: int = 1000) -> tuple[Tensor, Tensor]:
+    def real(self, count: int) -> tuple[Tensor, Tensor]:
         """The judge's features and the patches of rendered pictures of the same kinds."""
         pictures = real_pictures(count)
         return read(self.referee, pictures).features, patches_of(self._encode(pictures))

@@ -228,7 +228,7 @@ def train_reader(name: str, recipe: Recipe, output: Path) -> None:
     log = fit(name, modules, step_loss, steps, 1.5e-3, output / "state" / f"{name}.pt", ema=0.99)
     model.eval().requires_grad_(False)
     generator = seeded(5, recipe.seed)
-    scenes = sample_scenes(2000, generator, 0.8, **WIDER)
+    scenes = sample_scenes(min(2000, recipe.pictures), generator, 0.8, **WIDER)
     presence, position, size = reading_targets(scenes)
     pictures = render(scenes, generator)
     autoencoder = load_autoencoder(output)
