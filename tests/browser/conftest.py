@@ -42,7 +42,7 @@ def stock(comfyui) -> np.ndarray:
     prompt = to_prompt(load_workflow("generator_off_and_on"), comfyui.object_info())
     # Digits, which the toy's text encoder does not see, keep this apart from what the server remembers of a graph.
     titled(prompt, "Negative prompt")["text"] = "0"
-    masked = ("MaskUNetLoader", "MaskUNetApply")
+    masked = ("MaskUNetLoader", "MaskUNetApply", "MaskUNetCompareBatches", "PreviewImage")
     without = {
         key: node
         for key, node in prompt.items()

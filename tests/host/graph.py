@@ -8,13 +8,13 @@ from trainer.host import PROJECT
 
 WORKFLOWS = PROJECT / "workflows"
 TEMPLATES = {
-    "replay_masks": "MaskUNet 1 - replay masks (4 s)",
+    "generator_off_and_on": "MaskUNet 1 - generator off and on",
     "reward_sampler": "MaskUNet 2 - reward sampler",
     "reward_sampler_and_best_of_n": "MaskUNet 3 - plain, best of 16, search",
     "inpainting": "MaskUNet 4 - inpainting",
     "save_masks": "MaskUNet 5 - save masks",
     "random_masks": "MaskUNet 6 - random masks",
-    "generator_off_and_on": "MaskUNet 7 - generator off and on",
+    "replay_masks": "MaskUNet 7 - replay masks",
     "with_lora": "MaskUNet 8 - with a LoRA",
     "inspect": "MaskUNet 9 - inspect masks",
     "attention_guidance": "MaskUNet 10 - attention guidance",

@@ -39,7 +39,6 @@ class Thumbnail:
     batch: int = 0
 
 
-_MASKS = (("all weights", "Save without masks"), ("with a generator's masks", "Save with masks"))
 _SEARCH = (("stock sampler", "Save without a search"), ("reward sampler", "Save with a search"))
 _BEST = (("six noises, the best framed", "Candidates"),)
 
@@ -59,7 +58,7 @@ _TRAINING = (
     ("after 80 steps", "Save after"),
 )
 THUMBNAILS = {
-    "generator_off_and_on": Thumbnail(_MASKS),
+    "generator_off_and_on": Thumbnail((("A without masks, B with a generator's", "What the judge saw"),)),
     "random_masks": Thumbnail(_RANDOM),
     "reward_sampler": Thumbnail(_SEARCH),
     "reward_sampler_and_best_of_n": Thumbnail(

@@ -111,7 +111,8 @@ def test_masks_off_and_on_draws_what_its_template_draws(server, object_info):
     off, on = (pixels(server, compared[f"{side}_images"]) for side in "ab")
 
     template = to_prompt(load_workflow("generator_off_and_on"), object_info)
-    titled(template, "Four 64x64 pictures")["batch_size"] = 1
+    titled(template, "What to draw")["value"] = PROMPT
+    titled(template, "Eight 64x64 pictures")["batch_size"] = 1
     for which in ("without", "with"):
         titled(template, f"Sample {which} masks")["steps"] = 4
         titled(template, f"Enlarge {which} masks").update(width=64, height=64)

@@ -66,7 +66,7 @@ def object_info(server):
 def graph(object_info):
     """The demo's graph in API format, with two small pictures and few steps; every test may change it."""
     prompt = to_prompt(load_workflow("generator_off_and_on"), object_info)
-    titled(prompt, "Four 64x64 pictures")["batch_size"] = 2
+    titled(prompt, "Eight 64x64 pictures")["batch_size"] = 2
     for title in ("Sample without masks", "Sample with masks"):
         titled(prompt, title)["steps"] = 4
     return prompt
