@@ -1,6 +1,7 @@
 """Two batches of the same seeds, scored and compared picture by picture."""
 
 import json
+import math
 import textwrap
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..maskunet_core.errors import MaskUNetError
-from ..maskunet_core.judges.statistics import FEWEST, LEVEL, chance, estimate, in_words
+from ..maskunet_core.judges.statistics import FEWEST, LEVEL, PairedTest, estimate, from_to, in_words
 from .boxes import boxed
 from .candidate_sheet import CHOSEN, LARGEST, PAPER, Colour, sheet_of
 from .judges import LoadedJudge, lines_of, unread_words
@@ -113,12 +114,13 @@ def _scored(judge: LoadedJudge | LoadedReward, images: Tensor, prompt: str) -> S
 
 def told(differences: Tensor) -> tuple[str, dict[str, float | int | list[float]]]:
     """What paired differences `[B]`, B minus A, are sure to tell: in words, and in numbers."""
-    found, p = estimate(differences), chance(differences, [torch.ones(len(differences), dtype=torch.bool)])
-    low, high = found.interval
-    numbers = {"difference": found.mean, "interval": [low, high], "p": p, "pairs": found.count}
+    found, test = estimate(differences), PairedTest(differences, [torch.ones(len(differences), dtype=torch.bool)])
+    p, ends = test.p(), test.interval
+    numbers = {"difference": found.mean, "interval": for_json(ends), "p": p, "pairs": found.count}
     pairs = f"{found.count} pair{'' if found.count == 1 else 's'}"
-    # Without spread there is no interval to tell.
-    interval = f", interval {low:+.3f} to {high:+.3f}" if found.error else ""
+    # Without spread, or of few, there is no interval to tell.
+    told = found.error and all(map(math.isfinite, ends))
+    interval = f", interval {from_to(ends)}" if told else ""
     shown = f"difference {found.mean:+.3f}{interval}, p {p:.3f}, {pairs}"
     if not found.error and not found.mean:
         return f"A and B score alike: {pairs}", numbers

@@ -2,6 +2,7 @@
 one prompt alone is asked about, the unit is the seed.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ FEWEST = 6
 """Differences of one sign have a chance of 2 in 2^N: with fewer of them that is never below LEVEL."""
 _FLIPS, _FLIPPED_BY = 10_000, 82
 """Draws of signs, and their seed."""
+_FARTHEST, _HALVINGS = 1000, 40
+"""How far ends of an interval are looked for, in spreads of the flipped differences, and how often it is halved."""
 _SHOWN = 1.96 + 0.84
 """Standard errors of the smallest difference that is found four times in five."""
 
@@ -66,17 +69,47 @@ def mean_of_tasks(values: Tensor, tasks: list[Tensor]) -> Estimate:
     return Estimate(sum(one.mean for one in found) / len(found), error, sum(one.count for one in found))
 
 
-def chance(differences: Tensor, tasks: list[Tensor]) -> float:
-    """p of a paired permutation test, two-sided: how often flipping the signs of the units' differences `[P]` at
-    random gives a mean of the tasks' means at least as far from 0."""
-    known = differences.isfinite()
-    # Each unit counts by its task's size, as in the mean of the tasks' means.
-    weights = sum((rows & known) / (rows & known).sum().clamp_min(1) for rows in tasks).double()
-    terms = (weights * differences.double())[known]
-    stream = torch.Generator().manual_seed(_FLIPPED_BY)
-    signs = torch.randint(0, 2, (_FLIPS, len(terms)), generator=stream, dtype=torch.int8).double() * 2 - 1
-    as_far = (signs @ terms).abs() >= terms.sum().abs() * (1 - 1e-12)
-    return float((as_far.sum() + 1) / (_FLIPS + 1))
+class PairedTest:
+    """A permutation test, two-sided: how often flipping the signs of the units' differences at random gives a mean of
+    the tasks' means at least as far from 0."""
+
+    def __init__(self, differences: Tensor, tasks: list[Tensor]):
+        """differences: `[P]`, NaN where one is not known. tasks: rows of each, `[P]` bool."""
+        known = differences.isfinite()
+        # Each unit counts by its task's size, as in the mean of the tasks' means.
+        weights = sum((rows & known) / (rows & known).sum().clamp_min(1) for rows in tasks).double()
+        terms = weights[known] * differences[known].double()
+        stream = torch.Generator().manual_seed(_FLIPPED_BY)
+        signs = torch.randint(0, 2, (_FLIPS, len(terms)), generator=stream, dtype=torch.int8).double() * 2 - 1
+        self._sums = float(terms.sum()), float(weights.sum())
+        self._flipped = signs @ terms, signs @ weights[known]
+
+    def p(self, shift: float = 0.0) -> float:
+        """Where `shift` is taken from all differences."""
+        (seen, weight), (flipped, weights) = self._sums, self._flipped
+        as_far = (flipped - shift * weights).abs() >= abs(seen - shift * weight) * (1 - 1e-12)
+        return float((as_far.sum() + 1) / (_FLIPS + 1))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %: the shifts that the test does not tell from the differences, 0 among them just where it tells nothing.
+        Infinite where these are all 0, or too few to tell anything."""
+        return self._end(-1), self._end(1)
+
+    def _end(self, side: int) -> float:
+        seen, weight = self._sums
+        if not weight:
+            return side * math.inf
+        middle, spread = seen / weight, float(self._flipped[0].std()) / weight
+        inside, outside = 0.0, spread
+        while self.p(middle + side * outside) >= LEVEL:
+            if not 0 < outside < _FARTHEST * spread:
+                return side * math.inf
+            inside, outside = outside, 2 * outside
+        for _ in range(_HALVINGS):
+            between = (inside + outside) / 2
+            inside, outside = (between, outside) if self.p(middle + side * between) >= LEVEL else (inside, between)
+        return middle + side * inside
 
 
 def holm(chances: list[float]) -> list[float]:
@@ -89,8 +122,17 @@ def holm(chances: list[float]) -> list[float]:
     return found
 
 
+def from_to(ends: tuple[float, float]) -> str:
+    """An interval of differences."""
+    # What rounds to zero has no sign.
+    return " to ".join(f"{round(end, 3) + 0.0:+.3f}" for end in ends)
+
+
 def in_words(difference: Estimate, p: float) -> str:
     """Whether a difference is one."""
     if p >= LEVEL:
-        return f"cannot be told apart at this size (shown would be {difference.smallest_shown:.3f})"
+        # By few units a difference may be larger than what many with this spread would find, and still be chance.
+        larger = abs(difference.mean) >= difference.smallest_shown
+        shown = "" if larger else f" (shown would be {difference.smallest_shown:.3f})"
+        return f"cannot be told apart at this size{shown}"
     return "higher" if difference.mean > 0 else "lower"

@@ -28,15 +28,38 @@ def test_tasks_count_alike_whatever_their_sizes():
 
 def test_the_permutation_test_is_exact_where_all_flips_can_be_counted():
     differences = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    p = statistics.chance(differences, [torch.ones(4, dtype=torch.bool)])
+    p = statistics.PairedTest(differences, [torch.ones(4, dtype=torch.bool)]).p()
     assert p == pytest.approx(2 / 16, abs=0.01)
 
 
 def test_the_permutation_test_finds_as_many_differences_by_chance_as_it_says():
     stream = torch.Generator().manual_seed(0)
     every = [torch.ones(30, dtype=torch.bool)]
-    found = [statistics.chance(torch.randn(30, generator=stream), every) < 0.05 for _ in range(200)]
+    found = [statistics.PairedTest(torch.randn(30, generator=stream), every).p() < 0.05 for _ in range(200)]
     assert 0.01 < sum(found) / len(found) < 0.1
+
+
+@pytest.mark.parametrize("right", [[1] * 5 + [0] * 3, [1] * 6 + [0] * 3, [1] * 12 + [-1] * 4, [1] * 14 + [-1] * 4])
+def test_an_interval_leaves_0_out_just_where_the_test_tells_a_difference(right):
+    """Of pictures that are right or wrong Student's interval would leave 0 out of the first, and end above 1."""
+    test = statistics.PairedTest(torch.tensor(right, dtype=torch.float64), [torch.ones(len(right), dtype=torch.bool)])
+    low, high = test.interval
+    assert (low > 1e-6) == (test.p() < 0.05)
+    assert low < sum(right) / len(right) < high <= 1.0 + 1e-6
+
+
+def test_of_many_numbers_the_interval_is_students():
+    differences = torch.randn(200, generator=torch.Generator().manual_seed(1)) + 0.2
+    tasks = [torch.arange(200) < 80, torch.arange(200) >= 80]
+    ends = statistics.PairedTest(differences, tasks).interval
+    assert ends == pytest.approx(statistics.mean_of_tasks(differences, tasks).interval, abs=0.02)
+
+
+def test_too_few_differences_have_no_interval():
+    for differences in ([1.0, 0.5, 0.2, 0.4, 0.9], [0.0] * 9, [torch.nan] * 3):
+        test = statistics.PairedTest(torch.tensor(differences), [torch.ones(len(differences), dtype=torch.bool)])
+        assert test.interval == (-torch.inf, torch.inf)
+        assert test.p() > 0.05
 
 
 def test_several_questions_at_once_are_answered_more_carefully():
@@ -47,6 +70,8 @@ def test_a_difference_is_told_in_words():
     surely, hardly = statistics.Estimate(0.3, 0.05, 100), statistics.Estimate(0.05, 0.05, 100)
     assert statistics.in_words(surely, 0.001) == "higher"
     assert statistics.in_words(hardly, 0.3) == "cannot be told apart at this size (shown would be 0.140)"
+    few = statistics.Estimate(0.625, 0.183, 8)
+    assert statistics.in_words(few, 0.06) == "cannot be told apart at this size"
 
 
 def test_diversity_is_the_mean_distance_between_two_pictures_of_a_prompt():

@@ -157,11 +157,11 @@ def test_a_judge_compares_two_batches(nodes, comparing, scene):
     wrong[0] = images[0]
     difference, sheet, verdict, table = compared(comparing, wrong, right, prompt, loaded(nodes))
     assert difference == pytest.approx(7 / 8)
-    assert verdict.startswith("B scores higher than A: difference +0.875, interval +0.579 to +1.171, p 0.0")
+    assert verdict.startswith("B scores higher than A: difference +0.875, interval +0.500 to +1.000, p 0.0")
     assert verdict.endswith("8 pairs")
     told = json.loads(table)
     assert (told["a"], told["b"]) == ([1.0] + [0.0] * 7, [1.0] * 8)
-    assert told["interval"] == pytest.approx([0.579, 1.171], abs=1e-3)
+    assert told["interval"] == pytest.approx([0.5, 1.0], abs=1e-3)
     assert compared(comparing, right, wrong, prompt, loaded(nodes))[2].startswith("B scores lower than A")
     green = ((sheet * 255).round() == torch.tensor([33, 196, 94])).all(-1)
     assert green.any()
@@ -195,8 +195,12 @@ def test_rewards_connect_as_well(rewards, reward, comparing, scene):
         ([1.0] * 5, "A and B cannot be told apart by fewer than 6 pairs: difference +1.000, p 0.0"),
         ([1.0], "A and B cannot be told apart by fewer than 6 pairs: difference +1.000, p 1.000, 1 pair"),
         ([1.0] * 6, "B scores higher than A: difference +1.000, p 0.0"),
+        (
+            [1.0] * 5 + [0.0] * 3,
+            "A and B cannot be told apart at this size: difference +0.625, interval +0.000 to +1.000, p 0.06",
+        ),
         ([0.2, -0.3, 0.5, -0.1, 0.3, -0.4], "A and B cannot be told apart at this size (shown would be 0.4"),
-        ([1.0, 1.2, 0.9, 1.1, 1.0, 1.3, float("nan")], "B scores higher than A: difference +1.083, interval +0.929 to"),
+        ([1.0, 1.2, 0.9, 1.1, 1.0, 1.3, float("nan")], "B scores higher than A: difference +1.083, interval +0.900"),
     ],
 )
 def test_a_difference_is_told_in_words(comparing, differences, said):

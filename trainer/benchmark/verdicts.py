@@ -10,9 +10,10 @@ from torch import Tensor
 from maskunet_core.judges.statistics import (
     LEVEL,
     Estimate,
-    chance,
+    PairedTest,
     diversity,
     estimate,
+    from_to,
     holm,
     in_words,
     mean_of_tasks,
@@ -118,7 +119,8 @@ class Measure:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method minus another, paired. sure: tasks by which they are told apart, all of them taken together (Holm)."""
+    """A method minus another, paired. sure: tasks by which they are told apart, all of them taken together (Holm).
+    ends: of the 95 % interval."""
 
     method: str
     against: str
@@ -128,6 +130,7 @@ class Difference:
     sure: frozenset[str]
     whole: Estimate
     p: float
+    ends: tuple[float, float]
 
     @property
     def is_told(self) -> bool:
@@ -136,8 +139,7 @@ class Difference:
 
     @property
     def interval(self) -> str:
-        low, high = self.whole.interval
-        return f"{low:+.3f} to {high:+.3f}"
+        return from_to(self.ends)
 
     @property
     def row(self) -> dict[str, Any]:
@@ -220,7 +222,7 @@ def differences(mine: Verdicts, other: Verdicts) -> list[Difference]:
             pictures = [torch.stack(list(one.values())) for one in shared]
             whole, p = _of_distances(*(distance.influence(one, real) for one in pictures))
             names = (mine.method, other.method, judge, distance.name)
-            made.append(Difference(*names, dict.fromkeys(tasks), frozenset(), whole, p))
+            made.append(Difference(*names, dict.fromkeys(tasks), frozenset(), whole, p, whole.interval))
     return made
 
 
@@ -233,12 +235,14 @@ def _shared(*features: dict[Pair, Tensor]) -> list[dict[Pair, Tensor]]:
 def _told(change: Tensor, tasks: dict[str, Tensor]) -> dict[str, Any]:
     """What `Difference` has of a change of each prompt `[P]`."""
     every = list(tasks.values())
-    by_task = holm([chance(change, [rows]) for rows in every])
+    by_task = holm([PairedTest(change, [rows]).p() for rows in every])
+    test = PairedTest(change, every)
     return {
         "tasks": {task: estimate(change[rows]) for task, rows in tasks.items()},
         "sure": frozenset(task for task, p in zip(tasks, by_task) if p < LEVEL),
         "whole": mean_of_tasks(change, every),
-        "p": chance(change, every),
+        "p": test.p(),
+        "ends": test.interval,
     }
 
 
