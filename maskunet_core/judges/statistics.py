@@ -93,17 +93,18 @@ class PairedTest:
     @property
     def interval(self) -> tuple[float, float]:
         """95 %: the shifts that the test does not tell from the differences, 0 among them just where it tells nothing.
-        Infinite where these are all 0, or too few to tell anything."""
+        Infinite where these are too few to tell anything."""
         return self._end(-1), self._end(1)
 
     def _end(self, side: int) -> float:
         seen, weight = self._sums
         if not weight:
             return side * math.inf
-        middle, spread = seen / weight, float(self._flipped[0].std()) / weight
+        # Differences that are all 0 are told from any shift.
+        middle, spread = seen / weight, float(self._flipped[0].std()) / weight or 1.0
         inside, outside = 0.0, spread
         while self.p(middle + side * outside) >= LEVEL:
-            if not 0 < outside < _FARTHEST * spread:
+            if outside > _FARTHEST * spread:
                 return side * math.inf
             inside, outside = outside, 2 * outside
         for _ in range(_HALVINGS):
@@ -124,6 +125,8 @@ def holm(chances: list[float]) -> list[float]:
 
 def from_to(ends: tuple[float, float]) -> str:
     """An interval of differences."""
+    if not all(map(math.isfinite, ends)):
+        return "not known"
     # What rounds to zero has no sign.
     return " to ".join(f"{round(end, 3) + 0.0:+.3f}" for end in ends)
 

@@ -56,10 +56,17 @@ def test_of_many_numbers_the_interval_is_students():
 
 
 def test_too_few_differences_have_no_interval():
-    for differences in ([1.0, 0.5, 0.2, 0.4, 0.9], [0.0] * 9, [torch.nan] * 3):
+    for differences in ([1.0, 0.5, 0.2, 0.4, 0.9], [0.0] * 4, [torch.nan] * 3):
         test = statistics.PairedTest(torch.tensor(differences), [torch.ones(len(differences), dtype=torch.bool)])
         assert test.interval == (-torch.inf, torch.inf)
+        assert statistics.from_to(test.interval) == "not known"
         assert test.p() > 0.05
+
+
+def test_what_is_all_the_same_differs_by_nothing_for_sure():
+    test = statistics.PairedTest(torch.zeros(9), [torch.ones(9, dtype=torch.bool)])
+    assert statistics.from_to(test.interval) == "+0.000 to +0.000"
+    assert test.p() == 1.0
 
 
 def test_several_questions_at_once_are_answered_more_carefully():
