@@ -1,7 +1,6 @@
 """Two batches of the same seeds, scored and compared picture by picture."""
 
 import json
-import math
 import textwrap
 from dataclasses import dataclass
 
@@ -119,8 +118,7 @@ def told(differences: Tensor) -> tuple[str, dict[str, float | int | list[float]]
     numbers = {"difference": found.mean, "interval": for_json(ends), "p": p, "pairs": found.count}
     pairs = f"{found.count} pair{'' if found.count == 1 else 's'}"
     # Without spread, or of few, there is no interval to tell.
-    told = found.error and all(map(math.isfinite, ends))
-    interval = f", interval {from_to(ends)}" if told else ""
+    interval = f", interval {from_to(ends)}" if found.error and found.count >= FEWEST else ""
     shown = f"difference {found.mean:+.3f}{interval}, p {p:.3f}, {pairs}"
     if not found.error and not found.mean:
         return f"A and B score alike: {pairs}", numbers

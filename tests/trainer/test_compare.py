@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import statistics
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 
@@ -40,6 +42,7 @@ from trainer.compare.worlds import (
     shows_subject,
     style_strength,
 )
+from trainer.host import PROJECT
 from trainer.job_board import folder_of, result_of
 from trainer.methods import build_method
 from trainer.toy.world import render, sample_captioned
@@ -358,15 +361,29 @@ def test_on_the_transformer_its_own_attention_is_tuned_from_its_own_losses(tmp_p
     assert "2 steps of 16, on all attention of the toy transformer." in (tmp_path / "table.md").read_text()
 
 
-class Killed(BaseException):
-    """The end of a process, which nothing catches."""
+def with_states(*arguments):
+    """The configuration of a run that saves its state at every second step."""
+    config = configuration(*arguments)
+    return dataclasses.replace(config, loop=dataclasses.replace(config.loop, save_every=2))
+
+
+KILLED_AT_ITS_FOURTH_STEP = """
+import os
+from tests.trainer.test_compare import jobs, with_states
+
+train_step = jobs._Run.train_step
+jobs.configuration = with_states
+jobs._Run.train_step = lambda run: os._exit(9) if run.step == 3 else train_step(run)
+jobs.main()
+"""
+"""Nothing of a process is run after `_exit`, as after a kill."""
 
 
 def test_a_killed_job_goes_on_from_its_state_and_ends_the_same(done, tmp_path, monkeypatch):
     """Killed after its first saved state, it does the rest alone; the result has the same numbers."""
     scale = dataclasses.replace(TINY, style_steps=5)
-    plain = jobs.configuration
-    monkeypatch.setattr(jobs, "configuration", lambda *arguments: with_states(plain(*arguments)))
+    job_board.claim(tmp_path, scale_to_values(scale))
+    monkeypatch.setattr(jobs, "configuration", with_states)
     plan = {job.name: job for job in make_plan(scale, ("style",))}
     data = folder_of(tmp_path, "style/data")
     data.parent.mkdir(parents=True)
@@ -376,31 +393,20 @@ def test_a_killed_job_goes_on_from_its_state_and_ends_the_same(done, tmp_path, m
     folder = folder_of(tmp_path, job.name)
     (folder / "result.json").unlink()
 
-    train_step, steps = jobs._Run.train_step, []
-
-    def counted(run):
-        steps.append(run.step)
-        if steps == [0, 1, 2, 3]:
-            raise Killed
-        return train_step(run)
-
-    monkeypatch.setattr(jobs._Run, "train_step", counted)
-    with pytest.raises(Killed):
-        do(job, scale, tmp_path)
+    command = [sys.executable, "-c", KILLED_AT_ITS_FOURTH_STEP, str(tmp_path), job.name]
+    killed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
     state = folder / "run" / "state" / "last.pt"
     assert torch.load(state, weights_only=True)["step"] == 2
+    train_step, steps = jobs._Run.train_step, []
+    monkeypatch.setattr(jobs._Run, "train_step", lambda run: steps.append(run.step) or train_step(run))
     found = do(job, scale, tmp_path)
-    assert steps[4:] == [2, 3, 4]
+    assert steps == [2, 3, 4]
     assert {key: found[key] for key in ("new", "old", "score")} == {
         key: expected[key] for key in ("new", "old", "score")
     }
     assert result_of(tmp_path, job.name) == found
     assert not state.exists()
-
-
-def with_states(config):
-    """The configuration of a run that saves its state at every second step."""
-    return dataclasses.replace(config, loop=dataclasses.replace(config.loop, save_every=2))
 
 
 def test_a_state_of_other_settings_is_not_gone_on_from(done, tmp_path):
