@@ -57,13 +57,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     require_folder(arguments.output)
     require_free(arguments.output / "table.json", arguments.overwrite)
     enter_host(cpu=True)
+    from .benchmark.methods import parse_methods
     from .evaluate import Protocol, evaluate
 
+    generators = [f"generator:{arguments.generator}"] if arguments.generator else []
     protocol = Protocol.quick() if arguments.quick else Protocol()
     if arguments.cfg is not None:
         protocol = replace(protocol, cfg=arguments.cfg)
     weights = str(user_path(arguments.base)) if arguments.base else ""
-    evaluate(arguments.generator, protocol, arguments.output, weights, arguments.body)
+    evaluate(parse_methods(generators + arguments.method), protocol, arguments.output, weights, arguments.body)
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -218,8 +220,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     _add_configuration(command)
     command.set_defaults(run=check)
 
-    command = commands.add_parser("evaluate", help="judge a generator on prompts and noises that training never saw")
+    command = commands.add_parser("evaluate", help="judge generators and LoRAs on prompts and noises not trained on")
     command.add_argument("generator", type=user_path, nargs="?", help="generator file; without one the base alone")
+    command.add_argument(
+        "--method", action="append", default=[], help="beside it: lora:FILE, full:FILE or generator:FILE; several times"
+    )
     command.add_argument("--base", default="", help="folder of other toy weights (default: the shipped ones)")
     _add_body(command)
     command.add_argument("--output", type=user_path, default=Path("output/evaluate"), help="folder for the table")

@@ -1,8 +1,8 @@
-"""Judges a generator on prompts, pictures and noises that no training saw."""
+"""Judges methods on prompts, pictures and noises that no training saw."""
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maskunet_core.files import checkpoint
 from maskunet_core.judges.frechet import Gaussian, frechet_distance
-from maskunet_core.masks.sources import GeneratorMasks
-from maskunet_core.seam.attach import attach, structure_of
+from maskunet_core.seam.attach import OPTION
 from maskunet_core.seam.layers import masked, modules_of
 from maskunet_core.toy.judge import fully_right, read
 from maskunet_core.toy.model import load_reader
 from maskunet_core.toy.readers import Reading
-from maskunet_core.training.base import BaseModel
+from maskunet_core.training.base import BaseModel, load_for_training
 from maskunet_core.training.seeds import seeded
 from maskunet_core.training.validate import stratified_timesteps
 
 from .base import load_toy_base, sample_pictures
+from .benchmark.methods import BadMethod, Method
 from .tables import write_table
 from .toy.data import LatentSet, latent_set
 from .toy.world import Caption, render, sample_captioned
@@ -104,17 +103,35 @@ def judge_pictures(pictures: Tensor, prompts: list[Caption], real: Tensor, judge
     return scores
 
 
+@torch.no_grad()
+def _losses(base: BaseModel, data: LatentSet, seed: int) -> Tensor:
+    """`held_out_losses` of a base with a method on it."""
+    load_for_training(base)  # merges LoRAs, and takes those of the last method out
+    attachments = base.patcher.model_options.get("transformer_options", {}).get(OPTION, ())
+    sources = [(attachment.source, attachment.strength) for attachment in attachments]
+    return held_out_losses(base, data, seed, partial(masked, modules_of(base.unet), sources))
+
+
+def _with(method: Method, base: BaseModel) -> BaseModel:
+    """Raises MaskUNetError: BadMethod for one that acts on more than a call of the U-Net."""
+    changed = method.on(base)
+    if method.search or any(part.kind == "masks" for part in method.parts) or changed.clip.patcher.patches:
+        raise BadMethod(
+            f"The method '{method}' changes more than a call of the U-Net, so that it has no held-out loss: judge it "
+            "by `benchmark`, and name generator:FILE, lora:FILE or full:FILE here."
+        )
+    return changed
+
+
 def evaluate(
-    generator_file: Path | None, protocol: Protocol, output: Path, weights: str = "", body: str = "unet"
+    methods: Sequence[Method], protocol: Protocol, output: Path, weights: str = "", body: str = "unet"
 ) -> list[dict[str, Any]]:
-    """A row for the base and one for base + generator; written to `output/table.md` and `.json`, and printed."""
+    """A row for each method, the first of which is the base; written to `output/table.md` and `.json`, and printed.
+
+    weights: folder of other toy weights. Raises MaskUNetError.
+    """
     base = load_toy_base(weights, body)
-    models: list[tuple[str, Any, GeneratorMasks | None]] = [("base", base.patcher, None)]
-    if generator_file is not None:
-        loaded = checkpoint.load(generator_file)
-        loaded.require_fit(structure_of(base.patcher, loaded.targets))
-        source = GeneratorMasks(loaded.generator)
-        models.append((f"base + {generator_file.name}", attach(base.patcher, source, 1.0, 0.0, 1.0), source))
+    bases = {str(method): _with(method, base) for method in methods}
     judge = load_reader("reader_b", Path(weights) if weights else None)
     data = latent_set(protocol.loss_pictures, seeded(32, protocol.seed), base.vae.first_stage_model, held_out=True)
     prompts, real = held_out_prompts(protocol)
@@ -123,17 +140,16 @@ def evaluate(
     print(f"{len(texts)} pictures of {len(dict.fromkeys(texts))} held-out prompts: {dict(counts)}", flush=True)
 
     rows, base_losses = [], None
-    for name, patcher, source in models:
-        sources = [(source, 1.0)] if source else []
-        losses = held_out_losses(base, data, protocol.seed, partial(masked, modules_of(base.unet), sources))
+    for name, changed in bases.items():
+        losses = _losses(changed, data, protocol.seed)
         base_losses = losses if base_losses is None else base_losses
         mean, error = mean_and_error(losses - base_losses)
         with tqdm(total=len(texts), desc=name, mininterval=1) as bar:
             pictures = sample_pictures(
-                base, patcher, texts, protocol.seed, protocol.steps, protocol.cfg, 60, bar.update
+                base, changed.patcher, texts, protocol.seed, protocol.steps, protocol.cfg, 60, bar.update
             )
         row = {"model": name, "loss": round(losses.mean().item(), 5), "change x 1e-4": "0"}
-        if source is not None:
+        if rows:
             row["change x 1e-4"] = f"{mean * 1e4:+.2f} ± {error * 1e4:.2f}"
         rows.append(row | judge_pictures(pictures, prompts, real, judge))
     print(write_table(output, rows, vars(protocol) | {"prompts by kind": dict(counts)}))

@@ -10,10 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maskunet_core.files import checkpoint, mask_file
 from maskunet_core.rewards.toy import ToyReward
-from tests.builders import make_generator
-from tests.recording import random_masks
 from trainer.__main__ import parse
 from trainer.base import load_toy_base
 from trainer.benchmark import command
@@ -27,9 +24,7 @@ from trainer.benchmark.repeat import commands_of
 from trainer.benchmark.report import compare, write_report
 from trainer.benchmark.run import draw, drawers_of, judge
 from trainer.benchmark.verdicts import Verdicts, differences, measures
-from trainer.config import Config
 from trainer.job_board import InUse, OtherScale
-from trainer.methods import FullMethod, LoraMethod
 from trainer.reward_compare.stage import Sampling
 
 PROMPTS, IMAGES, BATCH = 5, 2, 2
@@ -39,24 +34,9 @@ TINY = replace(TOY, prompts=lambda data: TOY.prompts(data)[:PROMPTS], sampling=S
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, toy_structure) -> Path:
-    """A generator, masks, a LoRA and a full fine-tune for the toy model, which all do something."""
-    folder = tmp_path_factory.mktemp("methods")
-    checkpoint.save(folder / "g.safetensors", make_generator(toy_structure, lively=True), "decoder attention", {})
-    mask_file.save(folder / "m.safetensors", random_masks(toy_structure, keep=0.8))
-    for name, kind in (("lora", LoraMethod), ("full", FullMethod)):
-        method = kind(load_toy_base(), Config(method=name))
-        torch.manual_seed(1)
-        for parameter in method.module.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
-        method.save(folder / f"{name}.safetensors", {})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def methods(files) -> list[Method]:
-    generator = f"generator:{files / 'g.safetensors'}"
-    return parse_methods([generator, f"{generator}@0", f"lora:{files / 'lora.safetensors'}+search:fast"])
+def methods(files_of_methods) -> list[Method]:
+    generator = f"generator:{files_of_methods / 'g.safetensors'}"
+    return parse_methods([generator, f"{generator}@0", f"lora:{files_of_methods / 'lora.safetensors'}+search:fast"])
 
 
 def plan(**options) -> Plan:
@@ -142,7 +122,7 @@ def test_two_files_of_one_name_are_refused():
         parse_methods(["lora:a/x.safetensors", "lora:b/x.safetensors"])
 
 
-def test_every_kind_of_part_changes_the_picture_and_a_strength_of_0_does_not(files):
+def test_every_kind_of_part_changes_the_picture_and_a_strength_of_0_does_not(files_of_methods):
     options = {"sampling": Sampling(steps=3), "side": 64, "seed": 0}
     prompts = [prompt.text for prompt in TINY.prompts(None)[:2]]
 
@@ -152,7 +132,7 @@ def test_every_kind_of_part_changes_the_picture_and_a_strength_of_0_does_not(fil
     plain = pictures("base")
     assert plain.shape == (2, 64, 64, 3)
     for kind, file in (("generator", "g"), ("masks", "m"), ("lora", "lora"), ("full", "full")):
-        name = f"{kind}:{files / file}.safetensors"
+        name = f"{kind}:{files_of_methods / file}.safetensors"
         assert not torch.equal(pictures(name), plain), kind
         assert torch.equal(pictures(f"{name}@0"), plain), kind
 
@@ -294,8 +274,8 @@ def test_guidance_and_steps_can_be_said(whole, tmp_path, monkeypatch):
         do(tmp_path, parse_methods([]))
 
 
-def test_another_file_of_the_same_name_is_refused(whole, files, tmp_path):
-    shutil.copyfile(files / "m.safetensors", tmp_path / "g.safetensors")
+def test_another_file_of_the_same_name_is_refused(whole, files_of_methods, tmp_path):
+    shutil.copyfile(files_of_methods / "m.safetensors", tmp_path / "g.safetensors")
     with pytest.raises(OtherScale, match=r"another method of this name .*files"):
         do(whole.path, parse_methods([f"generator:{tmp_path / 'g.safetensors'}"]))
 

@@ -22,7 +22,7 @@ def test_evaluate_prints_its_table_and_writes_it_twice(command, monkeypatch, tmp
     result = command("evaluate", str(path), "--quick", "--cfg", "2", "--output", str(tmp_path / "table"))
     assert result.returncode == 0, result.stderr
     table = json.loads((tmp_path / "table" / "table.json").read_text())
-    assert [row["model"] for row in table["rows"]] == ["base", "base + generator.safetensors"]
+    assert [row["model"] for row in table["rows"]] == ["base", "generator:generator.safetensors"]
     for column in ("loss", "one", "two", "relation", "frechet"):
         assert column in table["rows"][1]
     assert (tmp_path / "table" / "table.md").read_text() in result.stdout

@@ -13,6 +13,7 @@ from maskunet_core.models.families.transformer import time_embedding
 from maskunet_core.training.base import BaseModel
 from maskunet_core.training.seeds import seeded
 from trainer.base import load_toy_base
+from trainer.benchmark.methods import parse_methods
 from trainer.config import Base
 from trainer.config_file import BadConfig, parse_config
 from trainer.evaluate import Protocol, evaluate
@@ -151,8 +152,8 @@ def test_a_run_goes_on_after_a_stop_and_its_file_is_drawn_with_and_judged(tmp_pa
     sheet = sample(Base(body="transformer"), whole, ["a red circle"], tmp_path / "sheet.png", seed=0, steps=2)
     assert sheet.exists()
     few = Protocol(loss_pictures=8, prompts=1, pictures=2, steps=2)
-    rows = evaluate(whole, few, tmp_path / "judged", body="transformer")
-    assert [row["model"] for row in rows] == ["base", "base + maskunet.safetensors"]
+    rows = evaluate(parse_methods([f"generator:{whole}"]), few, tmp_path / "judged", body="transformer")
+    assert [row["model"] for row in rows] == ["base", "generator:maskunet.safetensors"]
     assert 0 < rows[0]["loss"] < 2
 
 
