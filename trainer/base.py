@@ -24,7 +24,7 @@ def load_toy_base(weights: str = "", body: str = "unet") -> BaseModel:
     before, args.fp32_unet = args.fp32_unet, True
     try:
         patcher, clip, vae = load_toy_model(Path(weights) if weights else None, body)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         if not weights:
             raise
         reason = str(error).splitlines()[0]

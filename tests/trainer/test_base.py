@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from maskunet_core.files import checkpoint
 from maskunet_core.seam.attach import structure_of
+from maskunet_core.toy.model import WEIGHTS
 from maskunet_core.training.base import load_for_training
 from maskunet_core.training.cost import PeakMemory
 from tests.builders import write_tiny_checkpoint
@@ -224,10 +225,15 @@ def test_a_file_that_is_no_checkpoint_gets_a_sentence(tmp_path):
 
 
 def test_a_folder_without_whole_toy_weights_gets_a_sentence(tmp_path):
-    for _ in range(2):
-        with pytest.raises(BadBase, match=r"does not hold whole weights of the toy model \(.*unet|header"):
+    unet = tmp_path / "unet.safetensors"
+    for damage, reason in (
+        (lambda: None, "unet"),
+        (lambda: unet.write_text("no weights"), "header"),
+        (lambda: save_file(load_file(WEIGHTS / unet.name), unet), "latent_rgb"),  # without what it says of itself
+    ):
+        damage()
+        with pytest.raises(BadBase, match=rf"does not hold whole weights of the toy model \(.*{reason}"):
             load_toy_base(str(tmp_path))
-        (tmp_path / "unet.safetensors").write_text("no weights")
 
 
 def test_v_prediction_is_trained_on_v():

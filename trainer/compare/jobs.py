@@ -16,7 +16,7 @@ from torch import nn
 
 from maskunet_core.errors import MaskUNetError
 from maskunet_core.replacing import replacing
-from maskunet_core.toy.model import WEIGHTS, load_reader, read_weights
+from maskunet_core.toy.model import load_reader, read_weights
 from maskunet_core.training.base import BaseModel
 from maskunet_core.training.run import Diverged
 from maskunet_core.training.seeds import seeded
@@ -54,13 +54,12 @@ def load_base(output: Path, world: str, scale: Scale) -> BaseModel:
 
 def train_noisy_base(scale: Scale, output: Path) -> dict[str, Any]:
     """The shipped U-Net, trained further where half of the captions are wrong; everything else stays as shipped."""
-    from ..toy.train import Recipe, denoising_loss, fit, save_part, trainable_text_model, trainable_unet
+    from ..toy.train import Recipe, denoising_loss, fit, save_further, trainable_text_model, trainable_unet
 
     recipe = Recipe(caption_noise=OLD_NOISE["noise"], pictures=scale.base_pictures, unet_steps=scale.base_steps)
     folder = weights_of(output, "noise")
     unet = trainable_unet()
-    tensors, metadata = read_weights("unet")
-    unet.load_state_dict(tensors)
+    unet.load_state_dict(read_weights("unet")[0])
     text = trainable_text_model()
     text.load_state_dict(read_weights("text_encoder")[0])
     text.requires_grad_(False)
@@ -68,11 +67,7 @@ def train_noisy_base(scale: Scale, output: Path) -> dict[str, Any]:
     step_loss = denoising_loss(unet, text, data, recipe)
     modules = nn.ModuleDict({"unet": unet})
     log = fit("noisy base", modules, step_loss, recipe.unet_steps, 4e-4, folder / "state" / "unet.pt", ema=0.99)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in WEIGHTS.glob("*.safetensors"):
-        if path.stem != "unet":
-            shutil.copy(path, folder / path.name)
-    save_part(folder / "unet.safetensors", unet, {"latent_rgb": json.loads(metadata["latent_rgb"]), "log": log})
+    save_further(folder, unet, log)
     shutil.rmtree(folder / "state", ignore_errors=True)
     return {"steps": recipe.unet_steps, "seconds": log["seconds"], "loss": log["loss"]}
 

@@ -80,7 +80,7 @@ def do(output: Path, job: Job, scale: Scale) -> dict[str, Any]:
     if job.method == DIFFICULTY:
         return difficulty(stage_of(scale), scale)
     is_few = job.method in STUDENT_METHODS
-    stage = Stage(SAMPLING, folder_of(output, STUDENT) / "unet.safetensors") if is_few else stage_of(scale)
+    stage = Stage(SAMPLING, str(folder_of(output, STUDENT))) if is_few else stage_of(scale)
     return measure(stage, job, scale, folder_of(output, job.name))
 
 

@@ -3,12 +3,10 @@
 import zlib
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from maskunet_core.rewards.reward import BoundReward, value_and_gradient
@@ -87,15 +85,12 @@ def patches_of(latents: Tensor) -> Tensor:
 class Stage:
     """The toy model and its readers, for batches of different prompts.
 
-    sampling: how pictures are drawn. unet: a file with other weights for the U-Net, None for those that ship. body: see
-    `load_toy_model`.
+    sampling: how pictures are drawn. weights, body: see `load_toy_base`.
     """
 
-    def __init__(self, sampling: Sampling = Sampling(), unet: Path | None = None, body: str = "unet"):
+    def __init__(self, sampling: Sampling = Sampling(), weights: str = "", body: str = "unet"):
         self.sampling = sampling
-        self.base: BaseModel = load_toy_base(body=body)
-        if unet is not None:
-            self.base.unet.load_state_dict(load_file(unet))
+        self.base: BaseModel = load_toy_base(weights, body)
         self.reward, self.referee = load_reader("reader_a"), load_reader("reader_b")
         self.format = self.base.patcher.get_model_object("latent_format")
         self.decode = latent_decoder(self.base.vae, self.format)

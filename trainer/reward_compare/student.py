@@ -17,7 +17,7 @@ from maskunet_core.replacing import replacing
 from maskunet_core.toy.captions import Caption
 from maskunet_core.training.seeds import seeded
 
-from ..toy.train import fit, trainable_unet
+from ..toy.train import fit, save_further, trainable_unet
 from ..toy.world import sample_captioned
 from .stage import Sampling, Stage, tokens_of
 
@@ -55,7 +55,8 @@ def trajectories(count: int, batch: int = 100) -> dict[str, Tensor]:
 
 
 def train_student(folder: Path, count: int, steps: int, batch: int = 32, lr: float = 2e-4) -> dict:
-    """Writes `unet.safetensors` to `folder`; goes on where it was stopped. Returns the log of `fit`."""
+    """Writes toy weights to `folder`, which `base.weights` may name; goes on where it was stopped. Returns the log of
+    `fit`."""
     import comfy.samplers
 
     stage, data = Stage(SAMPLING), folder / "trajectories.safetensors"
@@ -81,6 +82,5 @@ def train_student(folder: Path, count: int, steps: int, batch: int = 32, lr: flo
         return (noisy - sigma * noise - seen["ends"][rows]).square().mean()
 
     log = fit("student", nn.ModuleDict({"unet": unet}), step_loss, steps, lr, folder / "student.pt", ema=0.995)
-    with replacing(folder / "unet.safetensors") as temporary:
-        save_file(unet.state_dict(), temporary)
+    save_further(folder, unet, log)
     return log

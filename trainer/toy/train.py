@@ -6,6 +6,7 @@ weights as one that was not.
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ from maskunet_core.replacing import replacing
 from maskunet_core.torch_file import read_torch, write_torch
 from maskunet_core.toy import vocabulary
 from maskunet_core.toy.autoencoder import ToyAutoencoder
-from maskunet_core.toy.model import TEXT_CONFIG, UNET_CONFIG, load_autoencoder, text_model_class
+from maskunet_core.toy.model import TEXT_CONFIG, UNET_CONFIG, WEIGHTS, load_autoencoder, read_weights, text_model_class
 from maskunet_core.toy.readers import AttentiveReader, ConvolutionalReader
 from maskunet_core.training.schedules import learning_rate_factor
 from maskunet_core.training.seeds import seeded
 
+from ..benchmark.methods import Method
 from ..evaluate import Protocol, evaluate
 from ..host import cpu_has_bf16
 from .data import LatentSet, latent_set
@@ -143,6 +145,17 @@ def save_part(path: Path, module: nn.Module, metadata: dict) -> None:
     tensors = {key: value.half().contiguous() for key, value in module.state_dict().items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+
+
+def save_further(folder: Path, unet: nn.Module, log: dict) -> None:
+    """A folder of toy weights, as `base.weights` names it: those that ship, and a U-Net that learned further from its
+    own. log: of `fit`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in WEIGHTS.glob("*.safetensors"):
+        if path.stem != "unet":
+            shutil.copy(path, folder / path.name)
+    preview = json.loads(read_weights("unet")[1]["latent_rgb"])
+    save_part(folder / "unet.safetensors", unet, {"latent_rgb": preview, "log": log})
 
 
 def train_autoencoder(recipe: Recipe, output: Path) -> None:
@@ -378,4 +391,4 @@ def train_toy(recipe: Recipe, output: Path, protocol: Protocol) -> None:
     if not is_done(output / "unet.safetensors", recipe):
         train_unet(recipe, output)
     if not is_scored(output / "unet.safetensors"):
-        add_scores(output / "unet.safetensors", evaluate(None, protocol, output / "scores", str(output))[0])
+        add_scores(output / "unet.safetensors", evaluate([Method()], protocol, output / "scores", str(output))[0])
