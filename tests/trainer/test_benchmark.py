@@ -17,6 +17,7 @@ from trainer.benchmark import command
 from trainer.benchmark import plan as plans
 from trainer.benchmark.columns import to_column
 from trainer.benchmark.drawing import Drawer, plain_text
+from trainer.benchmark.files import BadSuite
 from trainer.benchmark.folder import BadRun, RunFolder, Share, Unit, units_of
 from trainer.benchmark.methods import BadMethod, Method, Part, parse_method, parse_methods
 from trainer.benchmark.plan import Plan
@@ -264,14 +265,33 @@ def test_a_run_with_other_settings_is_refused_and_told(whole):
         do(whole.path, parse_methods([]), seed=1)
 
 
-def test_guidance_and_steps_can_be_said(whole, tmp_path, monkeypatch):
+def test_how_to_draw_can_be_said(whole, tmp_path, monkeypatch):
     monkeypatch.setitem(plans.SUITES, "toy", replace(TINY, batch=BATCH))
-    arguments = parse(["benchmark", "run", "toy", "--cfg", "1", "--steps", "2", "--output", str(tmp_path)])
+    line = "--cfg 1 --steps 2 --sampler lcm --scheduler sgm_uniform"
+    arguments = parse(["benchmark", "run", "toy", *line.split(), "--output", str(tmp_path)])
     arguments.run(arguments)
+    (told,) = commands_of(RunFolder(tmp_path))
+    anew = parse(shlex.split(told)[3:])
+    assert (anew.cfg, anew.steps, anew.sampler, anew.scheduler) == (1, 2, "lcm", "sgm_uniform")
     (signature,) = json.loads((tmp_path / "table.json").read_text())["settings"]["signatures"]
-    assert signature == "toy|v1|base|toy|p5|n10|seed0|ddim/normal/2/1.0|reader"
+    assert signature == "toy|v1|base|toy|p5|n10|seed0|lcm/sgm_uniform/2/1.0|reader"
     with pytest.raises(OtherScale, match=r"run\.json: sampling"):
         do(tmp_path, parse_methods([]))
+
+
+def test_a_sampler_that_the_host_lacks_is_told():
+    for option in ("sampler", "scheduler"):
+        with pytest.raises(BadSuite, match=f"ComfyUI has no {option} 'lmc': choose among .*(lcm|sgm_uniform)"):
+            plan(**{option: "lmc"})
+
+
+def test_a_stochastic_sampler_adds_other_noise_to_other_pictures_and_the_same_whatever_the_method():
+    drawer = Drawer(load_toy_base(), Sampling(steps=3, cfg=1.0, sampler="lcm"), side=64, seed=0)
+    prompt, noise = "a red circle", torch.zeros(1, 4, 8, 8)
+    positive = [[drawer.base.encode_text(prompt)["cross_attn"][None], {}]]
+    first, second = (drawer._sampled(drawer.base.patcher, [pair], noise, positive) for pair in ((0, 0), (0, 1)))
+    assert not torch.allclose(first, second, atol=0.1)
+    assert torch.equal(first, drawer._sampled(drawer.base.patcher.clone(), [(0, 0)], noise, positive))
 
 
 def test_another_file_of_the_same_name_is_refused(whole, files_of_methods, tmp_path):

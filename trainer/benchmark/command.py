@@ -27,6 +27,8 @@ def _plan(arguments: argparse.Namespace, suite: str):
         "side": arguments.side,
         "steps": arguments.steps,
         "cfg": arguments.cfg,
+        "sampler": arguments.sampler,
+        "scheduler": arguments.scheduler,
     }
     return Plan(SUITES[suite], arguments.data, _base(arguments.base), **options)
 
@@ -174,6 +176,8 @@ def _add_suite(command: argparse.ArgumentParser, base: str, suites: tuple[str, .
     command.add_argument("--side", type=int, default=0, help="of the pictures, in pixels (default: the suite's)")
     command.add_argument("--steps", type=int, default=0, help="of the sampler (default: the suite's)")
     command.add_argument("--cfg", type=float, help="1 is without guidance (default: the suite's)")
+    command.add_argument("--sampler", default="", help="ComfyUI's name of it, such as lcm (default: the suite's)")
+    command.add_argument("--scheduler", default="", help="likewise, such as sgm_uniform")
     command.add_argument("--quick", action="store_true", help="every prompt once: the beginning of the full run")
     command.add_argument("--smoke", action="store_true", help="a few prompts once, to see that it works")
 

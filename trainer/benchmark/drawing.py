@@ -125,20 +125,22 @@ class Drawer:
 
     def _latents(self, pairs: Sequence[Pair], prompts: Sequence[str], positive: list) -> Tensor:
         if self.search is None:
-            return self._sampled(self.base.patcher, self.noise(pairs), positive)
+            return self._sampled(self.base.patcher, pairs, self.noise(pairs), positive)
         return self._searched(pairs, prompts, positive)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """`[N, 3, H, W]`, one at a time: a decoder takes more memory than a U-Net."""
         return torch.cat([self.base.vae.decode(latent) for latent in latents.split(1)]).movedim(-1, 1)[:, :3]
 
-    def _sampled(self, model: Any, noise: Tensor, positive: list, **options: Any) -> Tensor:
+    def _sampled(self, model: Any, pairs: Sequence[Pair], noise: Tensor, positive: list, **options: Any) -> Tensor:
         """Latents by the host's sampler, without a negative prompt."""
         import comfy.sample
 
         how, negative = self.sampling, _conditioning([self._no_text] * len(noise))
         plan = (how.steps, how.cfg, how.sampler, how.scheduler, positive, negative, torch.zeros_like(noise))
-        return comfy.sample.sample(model, noise, *plan, disable_pbar=True, seed=self.seed, **options)
+        # Of the noise that a stochastic sampler adds: that of a batch is no other's.
+        seed = torch.randint(2**31, (), generator=seeded(83, self.seed, *pairs[0])).item()
+        return comfy.sample.sample(model, noise, *plan, disable_pbar=True, seed=seed, **options)
 
     def _searched(self, pairs: Sequence[Pair], prompts: Sequence[str], positive: list) -> Tensor:
         """Latents by the reward sampler."""
@@ -161,12 +163,12 @@ class Drawer:
             def keep(step: int, x0: Tensor, x: Tensor, total: int) -> None:
                 estimates[:] = [x0]
 
-            self._sampled(model, noise, positive, last_step=steps, callback=keep)
+            self._sampled(model, pairs, noise, positive, last_step=steps, callback=keep)
             return estimates[0]
 
         found = search_images(
             model=model,
-            sample=lambda masked, noise, number: self._sampled(masked, noise, positive),
+            sample=lambda masked, noise, number: self._sampled(masked, pairs, noise, positive),
             peek=peek,
             noise=lambda number: self.noise(pairs, number),
             settings=self.search,

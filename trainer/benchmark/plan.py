@@ -15,6 +15,7 @@ from ..config_file import base_named
 from ..pictures import base_digest
 from ..reward_compare.stage import Sampling
 from . import coco, geneval, t2i_compbench, toy
+from .files import BadSuite
 from .folder import Unit, units_of
 from .suites import Prompt, Suite
 
@@ -68,8 +69,9 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """base: see `base_named`. images: of a prompt; batch, side: see Suite; steps, cfg: see Sampling. 0 for the suite's,
-    None for its cfg.
+    """base: see `base_named`. images: of a prompt; batch, side: see Suite; steps, cfg, sampler, scheduler: see
+    Sampling. 0 and "" for the suite's, None for its cfg. Raises BadSuite where the host has no
+    such sampler or scheduler.
 
     smoke: the first prompts of each task alone.
     """
@@ -84,13 +86,23 @@ class Plan:
     side: int = 0
     cfg: float | None = None
     steps: int = 0
+    sampler: str = ""
+    scheduler: str = ""
+
+    def __post_init__(self) -> None:
+        import comfy.samplers
+
+        known = {"sampler": comfy.samplers.SAMPLER_NAMES, "scheduler": comfy.samplers.SCHEDULER_NAMES}
+        for what, names in known.items():
+            name = getattr(self, what)
+            if name and name not in names:
+                raise BadSuite(f"ComfyUI has no {what} '{name}': choose among {', '.join(names)}.")
 
     @property
     def sampling(self) -> Sampling:
         """The suite's, but for what is said."""
-        of_suite = self.suite.sampling
-        cfg = of_suite.cfg if self.cfg is None else self.cfg
-        return replace(of_suite, cfg=cfg, steps=self.steps or of_suite.steps)
+        said = {name: getattr(self, name) or None for name in ("steps", "sampler", "scheduler")} | {"cfg": self.cfg}
+        return replace(self.suite.sampling, **{name: value for name, value in said.items() if value is not None})
 
     @cached_property
     def prompts(self) -> list[Prompt]:

@@ -49,9 +49,8 @@ def _drawn(settings: dict[str, Any], suite: Suite) -> list[str]:
         {
             "base": (settings["base"], TOY),
             "side": (settings["side"], suite.side),
-            "steps": (sampling["steps"], suite.sampling.steps),
-            "cfg": (sampling["cfg"], suite.sampling.cfg),
         }
+        | {name: (value, getattr(suite.sampling, name)) for name, value in sampling.items()}
     )
 
 
