@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from maskunet_core.training.optimisers import UnknownOptimiser, build_optimiser
 from .choices import PARTS, TOY, TOY_RESOLUTION
 from .config import Base, Config
 from .embedding.toy import TAUGHT
-from .host import GENERATORS, REWARD, model_choice, model_file
+from .host import GENERATORS, REWARD, drawing_names, model_choice, model_file
 from .pictures import scan_data
 
 
@@ -102,8 +101,8 @@ def _contradicting_reward(config: Config) -> list[str]:
         problems.append('prior.prompt: class pictures need objective = "diffusion"; reward.pull keeps the base here')
     problems += [
         f"reward.{key}: is '{name}', which this ComfyUI does not have; it has {', '.join(names)}"
-        for key, name, names in _how_to_draw(reward)
-        if name not in names
+        for key, names in drawing_names().items()
+        if (name := getattr(reward, key)) not in names
     ]
     return problems
 
@@ -139,16 +138,6 @@ def _contradicting_word(config: Config) -> list[str]:
     if config.prior.prompt:
         problems.append("prior.prompt: class pictures lack the word; leave them out where a word is learned")
     return problems
-
-
-def _how_to_draw(reward: Any) -> list[tuple[str, str, list[str]]]:
-    """(key, value, what the host has)."""
-    import comfy.samplers
-
-    return [
-        ("sampler", reward.sampler, comfy.samplers.SAMPLER_NAMES),
-        ("scheduler", reward.scheduler, comfy.samplers.SCHEDULER_NAMES),
-    ]
 
 
 def contradictions(config: Config) -> list[str]:

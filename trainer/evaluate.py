@@ -103,7 +103,6 @@ def judge_pictures(pictures: Tensor, prompts: list[Caption], real: Tensor, judge
     return scores
 
 
-@torch.no_grad()
 def _losses(base: BaseModel, data: LatentSet, seed: int) -> Tensor:
     """`held_out_losses` of a base with a method on it."""
     load_for_training(base)  # merges LoRAs, and takes those of the last method out

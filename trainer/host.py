@@ -109,6 +109,13 @@ def models_folder() -> Path:
     return Path(folder_paths.models_dir)
 
 
+def drawing_names() -> dict[str, list[str]]:
+    """What ComfyUI has to draw by: names of each `sampler` and each `scheduler`."""
+    import comfy.samplers
+
+    return {"sampler": comfy.samplers.SAMPLER_NAMES, "scheduler": comfy.samplers.SCHEDULER_NAMES}
+
+
 def model_file(kind: str, name: str) -> Path | None:
     """The file of a path, else of a name in ComfyUI's folders of a kind (`checkpoints`, `loras`), else None."""
     import folder_paths

@@ -12,6 +12,7 @@ from maskunet_core.judges.files import BLIP_VQA, CLIP_L, DETECTOR, INCEPTION
 from ..choices import TOY_RESOLUTION
 from ..config import Base
 from ..config_file import base_named
+from ..host import drawing_names
 from ..pictures import base_digest
 from ..reward_compare.stage import Sampling
 from . import coco, geneval, t2i_compbench, toy
@@ -70,8 +71,8 @@ SUITES = {
 @dataclass(frozen=True)
 class Plan:
     """base: see `base_named`. images: of a prompt; batch, side: see Suite; steps, cfg, sampler, scheduler: see
-    Sampling. 0 and "" for the suite's, None for its cfg. Raises BadSuite where the host has no
-    such sampler or scheduler.
+    Sampling. 0 and "" for the suite's, None for its cfg. Raises BadSuite where the host has no such
+    sampler or scheduler.
 
     smoke: the first prompts of each task alone.
     """
@@ -90,10 +91,7 @@ class Plan:
     scheduler: str = ""
 
     def __post_init__(self) -> None:
-        import comfy.samplers
-
-        known = {"sampler": comfy.samplers.SAMPLER_NAMES, "scheduler": comfy.samplers.SCHEDULER_NAMES}
-        for what, names in known.items():
+        for what, names in drawing_names().items():
             name = getattr(self, what)
             if name and name not in names:
                 raise BadSuite(f"ComfyUI has no {what} '{name}': choose among {', '.join(names)}.")
